@@ -1,1 +1,18 @@
-//! Skeleton.
+//! `decamp-shared`: all that moving a virtual machine and moving a container have in common.
+//!
+//! Rooms, from the wire inwards: [`protocol`] (messages, no I/O), [`transport`] (connections),
+//! [`pages`] (the page engine), [`files`] (file trees that travel with a workload), [`session`]
+//! (the two ends of a move, the commit, the report), [`workload`] (what a backend implements) and
+//! [`keeper`] (the process that lives as long as a workload). Nothing here knows what KVM or CRIU is.
+
+#![deny(unsafe_code)]
+
+pub mod files;
+pub mod keeper;
+pub mod pages;
+pub mod protocol;
+pub mod session;
+#[allow(unsafe_code)]
+pub mod sys;
+pub mod transport;
+pub mod workload;

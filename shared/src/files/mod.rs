@@ -1,0 +1,1 @@
+//! File trees (bundle, root file system, kernel) that travel with a workload.

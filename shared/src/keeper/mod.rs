@@ -1,0 +1,122 @@
+//! The keeper: a small process that lives as long as its workload and holds all that must not die
+//! with the agent.
+//!
+//! A VM's keeper is its VMM; a container's keeper holds its streams, exit status, freezer and page
+//! store. Both implement [`Kept`] and are driven by [`server::serve`] over one local protocol; the
+//! agent speaks to them through [`client::KeeperClient`]. A keeper serves one connection at a time
+//! and reads it to its end before it takes the next, so whatever a dead agent still asked for is
+//! done or refused before a new agent is told what state the workload is in.
+
+pub mod client;
+pub mod ends;
+pub mod protocol;
+pub mod server;
+pub mod spawn;
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::pages::{PageSet, SpaceId};
+use crate::workload::{
+    HostTools, Kind, Liveness, Place, Result, Section, SpaceInfo, WorkloadError,
+};
+
+pub use client::KeeperClient;
+pub use server::{ExitSignal, serve};
+pub use spawn::spawn;
+
+/// How a keeper begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Beginning {
+    /// Start the workload from its spec, running.
+    Run,
+    /// Build an empty workload that a session fills.
+    Incoming,
+}
+
+/// What the agent tells a keeper at its start (the file [`Place::keeper_config`]).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct KeeperConfig {
+    /// Which kind of workload.
+    pub kind: Kind,
+    /// How to begin.
+    pub beginning: Beginning,
+    /// Where the workload lives.
+    pub place: Place,
+    /// Tools of this host.
+    pub tools: HostTools,
+    /// The backend's own spec.
+    pub spec: serde_json::Value,
+}
+
+/// What remains of a workload that ended by itself (the file [`Place::exit_record`]).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitRecord {
+    /// Exit code, or 128 + signal; 0 for a guest that powered itself off.
+    pub status: i32,
+    /// For people: `exited with 0`, `killed by SIGKILL`, `powered off`, `triple fault`.
+    pub text: String,
+}
+
+/// What state a keeper's workload is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Being built; no instruction has run here.
+    Incoming,
+    /// Everything loaded; no instruction has run here.
+    Prepared,
+    /// Runs.
+    Running,
+    /// Stands still; resumes by itself when its agent is lost for too long.
+    Paused,
+    /// Stands still until it is told what to do, under the fencing token given.
+    Fenced {
+        /// The token of the change of ownership under way.
+        token: u64,
+    },
+}
+
+/// A workload as its keeper holds it. Called by one thread, the keeper's server; phases are the
+/// server's business, so an implementation may rely on `pause` not being called twice in a row.
+pub trait Kept: Send {
+    /// Whether and how dirty pages can be tracked while it runs.
+    fn liveness(&self) -> Liveness;
+    /// Facts for `inspect` and for the manifest, in the backend's own JSON (pids, CPUID, ...).
+    fn facts(&mut self) -> Result<serde_json::Value>;
+    /// The spaces as they are now.
+    fn spaces(&mut self) -> Result<Vec<SpaceInfo>>;
+    /// Destination: makes room for these spaces, in addition to those named before.
+    fn make_spaces(&mut self, spaces: &[SpaceInfo]) -> Result<()>;
+    /// A descriptor whose byte offset is the address within `space`. Source: readable. Destination:
+    /// readable and writable, sparse.
+    fn memory(&mut self, space: SpaceId) -> Result<OwnedFd>;
+    /// Starts dirty tracking; see [`crate::workload::SourceWorkload::track`].
+    fn track(&mut self) -> Result<()>;
+    /// See [`crate::workload::SourceWorkload::harvest`].
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<()>;
+    /// See [`crate::workload::SourceWorkload::throttle`].
+    fn throttle(&mut self, percent: u8) -> Result<()> {
+        let _ = percent;
+        Err(WorkloadError::Unsupported("Throttling"))
+    }
+    /// Stops it and takes its interfaces off the network. On an error it runs on.
+    fn pause(&mut self) -> Result<()>;
+    /// State sections, while paused. On an error it can still be resumed.
+    fn save(&mut self) -> Result<Vec<Section>>;
+    /// Undoes tracking, throttling, `save` and `pause`, whichever of them were done.
+    fn resume(&mut self) -> Result<()>;
+    /// Destination: restores everything, runs nothing.
+    fn load(&mut self, sections: Vec<Section>) -> Result<()>;
+    /// Destination: run, interfaces up, announced. On an error no instruction has run.
+    fn activate(&mut self) -> Result<()>;
+    /// Source: interface first, then the paused copy, quietly (no FIN, no RST). The keeper ends.
+    fn release(&mut self) -> Result<()>;
+    /// Destination, never activated: takes everything away. The keeper ends.
+    fn discard(&mut self) -> Result<()>;
+    /// Running: asks the workload to end, waits `grace`, then forces. The keeper ends.
+    fn stop(&mut self, grace: Duration) -> Result<()>;
+}

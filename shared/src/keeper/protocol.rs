@@ -1,0 +1,149 @@
+//! The local protocol between an agent and a keeper: protobuf frames over a UNIX socket, and
+//! descriptors beside them. Tags are never reused: a keeper outlives upgrades of its agent.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use prost::Message;
+
+use crate::pages::{PageSet, SpaceId};
+use crate::sys;
+use crate::workload::SpaceInfo;
+
+/// No frame is longer: a bitmap of 1 TiB of memory is 32 MiB.
+const FRAME_CAP: usize = 64 << 20;
+
+/// What an agent asks of a keeper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
+#[repr(i32)]
+pub(super) enum Ask {
+    Unspecified = 0,
+    Phase = 1,
+    Facts = 2,
+    Spaces = 3,
+    MakeSpaces = 4,
+    Memory = 5,
+    Track = 6,
+    Harvest = 7,
+    Throttle = 8,
+    Pause = 9,
+    Save = 10,
+    Resume = 11,
+    Fence = 12,
+    Load = 13,
+    Activate = 14,
+    Release = 15,
+    Discard = 16,
+    Stop = 17,
+    Liveness = 18,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Request {
+    #[prost(enumeration = "Ask", tag = "1")]
+    pub ask: i32,
+    #[prost(message, repeated, tag = "2")]
+    pub spaces: Vec<SpaceInfo>,
+    #[prost(uint32, tag = "3")]
+    pub space: u32,
+    #[prost(uint32, tag = "4")]
+    pub percent: u32,
+    #[prost(uint64, tag = "5")]
+    pub token: u64,
+    #[prost(uint64, tag = "6")]
+    pub grace_ms: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Reply {
+    /// Empty when it worked; else what was tried, and why it did not, outermost first.
+    #[prost(string, repeated, tag = "1")]
+    pub error: Vec<String>,
+    #[prost(message, repeated, tag = "2")]
+    pub spaces: Vec<SpaceInfo>,
+    #[prost(message, repeated, tag = "3")]
+    pub dirty: Vec<DirtyChunk>,
+    #[prost(string, tag = "4")]
+    pub json: String,
+}
+
+/// Bits of a page set: bit 0 of the first byte is page `first`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct DirtyChunk {
+    #[prost(uint32, tag = "1")]
+    pub space: u32,
+    #[prost(uint64, tag = "2")]
+    pub first: u64,
+    #[prost(bytes = "vec", tag = "3")]
+    pub words: Vec<u8>,
+}
+
+/// State sections as they lie in the memfd that travels with `Save` and `Load`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct Sections {
+    #[prost(message, repeated, tag = "1")]
+    pub sections: Vec<crate::workload::Section>,
+}
+
+/// Sends one frame, with a descriptor beside it.
+pub(super) fn send<M: Message>(
+    stream: &mut UnixStream,
+    message: &M,
+    descriptor: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let bytes = message.encode_to_vec();
+    if bytes.len() > FRAME_CAP {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "Frame is too long to send"));
+    }
+    let header = (bytes.len() as u32).to_le_bytes();
+    sys::send_with_descriptor(stream.as_fd(), &header, descriptor)?;
+    stream.write_all(&bytes)
+}
+
+/// Receives one frame and the descriptor beside it; `None` at a clean end.
+pub(super) fn receive<M: Message + Default>(
+    stream: &mut UnixStream,
+) -> io::Result<Option<(M, Option<OwnedFd>)>> {
+    let mut header = [0; 4];
+    let (got, descriptor) = sys::receive_with_descriptor(stream.as_fd(), &mut header)?;
+    if got == 0 {
+        return Ok(None);
+    }
+    stream.read_exact(&mut header[got..])?;
+    let length = u32::from_le_bytes(header) as usize;
+    if length > FRAME_CAP {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "Frame is longer than any may be"));
+    }
+    let mut bytes = vec![0; length];
+    stream.read_exact(&mut bytes)?;
+    let message =
+        M::decode(&bytes[..]).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    Ok(Some((message, descriptor)))
+}
+
+pub(super) fn pack_pages(set: &PageSet) -> Vec<DirtyChunk> {
+    set.chunks()
+        .map(|(space, first, words)| DirtyChunk {
+            space: space.0,
+            first,
+            words: words.iter().flat_map(|word| word.to_le_bytes()).collect(),
+        })
+        .collect()
+}
+
+/// Adds `chunks` to `set`; false when one of them is not what [`pack_pages`] makes.
+pub(super) fn unpack_pages(chunks: &[DirtyChunk], set: &mut PageSet) -> bool {
+    for chunk in chunks {
+        if chunk.first % 64 != 0 || chunk.words.len() % 8 != 0 || chunk.first >= 1 << 52 {
+            return false;
+        }
+        let words: Vec<u64> = chunk
+            .words
+            .chunks_exact(8)
+            .map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap_or_default()))
+            .collect();
+        set.insert_bitmap(SpaceId(chunk.space), chunk.first, &words);
+    }
+    true
+}

@@ -1,0 +1,1 @@
+//! Connections: TLS, first header, page streams, deadlines.

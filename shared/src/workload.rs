@@ -1,0 +1,220 @@
+//! What a backend implements, and the plain data that describes a workload.
+//!
+//! A workload is the same thing to the session whatever its kind: memory that can be read from
+//! outside, a dirty tracker, pause, state sections, and files. Defaults are errors, never silent.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::pages::{PageReader, PageSet, PageWriter};
+pub use crate::protocol::manifest::{
+    FileRole, FileTree, Kind, Manifest, NetworkNeed, Refusal, RefusalCode, Section, SpaceInfo,
+};
+
+/// A boxed error of some backend, kept as the source of a [`WorkloadError`].
+pub type BoxError = Box<dyn std::error::Error + Send + Sync + 'static>;
+
+/// What went wrong with a workload.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkloadError {
+    /// Something that the backend tried did not work.
+    #[error("{what}")]
+    Failed {
+        /// What was tried, and on what.
+        what: String,
+        /// Why it did not work.
+        #[source]
+        source: Option<BoxError>,
+    },
+    /// This kind of workload cannot do what was asked.
+    #[error("{0} is not supported by this kind of workload")]
+    Unsupported(&'static str),
+    /// The keeper did not answer, or ended.
+    #[error("The keeper of workload {name} is gone ({what})")]
+    KeeperGone {
+        /// Name of the workload.
+        name: String,
+        /// What was being asked of it.
+        what: String,
+    },
+}
+
+impl WorkloadError {
+    /// An error that says what was tried, with its cause.
+    pub fn new(what: impl Into<String>, source: impl Into<BoxError>) -> Self {
+        Self::Failed { what: what.into(), source: Some(source.into()) }
+    }
+
+    /// An error without a cause beneath it.
+    pub fn plain(what: impl Into<String>) -> Self {
+        Self::Failed { what: what.into(), source: None }
+    }
+}
+
+/// Result of a backend's work.
+pub type Result<T> = std::result::Result<T, WorkloadError>;
+
+/// How a workload can be copied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Liveness {
+    /// Dirty pages can be tracked while it runs: pre-copy.
+    Tracked {
+        /// Name of the tracker, for the report.
+        tracker: String,
+    },
+    /// Its memory is copied while it stands still.
+    StopOnly {
+        /// Why there is no tracker.
+        reason: String,
+    },
+}
+
+/// A running workload on the host that it leaves. Used by one session at a time.
+pub trait SourceWorkload: Send {
+    /// What the destination must know before anything is touched.
+    fn manifest(&mut self) -> Result<Manifest>;
+    /// Whether memory can be copied while the workload runs.
+    fn liveness(&self) -> Liveness;
+    /// The spaces as they are now; asked again after [`SourceWorkload::pause`].
+    fn spaces(&mut self) -> Result<Vec<SpaceInfo>>;
+    /// A reader of all spaces, shared by the page threads. Asked again when spaces changed.
+    fn reader(&mut self) -> Result<Arc<dyn PageReader>>;
+    /// Starts dirty tracking. The next [`SourceWorkload::harvest`] gives every page that exists.
+    fn track(&mut self) -> Result<()>;
+    /// Adds to `dirty` what was written since the last harvest, and re-arms. While paused and
+    /// without tracking it gives every page that exists.
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<()>;
+    /// Takes `percent` of its processor time from the workload (0: none).
+    fn throttle(&mut self, percent: u8) -> Result<()> {
+        let _ = percent;
+        Err(WorkloadError::Unsupported("Throttling"))
+    }
+    /// Stops every vCPU or task and takes the workload's interfaces off the network.
+    fn pause(&mut self) -> Result<()>;
+    /// Device, CPU or process state, while paused. May write memory: harvest once more after it.
+    fn save(&mut self) -> Result<Vec<Section>>;
+    /// The keeper never resumes by itself from here on. Acknowledged by the keeper on return.
+    fn fence(&mut self, token: u64) -> Result<()>;
+    /// Roll back: the workload runs on as if nothing had been; tracking and throttling are undone.
+    /// Works in every state before [`SourceWorkload::release`], also when nothing was paused.
+    fn resume(&mut self) -> Result<()>;
+    /// It runs elsewhere now: interface first, then the copy, quietly. The keeper ends.
+    fn release(&mut self) -> Result<()>;
+}
+
+/// A workload being built on the host that it comes to.
+pub trait DestinationWorkload: Send {
+    /// Makes room for spaces; called before the first page of a space arrives, again when more
+    /// spaces come. The writer covers every space named so far.
+    fn writer(&mut self, spaces: &[SpaceInfo]) -> Result<Arc<dyn PageWriter>>;
+    /// Everything restored, nothing running, interfaces down. Every section must be used up.
+    fn load(&mut self, sections: Vec<Section>) -> Result<()>;
+    /// Run, interfaces up, announced. On an error no instruction has run.
+    fn activate(&mut self, token: u64) -> Result<()>;
+    /// Takes everything away that was prepared. Works in every state before activation.
+    fn discard(&mut self) -> Result<()>;
+}
+
+/// Where one workload lives on this host. All of it belongs to the agent and is gone with the
+/// workload; users' files are elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// The workload's name, unique on the host.
+    pub name: String,
+    /// The workload's identity, the same on every host that it visits.
+    pub uuid: String,
+    /// Directory of its own for sockets and keeper files (`STATE_DIR/workloads/NAME`).
+    pub dir: PathBuf,
+}
+
+impl Place {
+    /// The keeper's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("keeper.sock")
+    }
+
+    /// What the workload prints: a guest's serial console, a container's standard output and error.
+    pub fn log(&self) -> PathBuf {
+        self.dir.join("console.log")
+    }
+
+    /// What the keeper itself says.
+    pub fn keeper_log(&self) -> PathBuf {
+        self.dir.join("keeper.log")
+    }
+
+    /// What the agent tells a keeper at its start ([`crate::keeper::KeeperConfig`] as JSON).
+    pub fn keeper_config(&self) -> PathBuf {
+        self.dir.join("keeper.json")
+    }
+
+    /// Written by the keeper when the workload ended by itself ([`crate::keeper::ExitRecord`]).
+    pub fn exit_record(&self) -> PathBuf {
+        self.dir.join("exit.json")
+    }
+}
+
+/// Settings of the host that backends use, from the agent's configuration.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct HostTools {
+    /// The decamp executable, for keepers.
+    pub decamp: PathBuf,
+    /// CRIU 4.1 or newer.
+    pub criu: PathBuf,
+    /// runc.
+    pub runc: PathBuf,
+    /// How long a keeper that is paused waits for its agent before it resumes by itself.
+    pub resume_after: Duration,
+}
+
+/// A file tree of a workload after the destination chose its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacedTree {
+    /// As the source described it.
+    pub tree: FileTree,
+    /// Where it stands on this host.
+    pub path: PathBuf,
+}
+
+/// The agent's side of one kind of workload. One object a kind, shared by all sessions.
+///
+/// `spec` is what `run` was asked for, as JSON of the backend's own type; it is stored with the
+/// workload and travels in the manifest.
+pub trait Backend: Send + Sync {
+    /// Which kind this is.
+    fn kind(&self) -> Kind;
+    /// Everything that keeps `spec` from running here; empty when it can. Touches nothing.
+    fn check(&self, spec: &serde_json::Value) -> Vec<Refusal>;
+    /// Starts the workload under a keeper of its own and returns when it runs.
+    fn run(&self, spec: &serde_json::Value, place: &Place) -> Result<()>;
+    /// The running workload behind `place`, for a session that moves it away.
+    fn source(&self, spec: &serde_json::Value, place: &Place) -> Result<Box<dyn SourceWorkload>>;
+    /// Every reason why the workload of `manifest` cannot come here. Touches nothing. `trees` says
+    /// where its files would stand.
+    fn preflight(&self, manifest: &Manifest, trees: &[PlacedTree]) -> Vec<Refusal>;
+    /// The spec as it reads on this host, once its files stand at `trees`.
+    fn respec(&self, manifest: &Manifest, trees: &[PlacedTree]) -> Result<serde_json::Value>;
+    /// Builds an empty workload for `manifest`, nothing running, under a keeper of its own. `spec`
+    /// is what [`Backend::respec`] gave. Files may still be arriving.
+    fn prepare(
+        &self,
+        manifest: &Manifest,
+        spec: &serde_json::Value,
+        place: &Place,
+    ) -> Result<Box<dyn DestinationWorkload>>;
+    /// Ends a running workload: asks it to, waits, then forces.
+    fn stop(&self, spec: &serde_json::Value, place: &Place) -> Result<()>;
+    /// Removes whatever a keeper that died left on the host: cgroups, namespaces, interfaces,
+    /// runtime state. Harmless when nothing is there.
+    fn sweep(&self, spec: &serde_json::Value, place: &Place) -> Result<()>;
+}
+
+/// Whether `path` is absolute and has no `..` in it, as every path from a peer must be.
+pub fn is_plain_absolute(path: &Path) -> bool {
+    use std::path::Component;
+    path.is_absolute()
+        && path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
+}
