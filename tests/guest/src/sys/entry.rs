@@ -1,6 +1,7 @@
 //! The first instructions: two 32-bit doors (PVH and multiboot), the static page tables, long mode,
-//! and the call into Rust. What needs a loop is done in 64-bit code: some KVMs emulate every
-//! instruction that runs before paging is on.
+//! ring 3, and the call into Rust. Some KVMs (PVM, which needs no hardware virtualisation) run only
+//! ring 3 natively and emulate every instruction before that, slowly and without SSE. So everything
+//! that can wait is done there, with an I/O privilege level that leaves the ports open.
 
 use core::arch::global_asm;
 
@@ -10,7 +11,7 @@ pub(crate) const MULTIBOOT_MAGIC: u32 = 0x2BAD_B002;
 pub(crate) const PVH_MAGIC: u32 = 0x336E_C578;
 
 // The multiboot header carries load addresses (flag bit 16): QEMU takes a 64-bit ELF only so.
-// The tables map 4 GiB one to one in 2 MiB pages, accessed and dirty already set, so that the CPU
+// The tables map 4 GiB one to one in 2 MiB pages, for ring 3 too, accessed and dirty already set, so that the CPU
 // (or a KVM that shadows them) never writes to them.
 global_asm!(
     r#"
@@ -35,6 +36,7 @@ multiboot_entry:
     cld
     movl %eax, %edi
     movl %ebx, %esi
+    movl $stack_top, %esp
     lgdt gdt_pointer
     movl %cr4, %eax
     orl $0x620, %eax            # PAE, OSFXSR, OSXMMEXCPT
@@ -53,13 +55,19 @@ multiboot_entry:
 
     .code64
 start64:
-    movl $0x10, %eax
+    pushq $0x1B                 # user data
+    pushq $stack_top
+    pushq $0x3002               # I/O privilege level 3, no interrupts
+    pushq $0x23                 # user code
+    pushq $ring3
+    iretq
+
+ring3:
+    movl $0x1B, %eax
     movl %eax, %ds
     movl %eax, %es
     movl %eax, %fs
     movl %eax, %gs
-    movl %eax, %ss
-    movl $stack_top, %esp
     fninit
     movl %edi, %r8d
     movl $bss_start, %edi
@@ -78,6 +86,8 @@ gdt:
     .quad 0
     .quad 0x00AF9B000000FFFF    # 64-bit code
     .quad 0x00CF93000000FFFF    # data
+    .quad 0x00CFF3000000FFFF    # user data
+    .quad 0x00AFFB000000FFFF    # user 64-bit code
 gdt_pointer:
     .word . - gdt - 1
     .long gdt
@@ -90,16 +100,16 @@ gdt_pointer:
     .section .tables, "aw", @progbits
     .balign 4096
 level4:
-    .quad level3 + 0x63
+    .quad level3 + 0x67
     .fill 511, 8, 0
     .globl level3
 level3:
-    .quad level2 + 0x63, level2 + 0x1063, level2 + 0x2063, level2 + 0x3063
+    .quad level2 + 0x67, level2 + 0x1067, level2 + 0x2067, level2 + 0x3067
     .fill 508, 8, 0
 level2:
     .set frame, 0
     .rept 2048
-    .quad frame + 0xE3
+    .quad frame + 0xE7
     .set frame, frame + 0x200000
     .endr
 

@@ -17,10 +17,10 @@ pub(crate) const FLOOR: u64 = 16 << 20;
 const MAPPED_AT_START: u64 = 4 << 30;
 /// Page directories in the image for memory above 4 GiB, each for 1 GiB.
 const SPARE_DIRECTORIES: usize = 124;
-/// Present, writable, accessed, dirty.
-const TABLE_FLAGS: u64 = 0x63;
+/// Present, writable, for ring 3, accessed, dirty.
+const TABLE_FLAGS: u64 = 0x67;
 /// The same, and 2 MiB large.
-const LARGE_FLAGS: u64 = 0xE3;
+const LARGE_FLAGS: u64 = 0xE7;
 
 /// One page of guest memory, as words.
 pub(crate) type Page = [u64; 512];
@@ -152,12 +152,4 @@ pub(crate) fn kept_in_registers() -> [u64; 2] {
              options(nomem, nostack, preserves_flags));
     }
     [first, second]
-}
-
-/// Stops the CPU for good.
-pub(crate) fn halt() -> ! {
-    loop {
-        // SAFETY: interrupts are off; there is nothing left to do.
-        unsafe { asm!("cli", "hlt", options(nomem, nostack)) }
-    }
 }
