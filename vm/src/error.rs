@@ -1,0 +1,79 @@
+//! What can go wrong with a virtual machine. Each variant names what was tried and on what.
+
+use std::io;
+use std::path::PathBuf;
+
+use decamp_shared::workload::WorkloadError;
+
+/// What went wrong with a virtual machine.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The spec asks for something that no VM can have.
+    #[error("{0}")]
+    Spec(String),
+    /// The kernel or initial ramdisk cannot be booted.
+    #[error("File {path} cannot be booted: {reason}")]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The operating system or KVM refused something.
+    #[error("Could not {what}")]
+    Refused {
+        /// What was tried, and on what.
+        what: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// KVM refused a model-specific register.
+    #[error("Could not {what} model-specific register {index:#x} of vCPU {vcpu}{detail}")]
+    Msr {
+        /// `read` or `write`.
+        what: &'static str,
+        /// Number of the register.
+        index: u32,
+        /// Number of the vCPU.
+        vcpu: u32,
+        /// The value that was refused, if any.
+        detail: String,
+    },
+    /// A state section is not what it should be.
+    #[error("State section {section} cannot be used: {reason}")]
+    Section {
+        /// Kind of the section.
+        section: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The guest is not in the state that was needed.
+    #[error("{0}")]
+    State(String),
+}
+
+impl VmError {
+    /// The kernel refused `what`.
+    pub(crate) fn refused(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Self::Refused { what: what.into(), source: source.into() }
+    }
+
+    /// `section` is wrong because of `reason`.
+    pub(crate) fn section(section: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Section { section: section.into(), reason: reason.into() }
+    }
+}
+
+impl From<VmError> for WorkloadError {
+    fn from(error: VmError) -> Self {
+        let what = error.to_string();
+        match error {
+            VmError::Refused { source, .. } => WorkloadError::new(what, source),
+            _ => WorkloadError::plain(what),
+        }
+    }
+}
+
+/// Result of work on a virtual machine.
+pub type Result<T> = std::result::Result<T, VmError>;
