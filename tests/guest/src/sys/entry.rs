@@ -45,11 +45,11 @@ multiboot_entry:
     movl %eax, %cr3
     movl $0xC0000080, %ecx      # EFER
     rdmsr
-    orl $0x901, %eax            # NXE, LME, SCE
+    orl $0x100, %eax            # LME
     wrmsr
     movl %cr0, %eax
     andl $0x9FFFFFF3, %eax      # not CD, NW, EM, TS
-    orl $0x80050032, %eax       # PG, AM, WP, NE, ET, MP
+    orl $0x80010022, %eax       # PG, WP, NE, MP
     movl %eax, %cr0
     ljmp $0x08, $start64
 
