@@ -9,6 +9,9 @@ const RANGES: usize = 16;
 /// A cap on entries looked at, should the map be broken.
 const ENTRIES: u32 = 256;
 const USABLE: u32 = 1;
+/// What firmware that ran before a multiboot loader may have scribbled on, below the end of a
+/// range: SeaBIOS works there, and gives it back unclean. Pages never written must be zero.
+const SCRIBBLED: u64 = 32 << 20;
 
 /// A range of whole usable pages, from [`FLOOR`] upward.
 #[derive(Clone, Copy, Default)]
@@ -85,7 +88,7 @@ impl Loader {
             if at >= end {
                 break;
             }
-            self.add(long(at + 4), long(at + 12), word(at + 20));
+            self.add(long(at + 4), long(at + 12).saturating_sub(SCRIBBLED), word(at + 20));
             at += u64::from(word(at)) + 4;
         }
     }

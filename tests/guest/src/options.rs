@@ -24,6 +24,8 @@ pub(crate) struct Options {
     pub(crate) spread: bool,
     /// Milliseconds between reports.
     pub(crate) report: u64,
+    /// Milliseconds between heartbeats, lines of one `+`; 0: none.
+    pub(crate) beat: u64,
     /// Whether all pages are written at the start.
     pub(crate) touch: bool,
     /// The counter's kHz, when told.
@@ -54,8 +56,10 @@ pub(crate) enum Harm {
     Misplaced,
     /// The page and its entry in the version table are both older, and agree.
     Rolledback,
-    /// One copy of count and chain is older.
+    /// One copy of count and chain in memory is older.
     Witness,
+    /// The CPU is older than memory.
+    Registers,
 }
 
 /// A word of the command line that makes no sense.
@@ -73,6 +77,7 @@ impl Options {
             pattern: Kind::Random,
             spread: false,
             report: 1000,
+            beat: 0,
             touch: true,
             tsc: None,
             sabotage: None,
@@ -100,6 +105,7 @@ impl Options {
             "sweep" => self.sweep = number(value, 1 << 30)?,
             "seed" => self.seed = number(value, u64::MAX)?,
             "report" => self.report = number(value, 1 << 30)?.max(1),
+            "beat" => self.beat = number(value, 1000)?,
             "tsc" => self.tsc = Some(number(value, 20_000_000)?.max(1)),
             "pattern" => {
                 self.pattern = match value {
@@ -143,6 +149,7 @@ fn sabotage(value: &str) -> Option<Sabotage> {
         "misplaced" => Harm::Misplaced,
         "rolledback" => Harm::Rolledback,
         "witness" => Harm::Witness,
+        "registers" => Harm::Registers,
         _ => return None,
     };
     Some(Sabotage { harm, page: number(page, u64::MAX)? })

@@ -25,6 +25,7 @@ pub(crate) struct Watch {
     /// Whether pages that were never written are left alone by the sweep.
     sparse: bool,
     report_ms: u64,
+    beat: Option<Pace>,
     rate: Pace,
     sweep: Sweep,
     bad: u64,
@@ -69,6 +70,7 @@ impl Watch {
             bad_in_last: 0,
         };
         let rate = clock.pace(options.rate);
+        let beat = 1000_u64.checked_div(options.beat).map(|rate| clock.pace(rate));
         Watch {
             arena,
             pattern,
@@ -78,6 +80,7 @@ impl Watch {
             pages: options.fill,
             sparse: !options.touch,
             report_ms: options.report,
+            beat,
             rate,
             sweep,
             bad: 0,
@@ -98,6 +101,9 @@ impl Watch {
             }
             if self.pages > 0 && self.sweep.pace.due(now) {
                 self.sweep_next();
+            }
+            if self.beat.as_mut().is_some_and(|beat| beat.due(now)) {
+                self.say(format_args!("+"));
             }
             if self.clock.milliseconds() >= next_report {
                 self.report();
@@ -225,10 +231,8 @@ impl Watch {
                 self.overwrite(page, page, older);
                 self.arena.set_version(page, older);
             }
-            Harm::Witness => {
-                let Witness { count, chain } = self.witness;
-                Witness { count: count.wrapping_sub(1), chain }.write(self.arena.witness(true));
-            }
+            Harm::Witness => self.witness.older().write(self.arena.witness(true)),
+            Harm::Registers => self.witness.older().write_registers(),
         }
         self.say(format_args!("sabotage done page={page}"));
     }

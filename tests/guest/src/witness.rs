@@ -32,7 +32,17 @@ impl Witness {
         for second in [false, true] {
             self.write(arena.witness(second));
         }
+        self.write_registers();
+    }
+
+    /// Writes it to the registers.
+    pub(crate) fn write_registers(&self) {
         keep_in_registers([self.count, self.chain]);
+    }
+
+    /// One that cannot be right: a rewrite too few.
+    pub(crate) fn older(&self) -> Witness {
+        Witness { count: self.count.wrapping_sub(1), chain: self.chain }
     }
 
     /// Writes it to one page.

@@ -1,7 +1,8 @@
 //! The first instructions: two 32-bit doors (PVH and multiboot), the static page tables, long mode,
 //! ring 3, and the call into Rust. Some KVMs (PVM, which needs no hardware virtualisation) run only
 //! ring 3 natively and emulate every instruction before that, slowly and without SSE. So everything
-//! that can wait is done there, with an I/O privilege level that leaves the ports open.
+//! that can wait is done there, with the ports opened by a task segment's bitmap: the I/O privilege
+//! level gets lost under PVM.
 
 use core::arch::global_asm;
 
@@ -37,6 +38,11 @@ multiboot_entry:
     movl %eax, %edi
     movl %ebx, %esi
     movl $stack_top, %esp
+    movl $task, %eax            # the task segment's base, in the pieces that a descriptor wants
+    movw %ax, gdt_task + 2
+    shrl $16, %eax
+    movb %al, gdt_task + 4
+    movb %ah, gdt_task + 7
     lgdt gdt_pointer
     movl %cr4, %eax
     orl $0x620, %eax            # PAE, OSFXSR, OSXMMEXCPT
@@ -55,9 +61,11 @@ multiboot_entry:
 
     .code64
 start64:
+    movl $gdt_task - gdt, %eax
+    ltr %ax
     pushq $0x1B                 # user data
     pushq $stack_top
-    pushq $0x3002               # I/O privilege level 3, no interrupts
+    pushq $0x02                 # no interrupts
     pushq $0x23                 # user code
     pushq $ring3
     iretq
@@ -88,9 +96,22 @@ gdt:
     .quad 0x00CF93000000FFFF    # data
     .quad 0x00CFF3000000FFFF    # user data
     .quad 0x00AFFB000000FFFF    # user 64-bit code
+gdt_task:
+    .word task_end - task - 1, 0
+    .byte 0, 0x89, 0, 0
+    .quad 0
 gdt_pointer:
     .word . - gdt - 1
     .long gdt
+
+    # Only there for its port bitmap: ports up to 0x7FF are open.
+    .balign 8
+task:
+    .fill 102, 1, 0
+    .word 104
+    .fill 256, 1, 0
+    .byte 0xFF
+task_end:
 
     .section .note.pvh, "a", @note
     .long 4, 4, 18              # XEN_ELFNOTE_PHYS32_ENTRY

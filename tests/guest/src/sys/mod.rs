@@ -44,11 +44,8 @@ impl Memory {
     /// Takes the memory and maps it up to `top`; less when that is beyond what the tables hold,
     /// see [`Memory::mapped`]. Called once, at the start.
     pub(crate) fn take(top: u64) -> Memory {
-        let mut mapped = MAPPED_AT_START;
-        for spare in 0..SPARE_DIRECTORIES {
-            if mapped >= top {
-                break;
-            }
+        let (mut mapped, mut spare) = (MAPPED_AT_START, 0);
+        while mapped < top && spare < SPARE_DIRECTORIES {
             // SAFETY: one CPU, no interrupts, and `take` is called once, so nothing else looks at
             // the tables but the page walker, which meets an entry only when its table is full.
             unsafe {
@@ -60,6 +57,7 @@ impl Memory {
                 slot.write_volatile(directory as u64 | TABLE_FLAGS);
             }
             mapped += 1 << 30;
+            spare += 1;
         }
         Memory { mapped }
     }
