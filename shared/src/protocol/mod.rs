@@ -2,8 +2,8 @@
 //!
 //! `PROTOCOL.md` beside this crate says the same in prose; a test holds the two together.
 
-// pub mod control;
-// pub mod header;
+pub mod control;
+pub mod header;
 pub mod manifest;
 
 /// The one port of an agent.

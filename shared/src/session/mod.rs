@@ -1,25 +1,36 @@
 //! One move: the two ends of it, the commit between them, and what is told about it.
 //!
 //! [`commit`] holds the pure state machines that decide who owns the workload; everything else here
-//! drives them. [`source`] runs the leaving end, [`destination`] the arriving end, [`recovery`]
-//! settles what a restart left open, [`journal`] is the durable memory of all three.
+//! drives them. [`source`] runs the leaving end (its copying is in `copying`, its hold on the
+//! workload in [`departure`]), [`destination`] and [`sessions`] the arriving end, [`recovery`]
+//! settles what a restart left open, [`journal`] is the durable memory of all of them.
 
-// pub mod commit;
-// pub mod destination;
-// pub mod journal;
-// pub mod policy;
+mod arrival;
+pub mod asking;
+pub mod commit;
+mod copying;
+pub mod departure;
+pub mod destination;
+pub mod error;
+pub mod journal;
+mod link;
+pub mod policy;
 pub mod progress;
-// pub mod recovery;
+pub mod recovery;
 pub mod report;
-// pub mod source;
+pub mod sessions;
+pub mod source;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use destination::DestinationHost;
 pub use progress::{Progress, ProgressSender};
 pub use report::{Outcome, Report};
+pub use sessions::DestinationSessions;
+pub use source::{Ending, Fate, SourceContext, SourceMove, migrate};
 
 /// How memory is to travel, as the user asked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

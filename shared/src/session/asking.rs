@@ -1,0 +1,77 @@
+//! Asking a destination, over fresh connections, what became of a committed session.
+
+use std::time::Duration;
+
+use super::commit::Answer;
+use super::error::{Result, SessionError, chain};
+use super::link::Link;
+use crate::protocol::control::{Commit, Settlement, reply, request};
+use crate::transport::{Control, Dialer, PeerAddress, Role};
+
+/// How long one try may take to connect.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// How long the answer may take: the destination may be activating.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+/// Pauses between tries grow from the first to the second.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+
+/// Asks until an answer comes; never gives up by itself. The answer, and why.
+pub async fn ask_until_settled(
+    dialer: &Dialer,
+    peer: &PeerAddress,
+    commit: &Commit,
+) -> (Answer, String) {
+    let mut pause = PAUSES.0;
+    loop {
+        match ask(dialer, peer, commit).await {
+            Ok(answer) => return answer,
+            Err(error) => {
+                tracing::info!(migration = %commit.migration, peer = %peer.name,
+                    error = %chain(&error), "No answer yet; asking again");
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSES.1);
+    }
+}
+
+/// Asks once.
+///
+/// # Errors
+/// When the destination cannot be reached or does not answer sensibly.
+pub async fn ask(dialer: &Dialer, peer: &PeerAddress, commit: &Commit) -> Result<(Answer, String)> {
+    let connection = dialer.dial(peer, Role::Control, CONNECT_WITHIN).await.map_err(|source| {
+        SessionError::Transport { what: format!("Cannot ask {}", peer.name), source }
+    })?;
+    let mut link = Link::new(Control::new(connection));
+    link.send(request::Body::Commit(commit.clone())).await;
+    let body = link.reply(ANSWER_WITHIN, "asking what became of the workload").await?;
+    let settled = match body {
+        reply::Body::Settled(settled) => read_settlement(&settled, &peer.name),
+        other => Err(link.unexpected(&other, "asking what became of the workload")),
+    };
+    link.close().await;
+    settled
+}
+
+/// What a destination's answer means.
+///
+/// # Errors
+/// When this build does not know the word.
+pub(super) fn read_settlement(
+    settled: &crate::protocol::control::Settled,
+    host: &str,
+) -> Result<(Answer, String)> {
+    let answer = match settled.settlement() {
+        Settlement::Running => Answer::Running,
+        Settlement::Aborted => Answer::Aborted,
+        Settlement::Undecided => Answer::Undecided,
+        Settlement::Unspecified => {
+            return Err(SessionError::Protocol {
+                host: host.to_owned(),
+                what: "it answered Commit with a word that this build does not know".to_owned(),
+            });
+        }
+    };
+    Ok((answer, settled.reason.clone()))
+}

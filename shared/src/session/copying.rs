@@ -1,0 +1,383 @@
+//! What the source sends: files, rounds of pages, the final stop's rest and the state sections.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::interval;
+
+use super::departure::Departure;
+use super::error::{Result, SessionError};
+use super::policy::{Decision, Policy, Remaining};
+use super::progress::Progress;
+use super::report::{PageCounts, Report, Round};
+use super::source::{Wire, millis};
+use super::{Compress, MoveOptions};
+use crate::files::{FileCounters, TreeSender};
+use crate::pages::{Compression, PAGE_SIZE, PageReader, PageSet, SendCounters, SendOptions, SendPool};
+use crate::protocol::control::{self, Load, Part, reply, request};
+use crate::transport::{Canceller, DataStream};
+use crate::workload::{FileTree, Section, SpaceInfo};
+
+/// Bytes of a state section that travel in one control message.
+const PART: usize = 1 << 20;
+/// How long the destination may take to install a round whose last byte has left.
+const ROUND_WITHIN: Duration = Duration::from_secs(120);
+/// Progress lines a second.
+const TICKS: u32 = 10;
+/// Wire bytes of a round below which its rate says nothing about the link.
+const MEASURABLE: u64 = 4 << 20;
+
+/// Everything that leaves over page and file streams, and how far it has come.
+pub(super) struct Copying {
+    pool: Option<SendPool>,
+    cancellers: Vec<Canceller>,
+    counters: Arc<SendCounters>,
+    files: Option<TreeSender<DataStream>>,
+    file_canceller: Canceller,
+    file_counters: Arc<FileCounters>,
+    trees: Vec<FileTree>,
+    max_downtime: Duration,
+    timeout: Duration,
+    started: Instant,
+    announced: BTreeSet<u32>,
+    round: u32,
+    /// Wire bytes a second, from the last round that was long enough to tell.
+    rate: f64,
+}
+
+impl Copying {
+    pub(super) fn new(
+        pages: Vec<DataStream>,
+        files: DataStream,
+        trees: Vec<FileTree>,
+        options: &MoveOptions,
+        started: Instant,
+    ) -> Result<Self> {
+        let compression = match options.compress {
+            Compress::Auto => Compression::Auto,
+            Compress::None => Compression::None,
+            Compress::Lz4 => Compression::Lz4,
+            Compress::Zstd => Compression::Zstd,
+        };
+        let cancellers = pages.iter().map(DataStream::canceller).collect();
+        let pool = SendPool::start(pages, SendOptions { compression })
+            .map_err(|error| SessionError::Pages { round: 0, source: Box::new(error) })?;
+        let file_counters = Arc::new(FileCounters::default());
+        Ok(Self {
+            counters: pool.counters(),
+            pool: Some(pool),
+            cancellers,
+            file_canceller: files.canceller(),
+            files: Some(TreeSender::new(files, file_counters.clone())),
+            file_counters,
+            trees,
+            max_downtime: options.max_downtime(),
+            timeout: options.timeout(),
+            started,
+            announced: BTreeSet::new(),
+            round: 0,
+            rate: 1e8,
+        })
+    }
+
+    /// Sends every file tree while the workload runs.
+    pub(super) async fn send_files(&mut self, wire: &mut Wire<'_>) -> Result<()> {
+        if self.trees.is_empty() {
+            return Ok(());
+        }
+        let sending = self.on_files(|sender, tree| sender.send(tree), |_| true)?;
+        let mut ticks = interval(Duration::from_secs(1) / TICKS);
+        tokio::pin!(sending);
+        loop {
+            tokio::select! {
+                sent = &mut sending => {
+                    self.files = Some(sent??);
+                    self.tell_files(wire);
+                    return Ok(());
+                }
+                _ = ticks.tick() => self.tell_files(wire),
+                error = wire.halt.halted() => {
+                    self.file_canceller.cancel();
+                    return Err(error);
+                }
+                body = wire.link.reply(Duration::MAX, "sending the files") => {
+                    // Only a failure comes unasked; it says more than the stream's own end.
+                    self.file_canceller.cancel();
+                    return Err(match body {
+                        Ok(other) => wire.link.unexpected(&other, "sending the files"),
+                        Err(error) => error,
+                    });
+                }
+            }
+        }
+    }
+
+    fn tell_files(&self, wire: &Wire<'_>) {
+        wire.progress.tell(Progress::Files {
+            sent_bytes: self.file_counters.sent_bytes.load(Ordering::Relaxed),
+            total_bytes: self.file_counters.total_bytes.load(Ordering::Relaxed),
+        });
+    }
+
+    /// Runs `send` over the trees that `wanted` picks, on a thread that may block.
+    #[allow(clippy::type_complexity)]
+    fn on_files(
+        &mut self,
+        send: impl Fn(&mut TreeSender<DataStream>, &FileTree) -> crate::files::Result<()> + Send + 'static,
+        wanted: impl Fn(&FileTree) -> bool,
+    ) -> Result<JoinHandle<Result<TreeSender<DataStream>>>> {
+        let trees: Vec<_> = self.trees.iter().filter(|tree| wanted(tree)).cloned().collect();
+        let mut sender = self.files.take().ok_or_else(|| gone("file"))?;
+        Ok(spawn_blocking(move || {
+            for tree in &trees {
+                send(&mut sender, tree).map_err(|error| SessionError::Files {
+                    path: tree.path.clone(),
+                    source: Box::new(error),
+                })?;
+            }
+            Ok(sender)
+        }))
+    }
+
+    /// Rounds while the workload runs, until the policy says stop. Gives what the last harvest took
+    /// and no round sent, for [`Copying::final_stop`].
+    pub(super) async fn pre_copy(
+        &mut self,
+        departure: &mut Departure,
+        wire: &mut Wire<'_>,
+        report: &mut Report,
+    ) -> Result<PageSet> {
+        let reader = departure.with(|workload| workload.reader()).await?;
+        departure.with(|workload| workload.track()).await?;
+        let fixed = Duration::from_secs_f64(wire.fixed_stop_ms.max(0.0) / 1e3);
+        let mut policy = Policy::new(self.max_downtime, self.timeout, fixed);
+        let mut dirty = harvest(departure, PageSet::new()).await?;
+        loop {
+            wire.halt.check()?;
+            let spaces = departure.with(|workload| workload.spaces()).await?;
+            let sent = self.send_round(reader.clone(), dirty, &spaces, wire, report).await?;
+            dirty = harvest(departure, PageSet::new()).await?;
+            let remaining = Remaining {
+                dirty_pages: dirty.len(),
+                wire_ratio: sent.wire_ratio,
+                wire_rate: self.rate,
+                elapsed: self.started.elapsed(),
+            };
+            let predicted = millis(policy.predict(&remaining));
+            let dirty_rate = remaining.dirty_pages as f64 / (sent.took.as_secs_f64().max(1e-3));
+            self.tell_pages(wire, 0, remaining.dirty_pages, Some(dirty_rate), Some(predicted));
+            match policy.decide(&remaining) {
+                Decision::Another => {}
+                Decision::Throttle { percent } => {
+                    let text = format!("It writes faster than the link: taking {percent} % of its processor time");
+                    wire.progress.tell(Progress::Note { text });
+                    departure.with(move |workload| workload.throttle(percent)).await?;
+                }
+                Decision::Stop => {
+                    report.predicted.downtime_ms = Some(predicted);
+                    return Ok(dirty);
+                }
+                Decision::GiveUp { reason } => return Err(SessionError::NotConverging(reason)),
+            }
+        }
+    }
+
+    /// While the workload stands still: the last pages on all streams, and beside them the state
+    /// and what changed in the files. `held` is what pre-copy harvested and did not send.
+    pub(super) async fn final_stop(
+        &mut self,
+        departure: &mut Departure,
+        held: PageSet,
+        wire: &mut Wire<'_>,
+        report: &mut Report,
+    ) -> Result<()> {
+        let begun = Instant::now();
+        let spaces = departure.with(|workload| workload.spaces()).await?;
+        let reader = departure.with(|workload| workload.reader()).await?;
+        let files = self.on_files(
+            |sender, tree| sender.send_changes(tree),
+            |tree| tree.live,
+        )?;
+        let last = harvest(departure, held).await?;
+        let saving = async {
+            let sections = departure.with(|workload| workload.save()).await?;
+            // Devices may write memory while they are saved.
+            let more = harvest(departure, PageSet::new()).await?;
+            Ok::<_, SessionError>((sections, more, Instant::now()))
+        };
+        let pages = self.send_round(reader.clone(), last, &spaces, wire, report);
+        let (saved, sent) = tokio::join!(saving, pages);
+        let (sections, more, _) = saved?;
+        sent?;
+        if !more.is_empty() {
+            self.send_round(reader, more, &spaces, wire, report).await?;
+        }
+        report.downtime.memory_ms = millis(begun.elapsed());
+        let stating = Instant::now();
+        self.files = Some(files.await??);
+        self.finish_files().await?;
+        send_sections(sections, wire).await;
+        report.downtime.state_ms = millis(stating.elapsed());
+        self.fill_report(report);
+        Ok(())
+    }
+
+    async fn finish_files(&mut self) -> Result<()> {
+        let Some(sender) = self.files.take() else { return Ok(()) };
+        spawn_blocking(move || sender.finish()).await?.map_err(|error| SessionError::Files {
+            path: "the end of the file stream".to_owned(),
+            source: Box::new(error),
+        })
+    }
+
+    /// Sends one round and waits until every page of it is in its place.
+    async fn send_round(
+        &mut self,
+        reader: Arc<dyn PageReader>,
+        pages: PageSet,
+        spaces: &[SpaceInfo],
+        wire: &mut Wire<'_>,
+        report: &mut Report,
+    ) -> Result<Sent> {
+        self.round += 1;
+        let round = self.round;
+        let begun = Instant::now();
+        let before = self.counters.wire_bytes.load(Ordering::Relaxed);
+        let read_before = self.counters.read_bytes.load(Ordering::Relaxed);
+        let dirty_pages = pages.len();
+        let fresh = spaces.iter().filter(|space| self.announced.insert(space.id)).cloned().collect();
+        wire.link.send(request::Body::Round(control::Round { round, spaces: fresh })).await;
+        let mut pool = self.pool.take().ok_or_else(|| gone("page"))?;
+        let mut sending = spawn_blocking(move || {
+            let sent = pool.round(round, reader, &pages);
+            (pool, sent)
+        });
+        let mut ticks = interval(Duration::from_secs(1) / TICKS);
+        let (mut sent, mut installed) = (false, false);
+        while !(sent && installed) {
+            tokio::select! {
+                done = &mut sending, if !sent => {
+                    let (pool, result) = done?;
+                    self.pool = Some(pool);
+                    result.map_err(|error| SessionError::Pages { round, source: Box::new(error) })?;
+                    sent = true;
+                }
+                body = wire.link.reply(ROUND_WITHIN, "sending pages") => match body {
+                    Ok(reply::Body::RoundDone(done)) if done.round == round => installed = true,
+                    Ok(other) => {
+                        self.cancel();
+                        return Err(wire.link.unexpected(&other, "sending pages"));
+                    }
+                    Err(error) => {
+                        self.cancel();
+                        return Err(error);
+                    }
+                },
+                error = wire.halt.halted() => {
+                    self.cancel();
+                    return Err(error);
+                }
+                _ = ticks.tick() => {
+                    let read = self.counters.read_bytes.load(Ordering::Relaxed) - read_before;
+                    self.tell_pages(wire, read / PAGE_SIZE as u64, dirty_pages, None, None);
+                }
+            }
+        }
+        let took = begun.elapsed();
+        let wire_bytes = self.counters.wire_bytes.load(Ordering::Relaxed) - before;
+        if wire_bytes >= MEASURABLE {
+            self.rate = wire_bytes as f64 / took.as_secs_f64();
+        }
+        report.rounds.push(Round { round, dirty_pages, wire_bytes, ms: millis(took) });
+        let memory = (dirty_pages.max(1) * PAGE_SIZE as u64) as f64;
+        Ok(Sent { took, wire_ratio: (wire_bytes as f64 / memory).min(1.05) })
+    }
+
+    fn cancel(&self) {
+        self.cancellers.iter().for_each(Canceller::cancel);
+    }
+
+    fn tell_pages(
+        &self,
+        wire: &Wire<'_>,
+        done: u64,
+        of: u64,
+        dirty_rate: Option<f64>,
+        predicted_downtime_ms: Option<f64>,
+    ) {
+        wire.progress.tell(Progress::Pages {
+            round: self.round,
+            done_pages: done,
+            round_pages: of,
+            wire_bytes: self.counters.wire_bytes.load(Ordering::Relaxed),
+            rate: self.rate,
+            dirty_rate,
+            predicted_downtime_ms,
+        });
+    }
+
+    fn fill_report(&self, report: &mut Report) {
+        let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.counters;
+        report.pages = PageCounts {
+            zero: count(&counters.zero),
+            same: 0,
+            delta: 0,
+            lz4: count(&counters.lz4),
+            zstd: count(&counters.zstd),
+            raw: count(&counters.raw),
+        };
+        report.wire_bytes = count(&counters.wire_bytes);
+        report.file_bytes = count(&self.file_counters.wire_bytes);
+    }
+}
+
+/// What one round measured.
+struct Sent {
+    took: Duration,
+    /// Bytes on the wire for each byte of memory.
+    wire_ratio: f64,
+}
+
+async fn harvest(departure: &mut Departure, mut into: PageSet) -> Result<PageSet> {
+    departure
+        .with(move |workload| {
+            workload.harvest(&mut into)?;
+            Ok(into)
+        })
+        .await
+}
+
+/// Sends the state in parts, then asks to load it.
+async fn send_sections(sections: Vec<Section>, wire: &mut Wire<'_>) {
+    let count = sections.len() as u32;
+    for section in sections {
+        let total = section.bytes.len() as u64;
+        let mut rest = &section.bytes[..];
+        loop {
+            let (part, after) = rest.split_at(rest.len().min(PART));
+            wire.link
+                .send(request::Body::Part(Part {
+                    kind: section.kind.clone(),
+                    version: section.version,
+                    total,
+                    bytes: part.to_vec(),
+                }))
+                .await;
+            rest = after;
+            if rest.is_empty() {
+                break;
+            }
+        }
+    }
+    wire.link.send(request::Body::Load(Load { sections: count })).await;
+}
+
+fn gone(what: &str) -> SessionError {
+    SessionError::Workload(crate::workload::WorkloadError::plain(format!(
+        "The {what} streams of this move are gone"
+    )))
+}

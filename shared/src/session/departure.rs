@@ -1,0 +1,239 @@
+//! The leaving end's hold on a workload: the commit machine of [`super::commit::Source`] with a
+//! real keeper and a real journal behind it. Sessions and recovery both go through here, so that
+//! there is one place where a workload is fenced, resumed or released.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::commit::{Answer, Keep, Record, Sight, Source, SourceAction, SourceInput};
+use super::error::{Result, SessionError, chain, fail_here};
+use super::journal::{Journal, Role};
+use crate::workload::{self, SourceWorkload, WorkloadError};
+
+/// Pause between two tries of something that must work in the end.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// A workload that may leave.
+pub struct Departure {
+    migration: String,
+    token: u64,
+    journal: Arc<Journal>,
+    machine: Source,
+    workload: Option<Box<dyn SourceWorkload>>,
+    /// Whether the journal has a row of this session.
+    begun: bool,
+}
+
+/// What the machine wants of the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// Send Commit and feed the answer to [`Departure::answered`].
+    Commit,
+    /// Tell the destination that nothing will come.
+    Abort,
+}
+
+impl Departure {
+    /// Takes hold of a running workload.
+    pub fn new(
+        migration: &str,
+        token: u64,
+        journal: Arc<Journal>,
+        workload: Box<dyn SourceWorkload>,
+    ) -> Self {
+        Self {
+            migration: migration.to_owned(),
+            token,
+            journal,
+            machine: Source::Open,
+            workload: Some(workload),
+            begun: false,
+        }
+    }
+
+    /// Takes hold of what a restart left: `record` from the journal, `sight` of the keeper, and
+    /// the workload behind it if there is one. Does at once what can be done without the peer.
+    pub async fn restart(
+        migration: &str,
+        token: u64,
+        journal: Arc<Journal>,
+        record: Record,
+        sight: Sight,
+        workload: Option<Box<dyn SourceWorkload>>,
+    ) -> (Self, Vec<Wish>) {
+        let (machine, actions) = Source::restart(record, sight);
+        let mut departure = Self {
+            migration: migration.to_owned(),
+            token,
+            journal,
+            machine,
+            workload,
+            begun: true,
+        };
+        let wishes = departure.carry_out(actions).await;
+        (departure, wishes)
+    }
+
+    /// Where the commit stands.
+    pub fn machine(&self) -> Source {
+        self.machine
+    }
+
+    /// The session has a row in the journal from now on, with this token.
+    pub(super) fn begun(&mut self, token: u64) {
+        self.begun = true;
+        self.token = token;
+    }
+
+    /// Lets `work` use the workload on a thread that may block.
+    ///
+    /// # Errors
+    /// What `work` gives; that the workload is no longer held.
+    pub async fn with<R: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut dyn SourceWorkload) -> workload::Result<R> + Send + 'static,
+    ) -> Result<R> {
+        let mut held = self
+            .workload
+            .take()
+            .ok_or_else(|| WorkloadError::plain("The workload is no longer held by this move"))?;
+        let (held, result) = tokio::task::spawn_blocking(move || {
+            let result = work(&mut *held);
+            (held, result)
+        })
+        .await?;
+        self.workload = Some(held);
+        Ok(result?)
+    }
+
+    /// The destination is prepared: fences. On success the wish is to send Commit.
+    pub async fn hand_over(&mut self) -> Vec<Wish> {
+        self.feed(SourceInput::HandOver).await
+    }
+
+    /// Gives up where that is still possible: the workload runs on when this returns.
+    pub async fn give_up(&mut self) -> Vec<Wish> {
+        self.feed(SourceInput::GiveUp).await
+    }
+
+    /// The destination answered a Commit.
+    pub async fn answered(&mut self, answer: Answer) -> Vec<Wish> {
+        self.feed(SourceInput::Answered(answer)).await
+    }
+
+    /// The operator's word on an undecided session.
+    pub async fn resolve(&mut self, keep: Keep) -> Vec<Wish> {
+        self.feed(SourceInput::Resolve(keep)).await
+    }
+
+    async fn feed(&mut self, input: SourceInput) -> Vec<Wish> {
+        let (machine, actions) = self.machine.step(input);
+        self.machine = machine;
+        self.carry_out(actions).await
+    }
+
+    async fn carry_out(&mut self, actions: Vec<SourceAction>) -> Vec<Wish> {
+        let mut wishes = Vec::new();
+        for action in actions {
+            let input = match action {
+                SourceAction::FenceKeeper => Some(self.fence_keeper().await),
+                SourceAction::Journal(record) => Some(self.write(record).await),
+                SourceAction::SendCommit => {
+                    wishes.push(Wish::Commit);
+                    None
+                }
+                SourceAction::SendAbort => {
+                    wishes.push(Wish::Abort);
+                    None
+                }
+                SourceAction::Resume => {
+                    self.resume().await;
+                    Some(SourceInput::Resumed)
+                }
+                SourceAction::Release => {
+                    self.release().await;
+                    None
+                }
+            };
+            if let Some(input) = input {
+                wishes.extend(Box::pin(self.feed(input)).await);
+            }
+        }
+        wishes
+    }
+
+    async fn fence_keeper(&mut self) -> SourceInput {
+        let token = self.token;
+        match self.with(move |workload| workload.fence(token)).await {
+            Ok(()) => SourceInput::KeeperFenced,
+            Err(error) => {
+                tracing::warn!(migration = %self.migration, error = %chain(&error), "Cannot fence");
+                SourceInput::GiveUp
+            }
+        }
+    }
+
+    /// Writes `record`. Only FENCED may fail, because only before it giving up is still possible.
+    async fn write(&self, record: Record) -> SourceInput {
+        if !self.begun {
+            return SourceInput::Journaled(record);
+        }
+        loop {
+            match self.write_once(record).await {
+                Ok(()) => return SourceInput::Journaled(record),
+                Err(error) => {
+                    tracing::error!(migration = %self.migration, error = %chain(&error),
+                        "Cannot write {} to the journal", record.word());
+                    if record == Record::Fenced {
+                        return SourceInput::GiveUp;
+                    }
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    async fn write_once(&self, record: Record) -> Result<()> {
+        if record == Record::Fenced {
+            fail_here!("source.fence");
+        }
+        let journal = self.journal.clone();
+        let migration = self.migration.clone();
+        tokio::task::spawn_blocking(move || journal.record(&migration, Role::Source, record))
+            .await?
+            .map_err(SessionError::from)
+    }
+
+    /// Resumes, trying again as long as the keeper is there: nothing runs elsewhere.
+    async fn resume(&mut self) {
+        loop {
+            if self.workload.is_none() {
+                return;
+            }
+            match self.with(|workload| workload.resume()).await {
+                Ok(()) => return,
+                Err(SessionError::Workload(WorkloadError::KeeperGone { what, .. })) => {
+                    // Without its agent's connection the keeper resumes by itself, or is gone.
+                    tracing::error!(migration = %self.migration, what, "Lost the keeper");
+                    self.workload = None;
+                }
+                Err(error) => {
+                    tracing::error!(migration = %self.migration, error = %chain(&error),
+                        "Cannot resume the workload; trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    async fn release(&mut self) {
+        if self.workload.is_none() {
+            return;
+        }
+        if let Err(error) = self.with(|workload| workload.release()).await {
+            tracing::error!(migration = %self.migration, error = %chain(&error),
+                "Cannot take the old copy away; it stays stopped");
+        }
+        self.workload = None;
+    }
+}

@@ -1,0 +1,454 @@
+//! The arriving end of a move, message by message.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use super::commit::Answer;
+use super::error::{Result, SessionError, chain, fail_here};
+use super::sessions::Live;
+use crate::files::{Incoming, receive};
+use crate::pages::ReceivePool;
+use crate::protocol::control::{
+    Loaded, Offer, Part, Pong, Ready, Reply, Request, Round, RoundDone, Settled, Settlement, reply,
+    request,
+};
+use crate::transport::{ControlReader, ControlWriter, DataStream, Role};
+use crate::workload::{
+    DestinationWorkload, Manifest, PlacedTree, Refusal, Section, SpaceInfo, is_plain_absolute,
+};
+
+/// A source that sends nothing at all, not even a ping, for so long is lost.
+const SILENCE: Duration = Duration::from_secs(15);
+/// How long the streams of a session may take to join.
+const JOIN_WITHIN: Duration = Duration::from_secs(30);
+/// How long one round may take to arrive.
+const ROUND_WITHIN: Duration = Duration::from_secs(3600);
+/// State sections of one workload together.
+const SECTIONS_CAP: u64 = 16 << 30;
+/// Number of sections of one workload.
+const SECTIONS_MOST: usize = 100_000;
+/// Spaces of one workload.
+const SPACES_MOST: usize = 1 << 20;
+
+/// What an agent does for the sessions that come to it. All of it may block.
+pub trait DestinationHost: Send + Sync + 'static {
+    /// Name of this host.
+    fn name(&self) -> &str;
+    /// Whether this host's configuration wants pages encrypted.
+    fn page_encryption(&self) -> bool;
+    /// Where the files of a workload would stand here.
+    ///
+    /// # Errors
+    /// Every path that makes no sense here.
+    fn place_trees(
+        &self,
+        manifest: &Manifest,
+        paths: &[(PathBuf, PathBuf)],
+    ) -> std::result::Result<Vec<PlacedTree>, Vec<Refusal>>;
+    /// Every reason against the workload. Touches nothing.
+    fn preflight(&self, manifest: &Manifest, trees: &[PlacedTree]) -> Vec<Refusal>;
+    /// Whether what stands at `tree` is an earlier copy of this very workload.
+    fn known_copy(&self, manifest: &Manifest, tree: &PlacedTree) -> bool;
+    /// Registers the workload as incoming and builds it, empty.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being built; nothing is left behind then.
+    fn prepare(
+        &self,
+        migration: &str,
+        manifest: &Manifest,
+        trees: &[PlacedTree],
+    ) -> crate::workload::Result<Box<dyn DestinationWorkload>>;
+    /// It runs here now.
+    fn running(&self, migration: &str, manifest: &Manifest);
+    /// It did not come, and everything of it is gone.
+    fn gone(&self, migration: &str, manifest: &Manifest);
+}
+
+/// An accepted offer.
+pub(super) struct Accepted {
+    pub(super) manifest: Manifest,
+    pub(super) trees: Vec<PlacedTree>,
+    pub(super) streams: u32,
+}
+
+/// The control connection as the destination uses it: pings are answered at once by the reading
+/// task, everything else comes out of `requests`.
+pub(super) struct Wire {
+    pub(super) requests: mpsc::Receiver<request::Body>,
+    replies: mpsc::Sender<Reply>,
+    writer: JoinHandle<()>,
+}
+
+impl Wire {
+    pub(super) fn new(mut reader: ControlReader, mut writer: ControlWriter) -> Self {
+        let (said, requests) = mpsc::channel(16);
+        let (replies, mut out) = mpsc::channel::<Reply>(64);
+        let writer = tokio::spawn(async move {
+            while let Some(reply) = out.recv().await {
+                if let Err(error) = writer.send(&reply).await {
+                    tracing::debug!(%error, "Cannot answer the source");
+                    return;
+                }
+            }
+            // Whether the source still reads the end does not matter.
+            let _ = writer.close().await;
+        });
+        let pong = replies.clone();
+        tokio::spawn(async move {
+            loop {
+                let body = match reader.recv::<Request>(SILENCE).await {
+                    Ok(Some(Request { body: Some(request::Body::Ping(_)) })) => {
+                        if pong.send(reply::Body::Pong(Pong {}).into()).await.is_err() {
+                            return;
+                        }
+                        continue;
+                    }
+                    Ok(Some(Request { body: Some(body) })) => body,
+                    Ok(Some(Request { body: None })) => {
+                        tracing::warn!("The source said something that this build does not know");
+                        return;
+                    }
+                    Ok(None) => return,
+                    Err(error) => {
+                        tracing::info!(%error, "Lost the source's control connection");
+                        return;
+                    }
+                };
+                if said.send(body).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Self { requests, replies, writer }
+    }
+
+    pub(super) async fn reply(&self, body: reply::Body) {
+        // A writer that is gone is noticed by the reader.
+        let _ = self.replies.send(body.into()).await;
+    }
+
+    /// Sends what is still to be sent, and closes.
+    pub(super) async fn close(self) {
+        drop(self.requests);
+        drop(self.replies);
+        let _ = tokio::time::timeout(Duration::from_secs(2), self.writer).await;
+    }
+}
+
+/// Checks an offer. Touches nothing.
+pub(super) fn judge(
+    host: &dyn DestinationHost,
+    offer: &Offer,
+    newest_token: u64,
+) -> std::result::Result<Accepted, Vec<Refusal>> {
+    use crate::workload::RefusalCode;
+    let wrong = |text: &str| vec![Refusal::new(RefusalCode::Request, text)];
+    let Some(manifest) = offer.manifest.clone() else {
+        return Err(wrong("The offer has no manifest"));
+    };
+    if manifest.spaces.len() > SPACES_MOST
+        || manifest.files.iter().any(|tree| !is_plain_absolute(tree.path.as_ref()))
+    {
+        return Err(wrong("The manifest makes no sense"));
+    }
+    if offer.token <= newest_token {
+        return Err(wrong(
+            "The offer's fencing token is not newer than one that this host has seen of the \
+             workload: this is a late or repeated offer",
+        ));
+    }
+    let paths: Vec<_> =
+        offer.paths.iter().map(|path| (PathBuf::from(&path.old), PathBuf::from(&path.new))).collect();
+    let trees = host.place_trees(&manifest, &paths)?;
+    let mut refusals = Vec::new();
+    for (tree, probe) in trees.iter().zip(&offer.probes) {
+        if tree.tree.live && !probe.is_empty() && crate::files::is_same_place(&tree.path, probe) {
+            refusals.push(Refusal::new(
+                RefusalCode::SameFile,
+                format!(
+                    "{} at {} is the very same place as at the source: it would be written onto \
+                     itself. Give another with --path {}=NEW",
+                    tree.path.display(),
+                    host.name(),
+                    tree.tree.path
+                ),
+            ));
+        }
+    }
+    if refusals.is_empty() {
+        refusals = host.preflight(&manifest, &trees);
+    }
+    if refusals.is_empty() {
+        Ok(Accepted { manifest, trees, streams: offer.streams.clamp(1, 64) })
+    } else {
+        Err(refusals)
+    }
+}
+
+/// Builds, receives and loads the workload of an accepted offer; returns when it is prepared.
+pub(super) async fn receive_workload(
+    live: &Arc<Live>,
+    accepted: &Accepted,
+    joined: &mut mpsc::Receiver<(Role, DataStream)>,
+    wire: &mut Wire,
+) -> Result<()> {
+    fail_here!("destination.prepare");
+    let host = live.host.clone();
+    let (migration, manifest, trees) =
+        (live.migration.clone(), accepted.manifest.clone(), accepted.trees.clone());
+    let built =
+        tokio::task::spawn_blocking(move || host.prepare(&migration, &manifest, &trees)).await??;
+    live.arrival.lock().await.hold(built);
+    wire.reply(reply::Body::Ready(Ready {})).await;
+    let (pages, files) = collect(live, accepted.streams, joined, wire).await?;
+    let mut receiving = Receiving::new(live, accepted, pages, files)?;
+    loop {
+        tokio::select! {
+            body = wire.requests.recv() => match body {
+                Some(request::Body::Round(round)) => receiving.begin_round(round, wire).await?,
+                Some(request::Body::Part(part)) => receiving.take_part(part)?,
+                Some(request::Body::Load(load)) => {
+                    let loaded = receiving.load(load.sections).await?;
+                    live.arrival.lock().await.loaded().await;
+                    wire.reply(reply::Body::Loaded(loaded)).await;
+                    return Ok(());
+                }
+                Some(request::Body::Abort(abort)) => return Err(aborted(live, abort.reason)),
+                Some(other) => return Err(out_of_turn(live, &other)),
+                None => return Err(lost(live)),
+            },
+            result = receiving.background() => result?,
+        }
+    }
+}
+
+/// Waits until every stream of the session has joined.
+async fn collect(
+    live: &Live,
+    streams: u32,
+    joined: &mut mpsc::Receiver<(Role, DataStream)>,
+    wire: &mut Wire,
+) -> Result<(Vec<DataStream>, DataStream)> {
+    let mut pages = Vec::new();
+    let mut files = None;
+    let deadline = tokio::time::Instant::now() + JOIN_WITHIN;
+    while pages.len() < streams as usize || files.is_none() {
+        tokio::select! {
+            stream = joined.recv() => match stream {
+                Some((Role::Page, stream)) => pages.push(stream),
+                Some((_, stream)) => files = Some(stream),
+                None => return Err(lost(live)),
+            },
+            body = wire.requests.recv() => return Err(match body {
+                Some(request::Body::Abort(abort)) => aborted(live, abort.reason),
+                Some(other) => out_of_turn(live, &other),
+                None => lost(live),
+            }),
+            () = tokio::time::sleep_until(deadline) => return Err(SessionError::Protocol {
+                host: live.peer.name.clone(),
+                what: "its page connections did not come".to_owned(),
+            }),
+        }
+    }
+    files.map(|files| (pages, files)).ok_or_else(|| lost(live))
+}
+
+/// What arrives over page and file streams, and the sections gathered so far.
+struct Receiving {
+    live: Arc<Live>,
+    pool: Arc<ReceivePool>,
+    round: Option<JoinHandle<Result<()>>>,
+    files: Option<JoinHandle<Result<()>>>,
+    spaces: Vec<SpaceInfo>,
+    sections: Vec<Section>,
+    /// Bytes still to come of the last section.
+    open: u64,
+    total: u64,
+}
+
+impl Receiving {
+    fn new(
+        live: &Arc<Live>,
+        accepted: &Accepted,
+        pages: Vec<DataStream>,
+        files: DataStream,
+    ) -> Result<Self> {
+        let pool = Arc::new(ReceivePool::new(pages.len() as u32));
+        for stream in pages {
+            pool.add_stream(stream)
+                .map_err(|error| SessionError::Pages { round: 0, source: Box::new(error) })?;
+        }
+        let incoming = accepted
+            .trees
+            .iter()
+            .map(|tree| Incoming {
+                keep_equal: live.host.known_copy(&accepted.manifest, tree),
+                tree: tree.clone(),
+            })
+            .collect();
+        let landing = live.landing.clone();
+        let files = tokio::task::spawn_blocking(move || {
+            receive(files, incoming, &landing).map_err(|error| SessionError::Files {
+                path: "the destination".to_owned(),
+                source: Box::new(error),
+            })
+        });
+        Ok(Self {
+            live: live.clone(),
+            pool,
+            round: None,
+            files: Some(files),
+            spaces: Vec::new(),
+            sections: Vec::new(),
+            open: 0,
+            total: 0,
+        })
+    }
+
+    /// Makes room for a round and lets it arrive beside whatever else is said.
+    async fn begin_round(&mut self, round: Round, wire: &Wire) -> Result<()> {
+        if self.round.is_some() {
+            return Err(SessionError::Protocol {
+                host: self.live.peer.name.clone(),
+                what: "it began a round within a round".to_owned(),
+            });
+        }
+        self.spaces.extend(round.spaces);
+        if self.spaces.len() > SPACES_MOST {
+            return Err(SessionError::Protocol {
+                host: self.live.peer.name.clone(),
+                what: "it named more spaces than any workload has".to_owned(),
+            });
+        }
+        let spaces = self.spaces.clone();
+        let writer =
+            self.live.arrival.lock().await.with(move |workload| workload.writer(&spaces)).await?;
+        self.pool.set_spaces(&self.spaces, writer);
+        let pool = self.pool.clone();
+        let (number, replies) = (round.round, wire.replies.clone());
+        self.round = Some(tokio::task::spawn_blocking(move || {
+            let received = pool.wait_round(number, ROUND_WITHIN).map_err(|error| {
+                SessionError::Pages { round: number, source: Box::new(error) }
+            })?;
+            let done = RoundDone { round: number, pages: received.pages };
+            // A connection that is gone is noticed by its reader.
+            let _ = replies.blocking_send(reply::Body::RoundDone(done).into());
+            Ok(())
+        }));
+        Ok(())
+    }
+
+    /// How the round or the files that are arriving ended; waits for ever when neither is.
+    async fn background(&mut self) -> Result<()> {
+        tokio::select! {
+            result = join(&mut self.round) => {
+                self.round = None;
+                result
+            }
+            result = join(&mut self.files) => {
+                self.files = None;
+                result
+            }
+        }
+    }
+
+    fn take_part(&mut self, part: Part) -> Result<()> {
+        let bad = |what: &str| SessionError::Protocol {
+            host: self.live.peer.name.clone(),
+            what: what.to_owned(),
+        };
+        if self.open == 0 {
+            self.total = self.total.saturating_add(part.total);
+            if self.total > SECTIONS_CAP || self.sections.len() >= SECTIONS_MOST {
+                return Err(bad("its state is larger than any workload's"));
+            }
+            self.open = part.total;
+            self.sections.push(Section {
+                kind: part.kind.clone(),
+                version: part.version,
+                bytes: Vec::new(),
+            });
+        }
+        let left = self.open.checked_sub(part.bytes.len() as u64);
+        match (self.sections.last_mut(), left) {
+            (Some(section), Some(left))
+                if section.kind == part.kind
+                    && section.version == part.version
+                    && (left < self.open || part.total == 0) =>
+            {
+                section.bytes.extend_from_slice(&part.bytes);
+                self.open = left;
+                Ok(())
+            }
+            _ => Err(bad("a piece of state does not fit the section it belongs to")),
+        }
+    }
+
+    /// Everything has been sent: waits for what is still arriving, then loads.
+    async fn load(&mut self, count: u32) -> Result<Loaded> {
+        if self.open != 0 || count as usize != self.sections.len() {
+            return Err(SessionError::Protocol {
+                host: self.live.peer.name.clone(),
+                what: "its state is incomplete".to_owned(),
+            });
+        }
+        if let Some(round) = self.round.take() {
+            round.await??;
+        }
+        if let Some(files) = self.files.take() {
+            files.await??;
+        }
+        fail_here!("destination.load");
+        let begun = Instant::now();
+        let sections = std::mem::take(&mut self.sections);
+        self.live.arrival.lock().await.with(move |workload| workload.load(sections)).await?;
+        Ok(Loaded { load_us: begun.elapsed().as_micros() as u64 })
+    }
+}
+
+async fn join(task: &mut Option<JoinHandle<Result<()>>>) -> Result<()> {
+    match task {
+        Some(task) => task.await?,
+        None => std::future::pending().await,
+    }
+}
+
+/// The durable answer as it travels.
+pub(super) fn settled(answer: Answer, reason: &str) -> Settled {
+    let settlement = match answer {
+        Answer::Running => Settlement::Running,
+        Answer::Aborted => Settlement::Aborted,
+        Answer::Undecided => Settlement::Undecided,
+    };
+    Settled { settlement: settlement.into(), reason: reason.to_owned() }
+}
+
+pub(super) fn lost(live: &Live) -> SessionError {
+    SessionError::Peer {
+        host: live.peer.name.clone(),
+        text: "the control connection ended".to_owned(),
+    }
+}
+
+pub(super) fn aborted(live: &Live, reason: String) -> SessionError {
+    SessionError::Peer { host: live.peer.name.clone(), text: reason }
+}
+
+pub(super) fn out_of_turn(live: &Live, body: &request::Body) -> SessionError {
+    let text = format!("{body:?}");
+    let name = text.split('(').next().unwrap_or_default();
+    SessionError::Protocol {
+        host: live.peer.name.clone(),
+        what: format!("it said {name} out of turn"),
+    }
+}
+
+/// For the peer: what ended the session.
+pub(super) fn told(error: &SessionError) -> String {
+    chain(error)
+}

@@ -1,0 +1,127 @@
+//! The source's control connection: requests out, replies in, and a pulse that notices a dead peer.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+
+use super::error::{Result, SessionError};
+use crate::protocol::control::{Ping, Reply, Request, reply, request};
+use crate::transport::{Control, Peer, TransportError};
+
+/// How often the peer is asked whether it is there.
+const PULSE: Duration = Duration::from_secs(2);
+/// A peer that said nothing at all for so long is lost.
+const SILENCE: Duration = Duration::from_secs(15);
+
+/// The source's end of a control connection.
+#[derive(Debug)]
+pub(super) struct Link {
+    host: String,
+    out: mpsc::Sender<Request>,
+    replies: mpsc::Receiver<std::result::Result<reply::Body, Lost>>,
+    writer: JoinHandle<()>,
+    reader: JoinHandle<()>,
+}
+
+/// How a link ended.
+#[derive(Debug)]
+enum Lost {
+    Closed,
+    Broken(TransportError),
+}
+
+impl Link {
+    /// Speaks to the destination over `control`.
+    pub(super) fn new(control: Control) -> Self {
+        let Peer { name: host, .. } = control.peer().clone();
+        let (mut reader, mut writer) = control.split();
+        let (out, mut requests) = mpsc::channel::<Request>(16);
+        let (said, replies) = mpsc::channel(64);
+        let broken = said.clone();
+        let writer = tokio::spawn(async move {
+            let mut pulse = interval(PULSE);
+            pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                let next = tokio::select! {
+                    request = requests.recv() => request,
+                    _ = pulse.tick() => Some(request::Body::Ping(Ping {}).into()),
+                };
+                let Some(request) = next else {
+                    let _ = writer.close().await;
+                    return;
+                };
+                if let Err(error) = writer.send(&request).await {
+                    let _ = broken.send(Err(Lost::Broken(error))).await;
+                    return;
+                }
+            }
+        });
+        let reader = tokio::spawn(async move {
+            loop {
+                let next = match reader.recv::<Reply>(SILENCE).await {
+                    Ok(Some(Reply { body: Some(reply::Body::Pong(_)) })) => continue,
+                    Ok(Some(Reply { body: Some(body) })) => Ok(body),
+                    Ok(Some(Reply { body: None })) => continue,
+                    Ok(None) => Err(Lost::Closed),
+                    Err(error) => Err(Lost::Broken(error)),
+                };
+                let over = next.is_err();
+                if said.send(next).await.is_err() || over {
+                    return;
+                }
+            }
+        });
+        Self { host, out, replies, writer, reader }
+    }
+
+    /// Name of the destination host.
+    pub(super) fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// Hands `body` to the connection; a broken one is noticed by the next [`Link::reply`].
+    pub(super) async fn send(&self, body: request::Body) {
+        let _ = self.out.send(body.into()).await;
+    }
+
+    /// The next reply. A [`reply::Body::Failed`] is an error.
+    pub(super) async fn reply(&mut self, patience: Duration, what: &str) -> Result<reply::Body> {
+        match timeout(patience, self.replies.recv()).await {
+            Err(_) => Err(SessionError::Protocol {
+                host: self.host.clone(),
+                what: format!("no answer within {} s while {what}", patience.as_secs()),
+            }),
+            Ok(Some(Ok(reply::Body::Failed(failed)))) => {
+                Err(SessionError::Peer { host: self.host.clone(), text: failed.text })
+            }
+            Ok(Some(Ok(body))) => Ok(body),
+            Ok(Some(Err(Lost::Broken(source)))) => Err(SessionError::Transport {
+                what: format!("Lost the connection to {} while {what}", self.host),
+                source,
+            }),
+            Ok(Some(Err(Lost::Closed)) | None) => Err(SessionError::Peer {
+                host: self.host.clone(),
+                text: format!("it closed the connection while {what}"),
+            }),
+        }
+    }
+
+    /// That `body` is not what was expected.
+    pub(super) fn unexpected(&self, body: &reply::Body, what: &str) -> SessionError {
+        let text = format!("{body:?}");
+        let name = text.split('(').next().unwrap_or_default().to_owned();
+        SessionError::Protocol {
+            host: self.host.clone(),
+            what: format!("it answered {name} while {what}"),
+        }
+    }
+
+    /// Sends what is still to be sent, and closes.
+    pub(super) async fn close(self) {
+        drop(self.out);
+        let _ = timeout(Duration::from_secs(2), self.writer).await;
+        self.reader.abort();
+    }
+}

@@ -1,0 +1,165 @@
+//! What a restart left open, settled: at the start of an agent, before it listens to anybody, and
+//! whenever a move ended without an answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::asking::{ask, ask_until_settled};
+use super::commit::{Answer, Destination, DestinationAction, DestinationInput, Keep, Record, Sight, Source};
+use super::departure::{Departure, Wish};
+use super::error::Result;
+use super::journal::{Journal, JournalError, Role, SessionRow};
+use super::source::Fate;
+use crate::protocol::control::Commit;
+use crate::transport::{Dialer, PeerAddress};
+use crate::workload::SourceWorkload;
+
+/// How long an operator's `resolve` waits for a word of the destination itself.
+const ASK_BEFORE_RESOLVE: Duration = Duration::from_secs(5);
+
+/// A source session that a restart, or silence, left open.
+pub struct OpenDeparture {
+    row: SessionRow,
+    dialer: Dialer,
+    departure: tokio::sync::Mutex<Departure>,
+}
+
+impl OpenDeparture {
+    /// Takes the session up again: does what can be done alone (an unfenced workload is resumed
+    /// when this returns) and keeps the rest for [`OpenDeparture::settle`].
+    pub async fn take_up(
+        journal: Arc<Journal>,
+        dialer: Dialer,
+        row: SessionRow,
+        sight: Sight,
+        workload: Option<Box<dyn SourceWorkload>>,
+    ) -> (Self, Option<Fate>) {
+        let (departure, wishes) =
+            Departure::restart(&row.migration, row.token, journal, row.record, sight, workload)
+                .await;
+        let fate = if wishes.contains(&Wish::Commit) { None } else { fate(departure.machine()) };
+        (Self { row, dialer, departure: tokio::sync::Mutex::new(departure) }, fate)
+    }
+
+    /// What the journal said when it was taken up.
+    pub fn row(&self) -> &SessionRow {
+        &self.row
+    }
+
+    /// Asks the destination until it answers, and does as it says. Returns
+    /// [`Fate::Unresolved`] when it does not know either.
+    pub async fn settle(&self) -> Fate {
+        let (answer, reason) = ask_until_settled(&self.dialer, &self.peer(), &self.commit()).await;
+        let mut departure = self.departure.lock().await;
+        if answer == Answer::Undecided {
+            tracing::warn!(migration = %self.row.migration, reason, "The destination does not know");
+        }
+        departure.answered(answer).await;
+        fate(departure.machine()).unwrap_or(Fate::Unresolved)
+    }
+
+    /// An operator's word. The destination is asked first: when it knows, its answer counts, and
+    /// the fate given may not be the one asked for.
+    pub async fn resolve(&self, keep: Keep) -> Fate {
+        let asked = tokio::time::timeout(
+            ASK_BEFORE_RESOLVE,
+            ask(&self.dialer, &self.peer(), &self.commit()),
+        )
+        .await;
+        let mut departure = self.departure.lock().await;
+        if let Ok(Ok((answer, _))) = asked {
+            departure.answered(answer).await;
+        }
+        if fate(departure.machine()).is_none() {
+            departure.resolve(keep).await;
+        }
+        fate(departure.machine()).unwrap_or(Fate::Unresolved)
+    }
+
+    fn peer(&self) -> PeerAddress {
+        PeerAddress { name: self.row.peer.clone(), address: self.row.peer_address.clone() }
+    }
+
+    fn commit(&self) -> Commit {
+        Commit { migration: self.row.migration.clone(), token: self.row.token }
+    }
+}
+
+/// Settles what a restart left of a session at its destination, as far as it can be. `discard`
+/// takes away a copy that never started. Gives the record that now stands; COMMITTED means that
+/// nobody knows.
+///
+/// # Errors
+/// When the journal cannot be written; nothing was discarded then.
+pub fn recover_arrival(
+    journal: &Journal,
+    row: &SessionRow,
+    sight: Sight,
+    discard: impl FnOnce(),
+) -> Result<Record> {
+    let (machine, actions) = Destination::restart(Some(row.record), sight);
+    finish_arrival(journal, row, machine, actions, discard)
+}
+
+/// An operator's word on an undecided arrival.
+///
+/// # Errors
+/// When the journal cannot be written.
+pub fn resolve_arrival(
+    journal: &Journal,
+    row: &SessionRow,
+    keep: Keep,
+    discard: impl FnOnce(),
+) -> Result<Record> {
+    let (machine, _) = Destination::restart(Some(row.record), Sight::Gone);
+    let (machine, actions) = machine.step(DestinationInput::Resolve(keep));
+    finish_arrival(journal, row, machine, actions, discard)
+}
+
+fn finish_arrival(
+    journal: &Journal,
+    row: &SessionRow,
+    mut machine: Destination,
+    actions: Vec<DestinationAction>,
+    discard: impl FnOnce(),
+) -> Result<Record> {
+    let mut discard = Some(discard);
+    let mut record = row.record;
+    let mut todo: std::collections::VecDeque<_> = actions.into();
+    while let Some(action) = todo.pop_front() {
+        match action {
+            DestinationAction::Journal(written) => {
+                write(journal, row, written)?;
+                record = written;
+                let (next, more) = machine.step(DestinationInput::Journaled(written));
+                machine = next;
+                todo.extend(more);
+            }
+            DestinationAction::Discard => {
+                if let Some(discard) = discard.take() {
+                    discard();
+                }
+            }
+            // Nobody waits on a connection for an answer: a source that does not know asks.
+            DestinationAction::Answer(_) | DestinationAction::Activate => {}
+        }
+    }
+    Ok(record)
+}
+
+fn write(
+    journal: &Journal,
+    row: &SessionRow,
+    record: Record,
+) -> std::result::Result<(), JournalError> {
+    journal.record(&row.migration, Role::Destination, record)
+}
+
+/// Where the workload is, once the machine has come to its end.
+fn fate(machine: Source) -> Option<Fate> {
+    match machine {
+        Source::RolledBack | Source::Resuming => Some(Fate::Here),
+        Source::Released | Source::Releasing => Some(Fate::Moved),
+        _ => None,
+    }
+}
