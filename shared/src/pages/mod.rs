@@ -4,9 +4,19 @@
 //! physical memory or one process's address space, only a backend knows.
 
 pub mod address;
+pub mod batch;
+mod choose;
+mod encode;
+pub mod receive;
+pub mod send;
 pub mod set;
+#[cfg(test)]
+mod tests;
 
 pub use address::{PAGE_SIZE, PageRange, SpaceId};
+pub use choose::Compression;
+pub use receive::{ReceiveCanceller, ReceiveError, ReceivePool, RoundReceived};
+pub use send::{RoundSent, SendCanceller, SendCounters, SendError, SendOptions, SendPool};
 pub use set::PageSet;
 
 use crate::workload::Result;

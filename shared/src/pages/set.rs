@@ -126,6 +126,18 @@ impl PageSet {
         })
     }
 
+    /// The first run of members at or after page `from` of `space`, or else of a later space; at
+    /// most `limit` pages of it, and cut where a chunk of the map ends. For walking a set without
+    /// borrowing it: go on at the run's end.
+    pub fn next_run(&self, space: SpaceId, from: u64, limit: u64) -> Option<PageRange> {
+        let first = (space, from / CHUNK_PAGES);
+        self.chunks.range(first..).find_map(|(key, words)| {
+            let at = if *key == first { from % CHUNK_PAGES } else { 0 };
+            let (start, len) = Runs { words, at }.next()?;
+            Some(PageRange::new(key.0, key.1 * CHUNK_PAGES + start, len.min(limit)))
+        })
+    }
+
     /// The set as bitmap chunks: (space, first page, words of 64 pages), for the keeper's protocol.
     pub fn chunks(&self) -> impl Iterator<Item = (SpaceId, u64, &[u64])> + '_ {
         self.chunks.iter().map(|((space, chunk), words)| (*space, chunk * CHUNK_PAGES, &words[..]))
@@ -261,6 +273,14 @@ mod tests {
             prop_assert_eq!(&copy.ranges().collect::<Vec<_>>(), &set.ranges().collect::<Vec<_>>());
             copy.subtract(&set);
             prop_assert!(copy.is_empty());
+            let mut stepped = PageSet::new();
+            let (mut space, mut page) = (SpaceId(0), 0);
+            while let Some(run) = set.next_run(space, page, 100) {
+                prop_assert!(run.count <= 100 && (run.space, run.first) >= (space, page));
+                stepped.insert(run);
+                (space, page) = (run.space, run.end());
+            }
+            prop_assert_eq!(stepped.ranges().collect::<Vec<_>>(), set.ranges().collect::<Vec<_>>());
         }
     }
 }

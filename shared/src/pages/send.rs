@@ -1,0 +1,571 @@
+//! The sending end of the page engine: one thread a stream, all fed from one queue.
+//!
+//! A round is a set of pages. Threads take small pieces of it, read them, leave out or mark what is
+//! zero, encode the rest and write batches; when the queue is empty each ends the round on its
+//! stream with a barrier. Which pages exist and when a round is due is decided elsewhere.
+
+use std::io::IoSlice;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+
+use super::address::{PAGE_SIZE, PageRange, SpaceId};
+use super::batch::{BatchHeader, BatchKind, Encoding, Entry, MAX_RUN};
+use super::choose::Compression;
+use super::encode::{Encoder, is_zero};
+use super::{PageReader, PageSet};
+use crate::transport::{Canceller, PageStream, TransportError};
+use crate::workload::WorkloadError;
+
+/// Pages that a thread takes from the queue at a time: 512 KiB stay in a core's own cache between
+/// being read, encoded and written.
+const PIECE: u64 = 128;
+
+/// How pages are sent.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SendOptions {
+    /// How they are compressed.
+    pub compression: Compression,
+}
+
+/// What has been sent so far, over all streams and rounds. Grows only; for progress and report.
+#[derive(Debug, Default)]
+pub struct SendCounters {
+    /// Pages found zero, whether left out or sent as a marker.
+    pub zero: AtomicU64,
+    /// Pages sent as a reference to content that the destination has.
+    pub same: AtomicU64,
+    /// Pages sent as a difference to the copy sent before.
+    pub delta: AtomicU64,
+    /// Pages sent in LZ4 blocks.
+    pub lz4: AtomicU64,
+    /// Pages sent in zstd frames.
+    pub zstd: AtomicU64,
+    /// Pages sent as they are.
+    pub raw: AtomicU64,
+    /// Bytes of batches, headers included, TLS not.
+    pub wire_bytes: AtomicU64,
+    /// Bytes read from the workload.
+    pub read_bytes: AtomicU64,
+}
+
+/// What one round came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RoundSent {
+    /// Pages in batches, zero markers included. The barriers say the same number.
+    pub pages: u64,
+    /// Bytes of batches, headers included, TLS not.
+    pub wire_bytes: u64,
+}
+
+/// Why pages could not be sent. The pool is of no more use after any of these.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// A stream failed.
+    #[error("Page stream {index} failed")]
+    Stream {
+        /// Which.
+        index: u32,
+        /// How.
+        #[source]
+        source: TransportError,
+    },
+    /// The workload's memory could not be read.
+    #[error("Could not read {range}")]
+    Read {
+        /// Which pages.
+        range: PageRange,
+        /// Why not.
+        #[source]
+        source: WorkloadError,
+    },
+    /// A thread could not be started.
+    #[error("Could not start the thread of page stream {index}")]
+    Thread {
+        /// Which.
+        index: u32,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Rounds are numbered from 1 without gaps.
+    #[error("Round {asked} cannot follow round {last}")]
+    RoundOrder {
+        /// What was asked for.
+        asked: u32,
+        /// The round before.
+        last: u32,
+    },
+    /// Cancelled from this side.
+    #[error("Sending pages was cancelled")]
+    Cancelled,
+    /// An earlier round failed, or a thread panicked.
+    #[error("The page streams have failed before")]
+    Failed,
+    /// There is nothing to send on.
+    #[error("There are no page streams")]
+    NoStreams,
+}
+
+/// Threads that send pages, one a stream.
+#[derive(Debug)]
+pub struct SendPool {
+    workers: Vec<Worker>,
+    outcomes: Receiver<Result<Outcome, SendError>>,
+    counters: Arc<SendCounters>,
+    canceller: SendCanceller,
+    sent: Arc<PageSet>,
+    round: u32,
+    failed: bool,
+}
+
+#[derive(Debug)]
+struct Worker {
+    orders: Sender<Order>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Cancels all streams of a pool, from any thread.
+#[derive(Clone, Debug)]
+pub struct SendCanceller {
+    cancelled: Arc<AtomicBool>,
+    streams: Arc<[Canceller]>,
+}
+
+impl SendCanceller {
+    /// Makes the round under way, and every later one, end with [`SendError::Cancelled`].
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::SeqCst);
+        self.streams.iter().for_each(Canceller::cancel);
+    }
+}
+
+enum Order {
+    Round(Arc<Round>),
+    Finish,
+}
+
+/// What one thread did of a round, or of the end (everything zero then).
+#[derive(Default)]
+struct Outcome {
+    sent: RoundSent,
+    /// Pages that the destination now has with content other than zero.
+    stored: PageSet,
+    /// Pages that it had and that are zero again.
+    zeroed: PageSet,
+}
+
+/// One round as all threads share it.
+struct Round {
+    number: u32,
+    reader: Arc<dyn PageReader>,
+    pages: PageSet,
+    /// Pages that the destination has from earlier rounds.
+    sent: Arc<PageSet>,
+    at: Mutex<(SpaceId, u64)>,
+    stop: AtomicBool,
+}
+
+impl Round {
+    /// Takes the next piece from the queue, all of one space; false when the queue is empty.
+    fn take(&self, piece: &mut Vec<PageRange>) -> bool {
+        piece.clear();
+        if self.stop.load(Ordering::Relaxed) {
+            return false;
+        }
+        let mut at: MutexGuard<'_, _> = self.at.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut left = PIECE;
+        while left > 0 {
+            match self.pages.next_run(at.0, at.1, left) {
+                Some(run) if piece.last().is_none_or(|last| last.space == run.space) => {
+                    *at = (run.space, run.end());
+                    left -= run.count;
+                    piece.push(run);
+                }
+                _ => break,
+            }
+        }
+        !piece.is_empty()
+    }
+}
+
+impl SendPool {
+    /// Starts a thread for each stream.
+    ///
+    /// # Errors
+    /// When there are no streams, or a thread cannot be started.
+    pub fn start(streams: Vec<PageStream>, options: SendOptions) -> Result<Self, SendError> {
+        if streams.is_empty() {
+            return Err(SendError::NoStreams);
+        }
+        let canceller = SendCanceller {
+            cancelled: Arc::default(),
+            streams: streams.iter().map(PageStream::canceller).collect(),
+        };
+        let counters = Arc::new(SendCounters::default());
+        let (report, outcomes) = unbounded();
+        let mut pool = Self {
+            workers: Vec::with_capacity(streams.len()),
+            outcomes,
+            counters: counters.clone(),
+            canceller,
+            sent: Arc::default(),
+            round: 0,
+            failed: false,
+        };
+        for stream in streams {
+            let index = stream.index();
+            let (orders, inbox) = bounded(1);
+            let mut sender = StreamSender::new(stream, options, counters.clone());
+            let report = report.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("send-{index}"))
+                .spawn(move || sender.serve(&inbox, &report))
+                .map_err(|source| SendError::Thread { index, source })?;
+            pool.workers.push(Worker { orders, thread: Some(thread) });
+        }
+        Ok(pool)
+    }
+
+    /// Sends `pages` as round `round` (1 at first, then one more each time). Returns when all of it,
+    /// barriers included, was handed to the sockets.
+    ///
+    /// Zero pages that were never sent are left out; those that the destination has are marked.
+    ///
+    /// # Errors
+    /// The first thing that went wrong on any stream; all streams are cancelled then.
+    pub fn round(
+        &mut self,
+        round: u32,
+        reader: Arc<dyn PageReader>,
+        pages: &PageSet,
+    ) -> Result<RoundSent, SendError> {
+        if round != self.round + 1 {
+            return Err(SendError::RoundOrder { asked: round, last: self.round });
+        }
+        let work = Arc::new(Round {
+            number: round,
+            reader,
+            pages: pages.clone(),
+            sent: self.sent.clone(),
+            at: Mutex::default(),
+            stop: AtomicBool::new(false),
+        });
+        let outcomes = self.order(|| Order::Round(work.clone()), Some(&work))?;
+        drop(work);
+        self.round = round;
+        let mut total = RoundSent::default();
+        // Alone with it by now: the round that shared it is gone.
+        let sent = Arc::make_mut(&mut self.sent);
+        for outcome in outcomes {
+            sent.union(&outcome.stored);
+            sent.subtract(&outcome.zeroed);
+            total.pages += outcome.sent.pages;
+            total.wire_bytes += outcome.sent.wire_bytes;
+        }
+        Ok(total)
+    }
+
+    /// What was sent so far.
+    pub fn counters(&self) -> Arc<SendCounters> {
+        self.counters.clone()
+    }
+
+    /// A handle that cancels everything from another thread.
+    pub fn canceller(&self) -> SendCanceller {
+        self.canceller.clone()
+    }
+
+    /// Says on each stream that nothing more comes, and ends the threads.
+    ///
+    /// # Errors
+    /// When that could not be said on every stream.
+    pub fn finish(mut self) -> Result<(), SendError> {
+        self.order(|| Order::Finish, None).map(drop)
+    }
+
+    /// Gives an order to all threads and awaits what came of it.
+    fn order(
+        &mut self,
+        order: impl Fn() -> Order,
+        round: Option<&Round>,
+    ) -> Result<Vec<Outcome>, SendError> {
+        if self.canceller.cancelled.load(Ordering::SeqCst) && !self.failed {
+            self.failed = true;
+            return Err(SendError::Cancelled);
+        }
+        if self.failed {
+            return Err(SendError::Failed);
+        }
+        let mut outcomes = Vec::with_capacity(self.workers.len());
+        let mut first_error = None;
+        let told = self.workers.iter().filter(|w| w.orders.send(order()).is_ok()).count();
+        for _ in 0..told {
+            match self.outcomes.recv() {
+                Ok(Ok(outcome)) => outcomes.push(outcome),
+                Ok(Err(error)) if first_error.is_none() => {
+                    let cancelled = self.canceller.cancelled.load(Ordering::SeqCst);
+                    first_error = Some(if cancelled { SendError::Cancelled } else { error });
+                    if let Some(round) = round {
+                        round.stop.store(true, Ordering::Relaxed);
+                    }
+                    self.canceller.streams.iter().for_each(Canceller::cancel);
+                }
+                Ok(Err(_)) => {}
+                Err(_) => break,
+            }
+        }
+        if outcomes.len() == self.workers.len() {
+            return Ok(outcomes);
+        }
+        self.failed = true;
+        Err(first_error.unwrap_or(SendError::Failed))
+    }
+}
+
+impl Drop for SendPool {
+    fn drop(&mut self) {
+        let finished = !self.failed
+            && self.workers.iter().all(|w| w.thread.as_ref().is_none_or(JoinHandle::is_finished));
+        if !finished {
+            self.canceller.streams.iter().for_each(Canceller::cancel);
+        }
+        for worker in &mut self.workers {
+            // A closed inbox ends a thread that waits for an order.
+            worker.orders = bounded(0).0;
+            if let Some(thread) = worker.thread.take() {
+                // A thread that panicked has reported nothing, and was counted as failed.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+/// One thread's stream and memory.
+struct StreamSender {
+    stream: PageStream,
+    counters: Arc<SendCounters>,
+    encoder: Encoder,
+    pages: Box<[u8]>,
+    entries: Vec<Planned>,
+    since: Instant,
+}
+
+/// An entry and where its payload is.
+struct Planned {
+    entry: Entry,
+    /// Offset of its pages in the piece.
+    at: usize,
+    encoded: std::ops::Range<usize>,
+}
+
+/// Tells the pool if a thread panicked (a reader of somebody else runs in it).
+struct Abandoned<'a>(&'a Sender<Result<Outcome, SendError>>);
+
+impl Drop for Abandoned<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Nobody listens any more when the pool was dropped.
+            let _ = self.0.send(Err(SendError::Failed));
+        }
+    }
+}
+
+impl StreamSender {
+    fn new(stream: PageStream, options: SendOptions, counters: Arc<SendCounters>) -> Self {
+        let bytes = PIECE as usize * PAGE_SIZE;
+        Self {
+            stream,
+            counters,
+            encoder: Encoder::new(options.compression, bytes),
+            pages: vec![0; bytes].into_boxed_slice(),
+            entries: Vec::with_capacity(PIECE as usize),
+            since: Instant::now(),
+        }
+    }
+
+    fn serve(&mut self, inbox: &Receiver<Order>, report: &Sender<Result<Outcome, SendError>>) {
+        let _abandoned = Abandoned(report);
+        for order in inbox {
+            let (outcome, last) = match order {
+                Order::Round(round) => (self.round(&round), false),
+                Order::Finish => (self.finish(), true),
+            };
+            // Nobody listens any more when the pool was dropped.
+            if report.send(outcome).is_err() || last {
+                return;
+            }
+        }
+    }
+
+    fn round(&mut self, round: &Round) -> Result<Outcome, SendError> {
+        let mut outcome = Outcome::default();
+        let mut piece = Vec::new();
+        self.since = Instant::now();
+        while round.take(&mut piece) {
+            self.read(round, &piece)?;
+            self.plan(round, &piece, &mut outcome);
+            if !self.entries.is_empty() {
+                outcome.sent.wire_bytes += self.send(round.number, piece[0].space)?;
+            }
+        }
+        let pages = outcome.sent.pages;
+        outcome.sent.wire_bytes += self.mark(BatchKind::Barrier, round.number, pages)?;
+        Ok(outcome)
+    }
+
+    fn finish(&mut self) -> Result<Outcome, SendError> {
+        self.mark(BatchKind::End, 0, 0)?;
+        self.stream.end_writing().map_err(|e| self.failed(e))?;
+        Ok(Outcome::default())
+    }
+
+    fn read(&mut self, round: &Round, piece: &[PageRange]) -> Result<(), SendError> {
+        let mut at = 0;
+        for range in piece {
+            let into = &mut self.pages[at..at + range.bytes()];
+            round
+                .reader
+                .read(*range, into)
+                .map_err(|source| SendError::Read { range: *range, source })?;
+            at += range.bytes();
+        }
+        self.counters.read_bytes.fetch_add(at as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Fills `entries` with what must be sent of the piece that was read.
+    fn plan(&mut self, round: &Round, piece: &[PageRange], outcome: &mut Outcome) {
+        self.entries.clear();
+        self.encoder.begin();
+        let mut at = 0;
+        for range in piece {
+            let mut page = range.first;
+            while page < range.end() {
+                let longest = u64::from(MAX_RUN).min(range.end() - page);
+                let bytes = &self.pages[at..at + longest as usize * PAGE_SIZE];
+                let (zero, count) = run_of_likes(bytes);
+                let run = PageRange::new(range.space, page, count);
+                if zero {
+                    self.plan_zero(round, run, outcome);
+                } else {
+                    self.plan_data(run, at, outcome);
+                }
+                page += count;
+                at += run.bytes();
+            }
+        }
+    }
+
+    fn plan_zero(&mut self, round: &Round, run: PageRange, outcome: &mut Outcome) {
+        self.counters.zero.fetch_add(run.count, Ordering::Relaxed);
+        let mut page = run.first;
+        while let Some(had) = round.sent.next_run(run.space, page, run.end() - page) {
+            if had.space != run.space || had.first >= run.end() {
+                return;
+            }
+            let had = PageRange::new(had.space, had.first, had.count.min(run.end() - had.first));
+            outcome.zeroed.insert(had);
+            outcome.sent.pages += had.count;
+            let count = had.count as u16;
+            let entry = Entry { first: had.first, length: 0, count, encoding: Encoding::Zero };
+            self.entries.push(Planned { entry, at: 0, encoded: 0..0 });
+            page = had.end();
+            if page == run.end() {
+                return;
+            }
+        }
+    }
+
+    fn plan_data(&mut self, run: PageRange, at: usize, outcome: &mut Outcome) {
+        let (encoding, encoded) = self.encoder.run(&self.pages[at..at + run.bytes()]);
+        let (counter, length) = match encoding {
+            Encoding::Lz4 => (&self.counters.lz4, encoded.len()),
+            Encoding::Zstd => (&self.counters.zstd, encoded.len()),
+            Encoding::Raw | Encoding::Zero => (&self.counters.raw, run.bytes()),
+        };
+        counter.fetch_add(run.count, Ordering::Relaxed);
+        outcome.stored.insert(run);
+        outcome.sent.pages += run.count;
+        let (length, count) = (length as u32, run.count as u16);
+        let entry = Entry { first: run.first, length, count, encoding };
+        self.entries.push(Planned { entry, at, encoded });
+    }
+
+    /// Writes one batch; gives its length.
+    fn send(&mut self, round: u32, space: SpaceId) -> Result<u64, SendError> {
+        let header = BatchHeader {
+            kind: BatchKind::Pages,
+            entries: self.entries.len() as u16,
+            round,
+            space,
+            pages: self.entries.iter().map(|p| u64::from(p.entry.count)).sum(),
+            payload: self.entries.iter().map(|p| p.entry.length).sum(),
+        };
+        let mut head = Vec::with_capacity(super::batch::HEADER_LEN + header.table_len());
+        head.extend_from_slice(&header.encode());
+        self.entries.iter().for_each(|p| head.extend_from_slice(&p.entry.encode()));
+        let wire = head.len() as u64 + u64::from(header.payload);
+        let mut slices = vec![IoSlice::new(&head)];
+        // Raw runs that lie side by side in the piece go out as one slice.
+        let mut raw = 0..0;
+        for planned in &self.entries {
+            let length = planned.entry.length as usize;
+            match planned.entry.encoding {
+                Encoding::Zero => {}
+                Encoding::Raw if raw.end == planned.at => raw.end += length,
+                Encoding::Raw => {
+                    push(&mut slices, &self.pages[raw]);
+                    raw = planned.at..planned.at + length;
+                }
+                Encoding::Lz4 | Encoding::Zstd => {
+                    push(&mut slices, &self.pages[raw]);
+                    raw = 0..0;
+                    slices.push(IoSlice::new(self.encoder.payload(planned.encoded.clone())));
+                }
+            }
+        }
+        push(&mut slices, &self.pages[raw]);
+        let start = Instant::now();
+        let written = self.stream.write_slices(&mut slices);
+        written.map_err(|e| self.failed(e))?;
+        let end = Instant::now();
+        self.encoder.chooser.written(wire, end - start, end - self.since);
+        self.since = end;
+        self.counters.wire_bytes.fetch_add(wire, Ordering::Relaxed);
+        Ok(wire)
+    }
+
+    /// Writes a batch without pages; gives its length.
+    fn mark(&mut self, kind: BatchKind, round: u32, pages: u64) -> Result<u64, SendError> {
+        let header = BatchHeader { kind, entries: 0, round, space: SpaceId(0), pages, payload: 0 };
+        let bytes = header.encode();
+        self.stream.write_all(&bytes).map_err(|e| self.failed(e))?;
+        self.counters.wire_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(bytes.len() as u64)
+    }
+
+    fn failed(&self, source: TransportError) -> SendError {
+        match source {
+            TransportError::Cancelled { .. } => SendError::Cancelled,
+            source => SendError::Stream { index: self.stream.index(), source },
+        }
+    }
+}
+
+/// Whether the first page is zero, and how many pages from there on are like it.
+fn run_of_likes(bytes: &[u8]) -> (bool, u64) {
+    let (pages, _) = bytes.as_chunks::<PAGE_SIZE>();
+    let mut pages = pages.iter().map(|page| is_zero(page));
+    let first = pages.next().unwrap_or(false);
+    (first, 1 + pages.take_while(|zero| *zero == first).count() as u64)
+}
+
+fn push<'a>(slices: &mut Vec<IoSlice<'a>>, bytes: &'a [u8]) {
+    if !bytes.is_empty() {
+        slices.push(IoSlice::new(bytes));
+    }
+}
