@@ -5,11 +5,25 @@
 
 #![deny(unsafe_code)]
 
+mod boot;
+mod console;
+mod cpuid;
+mod dirty;
 mod error;
+mod host;
+mod machine;
 mod memory;
+mod ports;
+mod reader;
+mod serial;
 mod spec;
+mod state;
 #[allow(unsafe_code)]
 mod sys;
+#[cfg(test)]
+mod testing;
+mod throttle;
+mod vcpu;
 
 pub use error::VmError;
 pub use spec::VmSpec;

@@ -47,8 +47,9 @@ impl Memory {
         let fd = memfd_create(c"decamp-guest", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
             .map_err(|error| VmError::refused("create the memfd of guest memory", error))?;
         let file = Arc::new(File::from(fd));
-        file.set_len(end)
-            .map_err(|error| VmError::refused(format!("size guest memory to {end} bytes"), error))?;
+        file.set_len(end).map_err(|error| {
+            VmError::refused(format!("size guest memory to {end} bytes"), error)
+        })?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&*file, FcntlArg::F_ADD_SEALS(seals))
             .map_err(|error| VmError::refused("seal guest memory", error))?;

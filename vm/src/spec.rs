@@ -40,8 +40,9 @@ impl VmSpec {
     /// # Errors
     /// [`VmError::Spec`] when a field is missing, unknown or outside its bounds.
     pub fn parse(json: &serde_json::Value) -> Result<Self> {
-        let spec: Self = serde_json::from_value(json.clone())
-            .map_err(|error| VmError::Spec(format!("The spec of the VM cannot be read: {error}")))?;
+        let spec: Self = serde_json::from_value(json.clone()).map_err(|error| {
+            VmError::Spec(format!("The spec of the VM cannot be read: {error}"))
+        })?;
         spec.check()?;
         Ok(spec)
     }

@@ -1,0 +1,352 @@
+//! What a guest sees of its CPU: the CPUID entries that a fresh guest gets, and the comparison of
+//! one host's entries with another's before a move.
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Result, VmError};
+
+/// The most entries that KVM takes.
+pub(crate) const MAX_ENTRIES: usize = KVM_MAX_CPUID_ENTRIES;
+/// Bytes of one entry in a state section.
+pub(crate) const ENTRY_BYTES: usize = 28;
+
+const ECX_TSC_DEADLINE: u32 = 1 << 24;
+const ECX_OSXSAVE: u32 = 1 << 27;
+const ECX_HYPERVISOR: u32 = 1 << 31;
+const LEAF7_ECX_OSPKE: u32 = 1 << 4;
+/// The leaf that names the hypervisor and its last leaf.
+const HYPERVISOR: u32 = 0x4000_0000;
+/// Frequencies of the time stamp counter and of the local APIC's bus, in kHz.
+const HYPERVISOR_TIMING: u32 = 0x4000_0010;
+/// KVM's local APIC counts nanoseconds.
+const APIC_BUS_KHZ: u32 = 1_000_000;
+
+/// One CPUID leaf (and subleaf) as a guest reads it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuidEntry {
+    /// Leaf (EAX on the way in).
+    pub leaf: u32,
+    /// Subleaf (ECX on the way in).
+    pub subleaf: u32,
+    /// KVM_CPUID_FLAG_*.
+    pub flags: u32,
+    /// EAX on the way out.
+    pub eax: u32,
+    /// EBX on the way out.
+    pub ebx: u32,
+    /// ECX on the way out.
+    pub ecx: u32,
+    /// EDX on the way out.
+    pub edx: u32,
+}
+
+impl CpuidEntry {
+    /// As it stands in a state section: seven little-endian words.
+    pub(crate) fn to_bytes(self) -> [u8; ENTRY_BYTES] {
+        let words = [self.leaf, self.subleaf, self.flags, self.eax, self.ebx, self.ecx, self.edx];
+        let mut bytes = [0; ENTRY_BYTES];
+        for (chunk, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(words) {
+            *chunk = word.to_le_bytes();
+        }
+        bytes
+    }
+
+    /// The reverse of [`CpuidEntry::to_bytes`].
+    pub(crate) fn from_bytes(bytes: [u8; ENTRY_BYTES]) -> Self {
+        let mut words = [0u32; 7];
+        for (word, chunk) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *word = u32::from_le_bytes(*chunk);
+        }
+        let [leaf, subleaf, flags, eax, ebx, ecx, edx] = words;
+        Self { leaf, subleaf, flags, eax, ebx, ecx, edx }
+    }
+}
+
+impl From<&kvm_cpuid_entry2> for CpuidEntry {
+    fn from(entry: &kvm_cpuid_entry2) -> Self {
+        Self {
+            leaf: entry.function,
+            subleaf: entry.index,
+            flags: entry.flags,
+            eax: entry.eax,
+            ebx: entry.ebx,
+            ecx: entry.ecx,
+            edx: entry.edx,
+        }
+    }
+}
+
+impl From<&CpuidEntry> for kvm_cpuid_entry2 {
+    fn from(entry: &CpuidEntry) -> Self {
+        Self {
+            function: entry.leaf,
+            index: entry.subleaf,
+            flags: entry.flags,
+            eax: entry.eax,
+            ebx: entry.ebx,
+            ecx: entry.ecx,
+            edx: entry.edx,
+            ..Default::default()
+        }
+    }
+}
+
+/// What a fresh guest with one vCPU sees on this host: what KVM supports, as one CPU in one
+/// package, with the bits that the VMM answers for, and the counter's frequency in the leaf that
+/// hypervisors have agreed on for it.
+pub(crate) fn for_guest(kvm: &Kvm, tsc_khz: u32) -> Result<Vec<CpuidEntry>> {
+    let supported = kvm
+        .get_supported_cpuid(MAX_ENTRIES)
+        .map_err(|error| VmError::refused("read the CPUID that KVM supports", error))?;
+    let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    let mut entries: Vec<_> = supported.as_slice().iter().map(CpuidEntry::from).collect();
+    entries.retain(|entry| entry.leaf != HYPERVISOR_TIMING);
+    for entry in &mut entries {
+        match entry.leaf {
+            1 => {
+                // One logical processor, APIC identity 0.
+                entry.ebx = (entry.ebx & 0x0000_ffff) | (1 << 16);
+                entry.ecx |= ECX_HYPERVISOR;
+                if deadline {
+                    entry.ecx |= ECX_TSC_DEADLINE;
+                }
+            }
+            // x2APIC identity of this processor.
+            0xb | 0x1f => entry.edx = 0,
+            HYPERVISOR => entry.eax = entry.eax.max(HYPERVISOR_TIMING),
+            _ => {}
+        }
+    }
+    entries.push(CpuidEntry {
+        leaf: HYPERVISOR_TIMING,
+        eax: tsc_khz,
+        ebx: APIC_BUS_KHZ,
+        ..Default::default()
+    });
+    Ok(entries)
+}
+
+/// The entries as KVM takes them.
+pub(crate) fn to_kvm(entries: &[CpuidEntry]) -> Result<CpuId> {
+    let raw: Vec<kvm_cpuid_entry2> = entries.iter().map(kvm_cpuid_entry2::from).collect();
+    CpuId::from_entries(&raw)
+        .map_err(|_| VmError::State(format!("{} CPUID entries are too many", entries.len())))
+}
+
+/// Everything that a guest with `guest` sees and a guest on a host with `host` would not, in words;
+/// empty when it can come.
+pub(crate) fn missing(guest: &[CpuidEntry], host: &[CpuidEntry]) -> Vec<String> {
+    let mut missing = Vec::new();
+    for entry in guest {
+        let here = host
+            .iter()
+            .find(|other| (other.leaf, other.subleaf) == (entry.leaf, entry.subleaf))
+            .copied()
+            .unwrap_or_default();
+        match (entry.leaf, entry.subleaf) {
+            (0xd, 0..=1) | (0xd, 63..) => {}
+            (0xd, component) => missing.extend(moved_component(component, entry, &here)),
+            (0x8000_0008, _) => missing.extend(narrower_addresses(entry, &here)),
+            _ => {}
+        }
+        for (register, wanted, have) in feature_registers(entry, &here) {
+            let absent = wanted & !have;
+            missing.extend(
+                (0..32)
+                    .filter(|bit| absent & (1 << bit) != 0)
+                    .map(|bit| feature_name(entry.leaf, entry.subleaf, register, bit)),
+            );
+        }
+    }
+    missing
+}
+
+/// Registers of `entry` that are sets of feature bits, as (name, the guest's, the host's).
+fn feature_registers(entry: &CpuidEntry, here: &CpuidEntry) -> Vec<(&'static str, u32, u32)> {
+    let eax = ("EAX", entry.eax, here.eax);
+    let ebx = ("EBX", entry.ebx, here.ebx);
+    let ecx = ("ECX", entry.ecx, here.ecx);
+    let edx = ("EDX", entry.edx, here.edx);
+    match (entry.leaf, entry.subleaf) {
+        // OSXSAVE and OSPKE follow the guest's CR4; KVM sets them.
+        (1, _) => vec![("ECX", entry.ecx & !ECX_OSXSAVE, here.ecx), edx],
+        (7, 0) => vec![ebx, ("ECX", entry.ecx & !LEAF7_ECX_OSPKE, here.ecx), edx],
+        (7, 1) => vec![eax, ebx, ecx, edx],
+        (7, 2) => vec![edx],
+        (0xd, 0) => vec![eax, edx],
+        (0xd, 1) => vec![eax, ecx, edx],
+        (0x8000_0001, _) => vec![ecx, edx],
+        (0x8000_0007, _) => vec![edx],
+        (0x8000_0008, _) => vec![ebx],
+        (0x4000_0001, _) => vec![eax, edx],
+        _ => Vec::new(),
+    }
+}
+
+/// A component of the extended state must have the size and the place that the guest knows.
+fn moved_component(component: u32, entry: &CpuidEntry, here: &CpuidEntry) -> Option<String> {
+    // Size 0: the guest has no such component. Bit 0 of ECX: a supervisor component, no place.
+    let fits =
+        entry.eax == 0 || (entry.eax == here.eax && (entry.ecx & 1 != 0 || entry.ebx == here.ebx));
+    (!fits).then(|| {
+        format!(
+            "extended state component {component} of {} bytes at {} (here {} bytes at {})",
+            entry.eax, entry.ebx, here.eax, here.ebx
+        )
+    })
+}
+
+/// The guest's page tables may use as many address bits as it was told.
+fn narrower_addresses(entry: &CpuidEntry, here: &CpuidEntry) -> Vec<String> {
+    [("physical", 0u32), ("linear", 8)]
+        .into_iter()
+        .map(|(what, shift)| (what, (entry.eax >> shift) & 0xff, (here.eax >> shift) & 0xff))
+        .filter(|(_, wanted, have)| wanted > have)
+        .map(|(what, wanted, have)| format!("{wanted} bits of {what} address (here {have})"))
+        .collect()
+}
+
+/// A feature bit by its usual name where it has one, and always by its place.
+fn feature_name(leaf: u32, subleaf: u32, register: &str, bit: u32) -> String {
+    let known = NAMES
+        .iter()
+        .find(|(at, _)| *at == (leaf, subleaf, register, bit))
+        .map(|(_, name)| format!("{name} "))
+        .unwrap_or_default();
+    format!("{known}(CPUID {leaf:#x}.{subleaf} {register} bit {bit})")
+}
+
+type Place = (u32, u32, &'static str, u32);
+
+/// Names of features that differ between machines in practice, as `/proc/cpuinfo` writes them.
+const NAMES: &[(Place, &str)] = &[
+    ((1, 0, "ECX", 0), "sse3"),
+    ((1, 0, "ECX", 1), "pclmulqdq"),
+    ((1, 0, "ECX", 9), "ssse3"),
+    ((1, 0, "ECX", 12), "fma"),
+    ((1, 0, "ECX", 13), "cx16"),
+    ((1, 0, "ECX", 17), "pcid"),
+    ((1, 0, "ECX", 19), "sse4_1"),
+    ((1, 0, "ECX", 20), "sse4_2"),
+    ((1, 0, "ECX", 21), "x2apic"),
+    ((1, 0, "ECX", 22), "movbe"),
+    ((1, 0, "ECX", 23), "popcnt"),
+    ((1, 0, "ECX", 24), "tsc_deadline_timer"),
+    ((1, 0, "ECX", 25), "aes"),
+    ((1, 0, "ECX", 26), "xsave"),
+    ((1, 0, "ECX", 28), "avx"),
+    ((1, 0, "ECX", 29), "f16c"),
+    ((1, 0, "ECX", 30), "rdrand"),
+    ((7, 0, "EBX", 0), "fsgsbase"),
+    ((7, 0, "EBX", 3), "bmi1"),
+    ((7, 0, "EBX", 4), "hle"),
+    ((7, 0, "EBX", 5), "avx2"),
+    ((7, 0, "EBX", 7), "smep"),
+    ((7, 0, "EBX", 8), "bmi2"),
+    ((7, 0, "EBX", 9), "erms"),
+    ((7, 0, "EBX", 10), "invpcid"),
+    ((7, 0, "EBX", 11), "rtm"),
+    ((7, 0, "EBX", 16), "avx512f"),
+    ((7, 0, "EBX", 17), "avx512dq"),
+    ((7, 0, "EBX", 18), "rdseed"),
+    ((7, 0, "EBX", 19), "adx"),
+    ((7, 0, "EBX", 20), "smap"),
+    ((7, 0, "EBX", 21), "avx512ifma"),
+    ((7, 0, "EBX", 23), "clflushopt"),
+    ((7, 0, "EBX", 24), "clwb"),
+    ((7, 0, "EBX", 28), "avx512cd"),
+    ((7, 0, "EBX", 29), "sha_ni"),
+    ((7, 0, "EBX", 30), "avx512bw"),
+    ((7, 0, "EBX", 31), "avx512vl"),
+    ((7, 0, "ECX", 1), "avx512vbmi"),
+    ((7, 0, "ECX", 2), "umip"),
+    ((7, 0, "ECX", 3), "pku"),
+    ((7, 0, "ECX", 6), "avx512_vbmi2"),
+    ((7, 0, "ECX", 8), "gfni"),
+    ((7, 0, "ECX", 9), "vaes"),
+    ((7, 0, "ECX", 10), "vpclmulqdq"),
+    ((7, 0, "ECX", 11), "avx512_vnni"),
+    ((7, 0, "ECX", 12), "avx512_bitalg"),
+    ((7, 0, "ECX", 14), "avx512_vpopcntdq"),
+    ((7, 0, "ECX", 16), "la57"),
+    ((7, 0, "ECX", 22), "rdpid"),
+    ((7, 0, "EDX", 4), "fsrm"),
+    ((7, 0, "EDX", 10), "md_clear"),
+    ((7, 0, "EDX", 23), "avx512_fp16"),
+    ((7, 0, "EDX", 26), "spec_ctrl"),
+    ((7, 0, "EDX", 27), "intel_stibp"),
+    ((7, 0, "EDX", 29), "arch_capabilities"),
+    ((7, 0, "EDX", 31), "ssbd"),
+    ((7, 1, "EAX", 4), "avx_vnni"),
+    ((7, 1, "EAX", 5), "avx512_bf16"),
+    ((0xd, 1, "EAX", 0), "xsaveopt"),
+    ((0xd, 1, "EAX", 1), "xsavec"),
+    ((0xd, 1, "EAX", 3), "xsaves"),
+    ((0x8000_0001, 0, "ECX", 0), "lahf_lm"),
+    ((0x8000_0001, 0, "ECX", 5), "abm"),
+    ((0x8000_0001, 0, "ECX", 6), "sse4a"),
+    ((0x8000_0001, 0, "ECX", 8), "3dnowprefetch"),
+    ((0x8000_0001, 0, "EDX", 20), "nx"),
+    ((0x8000_0001, 0, "EDX", 26), "pdpe1gb"),
+    ((0x8000_0001, 0, "EDX", 27), "rdtscp"),
+    ((0x8000_0007, 0, "EDX", 8), "constant_tsc"),
+    ((0x8000_0008, 0, "EBX", 0), "clzero"),
+    ((0x8000_0008, 0, "EBX", 9), "wbnoinvd"),
+    ((0x8000_0008, 0, "EBX", 12), "ibpb"),
+];
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn entry(leaf: u32, subleaf: u32, registers: [u32; 4]) -> CpuidEntry {
+        let [eax, ebx, ecx, edx] = registers;
+        CpuidEntry { leaf, subleaf, flags: 0, eax, ebx, ecx, edx }
+    }
+
+    #[test]
+    fn a_missing_feature_is_named() {
+        let guest = [entry(7, 0, [0, 1 << 5 | 1 << 20, 0, 0])];
+        let host = [entry(7, 0, [0, 1 << 20, 0, 0])];
+        assert_eq!(missing(&guest, &host), ["avx2 (CPUID 0x7.0 EBX bit 5)"]);
+        assert!(missing(&host, &guest).is_empty());
+        assert!(missing(&guest, &guest).is_empty());
+    }
+
+    #[test]
+    fn a_leaf_that_is_not_there_lacks_every_bit() {
+        let guest = [entry(7, 2, [0, 0, 0, 0b11])];
+        assert_eq!(missing(&guest, &[]).len(), 2);
+    }
+
+    #[test]
+    fn bits_that_follow_the_guests_cr4_do_not_count() {
+        let guest = [entry(1, 0, [0, 0, ECX_OSXSAVE, 0]), entry(7, 0, [0, 0, LEAF7_ECX_OSPKE, 0])];
+        assert!(missing(&guest, &[]).is_empty());
+    }
+
+    #[test]
+    fn the_place_of_extended_state_and_address_widths_count() {
+        let pkru = |at| entry(0xd, 9, [8, at, 0, 0]);
+        assert!(
+            missing(&[pkru(2688)], &[pkru(2432)])[0].contains("at 2688 (here 8 bytes at 2432)")
+        );
+        let width = |bits| entry(0x8000_0008, 0, [bits, 0, 0, 0]);
+        assert!(missing(&[width(0x3030)], &[width(0x302e)])[0].contains("48 bits of physical"));
+        assert!(missing(&[width(0x302e)], &[width(0x3030)]).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn bytes_round_trip(words in prop::array::uniform7(any::<u32>())) {
+            let [leaf, subleaf, flags, eax, ebx, ecx, edx] = words;
+            let entry = CpuidEntry { leaf, subleaf, flags, eax, ebx, ecx, edx };
+            prop_assert_eq!(CpuidEntry::from_bytes(entry.to_bytes()), entry);
+        }
+    }
+}
