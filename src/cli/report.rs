@@ -1,0 +1,285 @@
+//! How a move ended, for people: a headline, and a compact table of what it cost. The JSON form is
+//! the report itself.
+
+use decamp_shared::session::{Outcome, Report};
+
+use super::failure::with_reasons;
+use super::units;
+
+/// What happened, in one sentence or a few.
+pub(crate) fn headline(report: &Report, dry_run: bool) -> String {
+    let Report { workload, from, to, .. } = report;
+    let reason =
+        with_reasons(report.reason.as_deref().unwrap_or("no reason was given"), &report.refusals);
+    match report.outcome {
+        Outcome::Completed if dry_run => {
+            format!("{workload} can move from {from} to {to}; nothing was touched")
+        }
+        Outcome::Completed => {
+            let stop = report.downtime_ms.map_or_else(String::new, |ms| {
+                format!(", stopped for {}", units::milliseconds(ms))
+            });
+            let total = units::milliseconds(report.total_ms);
+            format!("{workload} moved from {from} to {to} in {total}{stop}")
+        }
+        Outcome::Refused => format!(
+            "{workload} was not moved to {to}: {reason}\nIt runs on at {from}; nothing was touched."
+        ),
+        Outcome::Failed => {
+            format!("{workload} did not move to {to}: {reason}\nIt runs on at {from}.")
+        }
+        Outcome::Cancelled => {
+            format!("The move of {workload} to {to} was cancelled: {reason}\nIt runs on at {from}.")
+        }
+        Outcome::Unresolved => format!(
+            "Nobody knows whether {workload} runs at {to}: {reason}\n\
+             It stands still at {from}. See where it runs (`decamp ls --all` on both hosts), then say \
+             the same on both:\n  \
+             decamp resolve {id} --keep source        it is to run at {from}\n  \
+             decamp resolve {id} --keep destination   it is to run at {to}",
+            id = report.migration
+        ),
+    }
+}
+
+/// The headline and what the move cost.
+pub(crate) fn text(report: &Report, dry_run: bool) -> String {
+    let head = headline(report, dry_run);
+    if report.outcome == Outcome::Refused || dry_run {
+        return head;
+    }
+    let mut lines = vec![head, String::new()];
+    for (key, value) in rows(report) {
+        lines.push(format!("  {key:<11} {value}").trim_end().to_owned());
+    }
+    lines.join("\n")
+}
+
+fn rows(report: &Report) -> Vec<(&'static str, String)> {
+    let mut rows = Vec::new();
+    if let Some(ms) = report.downtime_ms {
+        rows.push(("downtime", format!("{:<10} {}", units::milliseconds(ms), parts(report))));
+    }
+    if let Some(ms) = report.predicted.downtime_ms {
+        rows.push(("predicted", units::milliseconds(ms)));
+    }
+    let total = units::milliseconds(report.total_ms);
+    let stall = report.source_stall_ms;
+    rows.push((
+        "total",
+        match stall > 0.0 {
+            true => format!("{total:<10} tracking stalled it for {}", units::milliseconds(stall)),
+            false => total,
+        },
+    ));
+    rows.push(("memory", format!("{:<10} {}", units::bytes(report.memory_bytes), wire(report))));
+    let pages = pages(report);
+    if !pages.is_empty() {
+        rows.push(("pages", pages));
+    }
+    if report.file_bytes > 0 {
+        rows.push(("files", format!("{} on the wire", units::bytes(report.file_bytes))));
+    }
+    rows.extend(rounds(report));
+    let tracker = report.tracker.as_deref().map_or_else(String::new, |by| format!(" ({by})"));
+    rows.push(("mode", format!("{}{tracker}", report.mode)));
+    rows.push(("migration", report.migration.clone()));
+    rows
+}
+
+fn parts(report: &Report) -> String {
+    let parts = &report.downtime;
+    [
+        ("pause", parts.pause_ms),
+        ("memory", parts.memory_ms),
+        ("state", parts.state_ms),
+        ("restore", parts.restore_ms),
+        ("switch", parts.switch_ms),
+    ]
+    .map(|(name, ms)| format!("{name} {ms:.1}"))
+    .join(" + ")
+}
+
+fn wire(report: &Report) -> String {
+    let streams = match report.streams {
+        1 => "1 stream".to_owned(),
+        many => format!("{many} streams"),
+    };
+    let secrecy = if report.encrypted { "encrypted" } else { "NOT encrypted" };
+    format!("{} on the wire, {streams}, {secrecy}", units::bytes(report.wire_bytes))
+}
+
+fn pages(report: &Report) -> String {
+    let pages = &report.pages;
+    [
+        (pages.raw, "raw"),
+        (pages.zero, "zero"),
+        (pages.lz4, "lz4"),
+        (pages.zstd, "zstd"),
+        (pages.delta, "delta"),
+        (pages.same, "same"),
+    ]
+    .iter()
+    .filter(|(count, _)| *count > 0)
+    .map(|(count, name)| format!("{} {name}", units::count(*count)))
+    .collect::<Vec<_>>()
+    .join(", ")
+}
+
+/// A line a round; of very many only the first and the last.
+fn rounds(report: &Report) -> Vec<(&'static str, String)> {
+    const SHOWN: usize = 12;
+    let lines: Vec<String> = report
+        .rounds
+        .iter()
+        .map(|round| {
+            format!(
+                "{:>2}  {:>11} pages  {:>10}  {:>9}",
+                round.round,
+                units::count(round.dirty_pages),
+                units::bytes(round.wire_bytes),
+                units::milliseconds(round.ms)
+            )
+        })
+        .collect();
+    let shown: Vec<String> = if lines.len() > SHOWN {
+        let left_out = format!("…   {} more rounds", lines.len() - SHOWN);
+        let (head, tail) = (&lines[..SHOWN / 2], &lines[lines.len() - SHOWN / 2..]);
+        [head, &[left_out], tail].concat()
+    } else {
+        lines
+    };
+    let keys = std::iter::once("rounds").chain(std::iter::repeat(""));
+    keys.zip(shown).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use decamp_shared::session::report::{DowntimeParts, PageCounts, Predicted, Round};
+    use decamp_shared::workload::{Kind, Refusal, RefusalCode};
+
+    fn report() -> Report {
+        Report {
+            migration: "3f2a9c81d04e5b76".into(),
+            workload: "web".into(),
+            kind: Kind::Vm,
+            from: "alpha".into(),
+            to: "beta".into(),
+            outcome: Outcome::Completed,
+            reason: None,
+            refusals: Vec::new(),
+            mode: "pre-copy".into(),
+            tracker: Some("KVM dirty log".into()),
+            total_ms: 1420.0,
+            downtime_ms: Some(12.3),
+            downtime: DowntimeParts {
+                pause_ms: 0.4,
+                memory_ms: 6.1,
+                state_ms: 0.8,
+                restore_ms: 3.0,
+                switch_ms: 2.0,
+            },
+            rounds: vec![
+                Round { round: 1, dirty_pages: 262_144, wire_bytes: 1 << 30, ms: 1110.0 },
+                Round { round: 2, dirty_pages: 8_301, wire_bytes: 33 << 20, ms: 26.0 },
+            ],
+            memory_bytes: 1 << 30,
+            wire_bytes: (1 << 30) + (33 << 20),
+            file_bytes: 12 << 10,
+            pages: PageCounts { zero: 62_144, raw: 208_301, ..PageCounts::default() },
+            streams: 2,
+            encrypted: true,
+            predicted: Predicted { total_ms: None, downtime_ms: Some(11.0) },
+            source_stall_ms: 0.0,
+        }
+    }
+
+    #[test]
+    fn a_completed_move() {
+        let expected = "\
+web moved from alpha to beta in 1.42 s, stopped for 12.3 ms
+
+  downtime    12.3 ms    pause 0.4 + memory 6.1 + state 0.8 + restore 3.0 + switch 2.0
+  predicted   11.0 ms
+  total       1.42 s
+  memory      1.0 GiB    1.0 GiB on the wire, 2 streams, encrypted
+  pages       208,301 raw, 62,144 zero
+  files       12.0 KiB on the wire
+  rounds       1      262,144 pages     1.0 GiB     1.11 s
+               2        8,301 pages    33.0 MiB    26.0 ms
+  mode        pre-copy (KVM dirty log)
+  migration   3f2a9c81d04e5b76";
+        assert_eq!(text(&report(), false), expected);
+    }
+
+    #[test]
+    fn a_dry_run_says_that_nothing_was_touched() {
+        let text = text(&report(), true);
+        assert_eq!(text, "web can move from alpha to beta; nothing was touched");
+    }
+
+    #[test]
+    fn a_refusal_names_every_reason() {
+        let refused = Report {
+            outcome: Outcome::Refused,
+            reason: Some("beta refuses it".into()),
+            refusals: vec![
+                Refusal::new(RefusalCode::Memory, "Not enough memory: 1 GiB needed, 200 MiB free"),
+                Refusal::new(RefusalCode::Bridge, "There is no bridge br0"),
+            ],
+            ..report()
+        };
+        let expected = "\
+web was not moved to beta: beta refuses it
+  - Not enough memory: 1 GiB needed, 200 MiB free
+  - There is no bridge br0
+It runs on at alpha; nothing was touched.";
+        assert_eq!(text(&refused, false), expected);
+    }
+
+    #[test]
+    fn an_unresolved_move_spells_out_both_choices() {
+        let unresolved =
+            Report { outcome: Outcome::Unresolved, reason: Some("no answer".into()), ..report() };
+        let text = text(&unresolved, false);
+        assert!(text.contains(
+            "decamp resolve 3f2a9c81d04e5b76 --keep source        it is to run at alpha"
+        ));
+        assert!(
+            text.contains(
+                "decamp resolve 3f2a9c81d04e5b76 --keep destination   it is to run at beta"
+            )
+        );
+    }
+
+    #[test]
+    fn failed_and_cancelled_moves_say_where_it_runs() {
+        for outcome in [Outcome::Failed, Outcome::Cancelled] {
+            let ended = Report {
+                outcome,
+                reason: Some("connection cut".into()),
+                downtime_ms: None,
+                ..report()
+            };
+            let text = text(&ended, false);
+            assert!(text.contains("connection cut\nIt runs on at alpha."), "{text}");
+            assert!(!text.contains("downtime "), "{text}");
+        }
+    }
+
+    #[test]
+    fn of_many_rounds_the_middle_is_left_out() {
+        let round = |round| Round { round, dirty_pages: 1, wire_bytes: 1, ms: 1.0 };
+        let long = Report { rounds: (1..=40).map(round).collect(), ..report() };
+        let text = text(&long, false);
+        assert!(text.contains("28 more rounds"), "{text}");
+        assert!(text.contains(" 40  "), "{text}");
+    }
+
+    #[test]
+    fn pages_in_the_clear_are_said_loudly() {
+        let clear = Report { encrypted: false, ..report() };
+        assert!(text(&clear, false).contains("NOT encrypted"));
+    }
+}

@@ -1,0 +1,30 @@
+//! `decamp stop`: ends a running workload.
+
+use clap::Args;
+
+use super::client::Client;
+use super::failure::Failure;
+use super::{output, values};
+use crate::messages::WorkloadView;
+
+/// Stop a running workload: ask it to end, wait, then force it
+#[derive(Debug, Args)]
+#[command(after_help = "Example: decamp stop web")]
+pub(crate) struct Stop {
+    /// Its name
+    #[arg(value_parser = values::workload)]
+    name: String,
+}
+
+impl Stop {
+    pub(crate) async fn run(self, client: &Client, json: bool) -> Result<u8, Failure> {
+        let path = format!("/v1/workloads/{}/stop", self.name);
+        let stopped: WorkloadView = client.post(&path, &()).await?;
+        if json {
+            output::json(&stopped);
+        } else {
+            output::line(format!("{} is stopped", stopped.name));
+        }
+        Ok(0)
+    }
+}
