@@ -1,0 +1,405 @@
+//! What this host says to workloads that want to come: where their files go, every reason against it,
+//! and what the registry says while they arrive. How they arrive is the session's business.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use decamp_shared::files::free_bytes;
+use decamp_shared::session::DestinationHost;
+use decamp_shared::workload::{
+    DestinationWorkload, Kind, Manifest, PlacedTree, Refusal, RefusalCode, Result, WorkloadError,
+    is_plain_absolute,
+};
+
+use super::Agent;
+use super::answer::chain;
+use super::config::PageEncryption;
+use super::leftovers::user_of;
+use super::registry::Workload;
+use crate::backend::role_word;
+use crate::messages::{FileEntry, State, is_workload_name};
+
+/// A workload with more trees than this is not believed.
+const TREES_MAX: usize = 64;
+
+/// This host as sessions see it.
+pub(crate) struct ArrivalHost {
+    agent: Arc<Agent>,
+}
+
+impl ArrivalHost {
+    /// The host of this agent.
+    pub(crate) fn new(agent: Arc<Agent>) -> Self {
+        Self { agent }
+    }
+
+    /// The entry of an earlier stay of this very workload: it moved away, and its files are here.
+    fn earlier_stay(&self, manifest: &Manifest) -> Option<Workload> {
+        let found = self.agent.registry.by_uuid(&manifest.uuid).ok().flatten()?;
+        (found.state == State::Moved && found.name == manifest.name).then_some(found)
+    }
+
+    fn check_identity(&self, manifest: &Manifest, refusals: &mut Vec<Refusal>) {
+        let name = &manifest.name;
+        if !is_workload_name(name) || uuid::Uuid::parse_str(&manifest.uuid).is_err() {
+            refusals.push(Refusal::new(
+                RefusalCode::Request,
+                format!("{name:?} with identity {:?} cannot be a workload", manifest.uuid),
+            ));
+            return;
+        }
+        if self.earlier_stay(manifest).is_some() && !self.agent.claims.is_taken(name) {
+            return;
+        }
+        let host = &self.agent.config.name;
+        let of_uuid = self.agent.registry.by_uuid(&manifest.uuid);
+        match (self.agent.registry.get(name), of_uuid) {
+            (Ok(Some(other)), _) => refusals.push(Refusal::new(
+                RefusalCode::NameTaken,
+                format!(
+                    "The name {name} is taken on {host} by a {} that is {}",
+                    other.kind.word(),
+                    other.state
+                ),
+            )),
+            (_, Ok(Some(other))) => refusals.push(Refusal::new(
+                RefusalCode::NameTaken,
+                format!("{name} is on {host} already, as {} ({})", other.name, other.state),
+            )),
+            (Err(error), _) | (_, Err(error)) => {
+                refusals.push(Refusal::new(RefusalCode::Other, chain(&error)));
+            }
+            (Ok(None), Ok(None)) if self.agent.claims.is_taken(name) => {
+                refusals.push(Refusal::new(
+                    RefusalCode::Busy,
+                    format!("Another workload of the name {name} is being started on {host}"),
+                ))
+            }
+            (Ok(None), Ok(None)) => {}
+        }
+    }
+
+    fn check_paths(&self, manifest: &Manifest, trees: &[PlacedTree], refusals: &mut Vec<Refusal>) {
+        let mut others = self.agent.registry.list().unwrap_or_default();
+        others.retain(|other| other.uuid != manifest.uuid);
+        let host = &self.agent.config.name;
+        for placed in trees {
+            let path = placed.path.display();
+            let code = RefusalCode::PathTaken;
+            if let Some(other) = user_of(&placed.path, &others) {
+                refusals.push(Refusal::new(
+                    code,
+                    format!(
+                        "{path} on {host} is used by workload {}: map it with --path",
+                        other.name
+                    ),
+                ));
+            } else if placed.path.symlink_metadata().is_ok() && !self.known_copy(manifest, placed) {
+                refusals.push(Refusal::new(
+                    code,
+                    format!(
+                        "{path} exists on {host} and is no earlier copy of {}: map it with --path, or \
+                         take it away there",
+                        manifest.name
+                    ),
+                ));
+            }
+        }
+    }
+
+    /// New trees need room. What an earlier copy still lacks shows only when files are compared; a
+    /// disk that fills up then ends the move with the workload running on.
+    fn check_disk(&self, manifest: &Manifest, trees: &[PlacedTree], refusals: &mut Vec<Refusal>) {
+        let mut needed: BTreeMap<u64, (u64, &Path)> = BTreeMap::new();
+        for placed in trees.iter().filter(|placed| !self.known_copy(manifest, placed)) {
+            let device = device_of(&placed.path);
+            let entry = needed.entry(device).or_insert((0, &placed.path));
+            entry.0 = entry.0.saturating_add(placed.tree.bytes);
+        }
+        let host = &self.agent.config.name;
+        for (bytes, path) in needed.into_values() {
+            match free_bytes(path) {
+                Ok(free) if free < bytes => refusals.push(Refusal::new(
+                    RefusalCode::Disk,
+                    format!(
+                        "Not enough room at {} on {host}: {bytes} bytes needed, {free} free",
+                        path.display()
+                    ),
+                )),
+                Ok(_) => {}
+                Err(error) => refusals.push(Refusal::new(
+                    RefusalCode::Disk,
+                    format!("Cannot tell how much room {} on {host} has: {error}", path.display()),
+                )),
+            }
+        }
+    }
+
+    /// Enters the workload as arriving; the entry of an earlier stay is kept inside the new one.
+    fn enter(&self, incoming: Workload) -> Result<()> {
+        let failed = |error| WorkloadError::new("Cannot enter the workload in the registry", error);
+        let registry = &self.agent.registry;
+        match registry.by_uuid(&incoming.uuid).map_err(failed)? {
+            Some(earlier) if earlier.state == State::Moved && earlier.name == incoming.name => {
+                registry
+                    .change(&incoming.name.clone(), |entry| {
+                        *entry = Workload { earlier: Some(Box::new(earlier)), ..incoming };
+                    })
+                    .map_err(failed)?;
+            }
+            _ => registry.create(&incoming).map_err(failed)?,
+        }
+        Ok(())
+    }
+
+    fn build(
+        &self,
+        manifest: &Manifest,
+        spec: &serde_json::Value,
+    ) -> Result<Box<dyn DestinationWorkload>> {
+        let place = self.agent.state_dir.place(&manifest.name, &manifest.uuid);
+        self.agent
+            .state_dir
+            .make_place(&place)
+            .map_err(|error| WorkloadError::new("Cannot make room for the keeper", error))?;
+        self.agent.backends.of(manifest.kind())?.prepare(manifest, spec, &place)
+    }
+}
+
+impl DestinationHost for ArrivalHost {
+    fn name(&self) -> &str {
+        &self.agent.config.name
+    }
+
+    fn page_encryption(&self) -> bool {
+        self.agent.config.page_encryption == PageEncryption::On
+    }
+
+    fn place_trees(
+        &self,
+        manifest: &Manifest,
+        paths: &[(PathBuf, PathBuf)],
+    ) -> std::result::Result<Vec<PlacedTree>, Vec<Refusal>> {
+        place(manifest, paths, &self.agent.config.paths, &self.agent.config.state_dir)
+    }
+
+    fn preflight(&self, manifest: &Manifest, trees: &[PlacedTree]) -> Vec<Refusal> {
+        let mut refusals = Vec::new();
+        self.check_identity(manifest, &mut refusals);
+        match manifest.kind() {
+            Kind::Unspecified => refusals.push(Refusal::new(
+                RefusalCode::Unsupported,
+                format!("This version knows no workload of kind {}", manifest.kind),
+            )),
+            kind => match self.agent.backends.of(kind) {
+                Ok(backend) => refusals.extend(backend.preflight(manifest, trees)),
+                Err(error) => refusals.push(Refusal::new(RefusalCode::Unsupported, chain(&error))),
+            },
+        }
+        self.check_paths(manifest, trees, &mut refusals);
+        self.check_disk(manifest, trees, &mut refusals);
+        refusals
+    }
+
+    fn known_copy(&self, manifest: &Manifest, tree: &PlacedTree) -> bool {
+        let role = role_word(tree.tree.role());
+        self.earlier_stay(manifest).is_some_and(|earlier| {
+            earlier.files.iter().any(|file| file.path == tree.path && file.role == role)
+        })
+    }
+
+    fn prepare(
+        &self,
+        migration: &str,
+        manifest: &Manifest,
+        trees: &[PlacedTree],
+    ) -> Result<Box<dyn DestinationWorkload>> {
+        let claim = self.agent.claims.take(&manifest.name, "arriving").map_err(|doing| {
+            WorkloadError::plain(format!("{} is {doing} here right now", manifest.name))
+        })?;
+        let kind = manifest.kind();
+        let spec = self.agent.backends.of(kind)?.respec(manifest, trees)?;
+        let mut incoming =
+            Workload::new(&manifest.name, &manifest.uuid, kind, spec.clone(), State::Incoming);
+        incoming.migration = Some(migration.to_owned());
+        incoming.files = trees.iter().map(file_entry).collect();
+        self.enter(incoming)?;
+        let built = self.build(manifest, &spec);
+        drop(claim);
+        built.inspect_err(|_| self.gone(migration, manifest))
+    }
+
+    fn running(&self, migration: &str, manifest: &Manifest) {
+        match self.agent.registry.change(&manifest.name, Workload::becomes_running) {
+            Ok(_) => tracing::info!(migration, workload = manifest.name, "Runs here now"),
+            Err(error) => tracing::error!(
+                migration,
+                workload = manifest.name,
+                "Runs here, but cannot be entered; the journal knows: {}",
+                chain(&error)
+            ),
+        }
+    }
+
+    fn gone(&self, migration: &str, manifest: &Manifest) {
+        if let Err(error) = self.agent.forget_arrival(migration, &manifest.name) {
+            tracing::error!(
+                migration,
+                workload = manifest.name,
+                "Cannot take the entry of an arrival back: {}",
+                chain(&error)
+            );
+        }
+    }
+}
+
+impl Agent {
+    /// Takes back what an arrival that came to nothing left: keeper's leftovers, directory, entry.
+    /// An earlier stay's entry is put back. Harmless when there is nothing.
+    pub(crate) fn forget_arrival(&self, migration: &str, name: &str) -> super::answer::Result<()> {
+        let Some(workload) = self.registry.get(name)? else { return Ok(()) };
+        if workload.state != State::Incoming || workload.migration.as_deref() != Some(migration) {
+            return Ok(());
+        }
+        let place = self.place(&workload);
+        self.backends.of(workload.kind)?.sweep(&workload.spec, &place)?;
+        self.state_dir.remove_place(&place)?;
+        match workload.earlier {
+            Some(earlier) => {
+                self.registry.change(name, |entry| *entry = *earlier)?;
+            }
+            None => self.registry.remove(name)?,
+        }
+        Ok(())
+    }
+}
+
+/// Where each tree of `manifest` goes: mapped by the longest fitting OLD=NEW of the user, else of the
+/// configuration, else where it stood.
+fn place(
+    manifest: &Manifest,
+    asked: &[(PathBuf, PathBuf)],
+    configured: &[(PathBuf, PathBuf)],
+    state_dir: &Path,
+) -> std::result::Result<Vec<PlacedTree>, Vec<Refusal>> {
+    let mut refusals = Vec::new();
+    if manifest.files.len() > TREES_MAX {
+        let text = format!("A workload with {} file trees", manifest.files.len());
+        return Err(vec![Refusal::new(RefusalCode::Request, text)]);
+    }
+    let mut placed: Vec<PlacedTree> = Vec::new();
+    for tree in &manifest.files {
+        let old = Path::new(&tree.path);
+        if !is_plain_absolute(old) {
+            let text = format!("{:?} is not an absolute path without `..`", tree.path);
+            refusals.push(Refusal::new(RefusalCode::Request, text));
+            continue;
+        }
+        let path = mapped(old, asked).or_else(|| mapped(old, configured));
+        let path = path.unwrap_or_else(|| old.to_owned());
+        if let Some(why) = unfit(&path, &placed, state_dir) {
+            let text = format!("{} cannot go to {}: {why}", tree.path, path.display());
+            refusals.push(Refusal::new(RefusalCode::Request, text));
+        }
+        placed.push(PlacedTree { tree: tree.clone(), path });
+    }
+    if refusals.is_empty() { Ok(placed) } else { Err(refusals) }
+}
+
+fn mapped(path: &Path, mappings: &[(PathBuf, PathBuf)]) -> Option<PathBuf> {
+    let fits = |(old, new): &(PathBuf, PathBuf)| {
+        let rest = path.strip_prefix(old).ok()?;
+        // Joining nothing would leave a slash at the end.
+        let new = if rest.as_os_str().is_empty() { new.clone() } else { new.join(rest) };
+        Some((old.components().count(), new))
+    };
+    mappings.iter().filter_map(fits).max_by_key(|(length, _)| *length).map(|(_, new)| new)
+}
+
+fn unfit(path: &Path, placed: &[PlacedTree], state_dir: &Path) -> Option<&'static str> {
+    let below = |top: &str| path.starts_with(top);
+    if !is_plain_absolute(path) || path.components().count() < 3 {
+        return Some("files go at least one directory below the top");
+    }
+    if below("/proc") || below("/sys") || below("/dev") {
+        return Some("that is no place for files");
+    }
+    if path.starts_with(state_dir) || state_dir.starts_with(path) {
+        return Some("the agent's state is there");
+    }
+    let overlaps =
+        |other: &PlacedTree| other.path.starts_with(path) || path.starts_with(&other.path);
+    placed.iter().any(overlaps).then_some("another file of this workload goes there")
+}
+
+fn file_entry(placed: &PlacedTree) -> FileEntry {
+    FileEntry { role: role_word(placed.tree.role()).to_owned(), path: placed.path.clone() }
+}
+
+/// The device behind `path`, or behind the nearest directory above it that exists.
+fn device_of(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    path.ancestors().find_map(|above| above.metadata().ok()).map_or(0, |found| found.dev())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use decamp_shared::workload::{FileRole, FileTree};
+
+    fn manifest(paths: &[&str]) -> Manifest {
+        let tree = |(id, path): (usize, &&str)| FileTree {
+            id: id as u32,
+            role: FileRole::Bundle.into(),
+            path: (*path).to_owned(),
+            bytes: 1,
+            live: true,
+        };
+        Manifest { files: paths.iter().enumerate().map(tree).collect(), ..Manifest::default() }
+    }
+
+    fn placed(paths: &[&str], asked: &[(&str, &str)], configured: &[(&str, &str)]) -> Vec<String> {
+        let pairs = |list: &[(&str, &str)]| -> Vec<(PathBuf, PathBuf)> {
+            list.iter().map(|(old, new)| (old.into(), new.into())).collect()
+        };
+        let state = Path::new("/var/lib/decamp");
+        match place(&manifest(paths), &pairs(asked), &pairs(configured), state) {
+            Ok(placed) => placed.iter().map(|one| one.path.display().to_string()).collect(),
+            Err(refusals) => refusals.into_iter().map(|one| one.text).collect(),
+        }
+    }
+
+    #[test]
+    fn files_keep_their_path_unless_mapped() {
+        assert_eq!(placed(&["/srv/a"], &[], &[]), ["/srv/a"]);
+        assert_eq!(placed(&["/srv/a"], &[("/srv", "/data")], &[]), ["/data/a"]);
+        assert_eq!(placed(&["/srv/a"], &[("/srv/a", "/data/b")], &[]), ["/data/b"]);
+        assert_eq!(placed(&["/srv/ab"], &[("/srv/a", "/data/b")], &[]), ["/srv/ab"]);
+    }
+
+    #[test]
+    fn the_longest_mapping_wins_and_the_users_before_the_hosts() {
+        let both = [("/srv", "/x"), ("/srv/a", "/y/z")];
+        assert_eq!(placed(&["/srv/a/k"], &both, &[]), ["/y/z/k"]);
+        assert_eq!(placed(&["/srv/a/k"], &[], &both), ["/y/z/k"]);
+        assert_eq!(placed(&["/srv/a/k"], &[("/srv", "/mine")], &both), ["/mine/a/k"]);
+    }
+
+    #[test]
+    fn a_peer_cannot_name_places_that_are_not_for_files() {
+        for bad in ["relative", "/srv/../etc/x", "/", "/srv", "/proc/1", "/dev/shm/x", ""] {
+            assert!(placed(&[bad], &[], &[])[0].contains(' '), "{bad}");
+        }
+        assert!(placed(&["/var/lib/decamp/registry.db"], &[], &[])[0].contains("agent's state"));
+        assert!(placed(&["/var/lib"], &[], &[])[0].contains("agent's state"));
+        assert!(placed(&["/srv/a", "/srv/a/b"], &[], &[])[0].contains("another file"));
+        let many = vec!["/srv/a"; TREES_MAX + 1];
+        assert!(placed(&many, &[], &[])[0].contains("file trees"));
+    }
+
+    #[test]
+    fn a_mapping_out_of_bounds_is_refused_too() {
+        assert!(placed(&["/srv/a"], &[("/srv", "/proc/x")], &[])[0].contains("no place for files"));
+    }
+}
