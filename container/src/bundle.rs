@@ -1,0 +1,255 @@
+//! An OCI bundle: reading `config.json`, what in it keeps a container from being run or moved by
+//! this version, and the copy of it that the runtime is given.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use decamp_shared::workload::{Refusal, RefusalCode};
+use serde_json::{Value, json};
+
+use crate::error::{ContainerError, Result};
+
+/// A `config.json` is never longer.
+const CONFIG_CAP: u64 = 16 << 20;
+/// Files of the host that any container may mount without being bound to its host by it.
+const HOST_FILES: [&str; 3] = ["/etc/resolv.conf", "/etc/hosts", "/etc/hostname"];
+/// Namespaces that a container must have of its own.
+const NEEDED_NAMESPACES: [&str; 5] = ["pid", "network", "ipc", "uts", "mount"];
+
+/// A bundle and its configuration.
+#[derive(Clone, Debug)]
+pub(crate) struct Bundle {
+    directory: PathBuf,
+    config: Value,
+}
+
+/// A bind mount of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Bind {
+    /// Where it appears in the container.
+    pub(crate) destination: String,
+    /// What of the host it shows, absolute.
+    pub(crate) source: PathBuf,
+}
+
+impl Bundle {
+    /// Reads `directory/config.json`.
+    pub(crate) fn read(directory: &Path) -> Result<Self> {
+        let path = directory.join("config.json");
+        let length = fs::metadata(&path)
+            .map_err(ContainerError::io(format!("read {}", path.display())))?
+            .len();
+        if length > CONFIG_CAP {
+            return Err(ContainerError::malformed(path, "is longer than any configuration"));
+        }
+        let text = fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
+        Self::parse(directory, &text)
+    }
+
+    /// A bundle at `directory` whose configuration is `text`.
+    pub(crate) fn parse(directory: &Path, text: &[u8]) -> Result<Self> {
+        let path = directory.join("config.json");
+        let config: Value = serde_json::from_slice(text)
+            .map_err(|error| ContainerError::malformed(&path, format!("is no JSON: {error}")))?;
+        if !config.is_object() {
+            return Err(ContainerError::malformed(path, "is no JSON object"));
+        }
+        Ok(Self { directory: directory.to_owned(), config })
+    }
+
+    /// The root file system: the path in the configuration, relative to the bundle.
+    pub(crate) fn rootfs(&self) -> PathBuf {
+        let path = self.config.pointer("/root/path").and_then(Value::as_str).unwrap_or("rootfs");
+        self.directory.join(path)
+    }
+
+    /// The configuration as text, for the manifest.
+    pub(crate) fn config_text(&self) -> Vec<u8> {
+        self.config.to_string().into_bytes()
+    }
+
+    /// Bind mounts, sources made absolute.
+    pub(crate) fn binds(&self) -> Vec<Bind> {
+        let mounts = self.config.get("mounts").and_then(Value::as_array);
+        mounts
+            .into_iter()
+            .flatten()
+            .filter(|mount| is_bind(mount))
+            .filter_map(|mount| {
+                Some(Bind {
+                    destination: mount.get("destination")?.as_str()?.to_owned(),
+                    source: self.directory.join(mount.get("source")?.as_str()?),
+                })
+            })
+            .collect()
+    }
+
+    /// Whether it mounts the cgroup hierarchies.
+    pub(crate) fn mounts_cgroups(&self) -> bool {
+        let mounts = self.config.get("mounts").and_then(Value::as_array);
+        mounts.into_iter().flatten().any(|mount| mount.get("type").and_then(Value::as_str) == Some("cgroup"))
+    }
+
+    /// Paths that are hidden in the container.
+    pub(crate) fn masked_paths(&self) -> Vec<String> {
+        let paths = self.config.pointer("/linux/maskedPaths").and_then(Value::as_array);
+        paths.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+    }
+
+    /// Why this version cannot run it under a keeper.
+    pub(crate) fn run_refusals(&self) -> Vec<Refusal> {
+        let mut found = Vec::new();
+        let rootfs = self.rootfs();
+        if !rootfs.is_dir() {
+            found.push(Refusal::new(
+                RefusalCode::File,
+                format!("The bundle's root file system {} is no directory", rootfs.display()),
+            ));
+        } else if !is_inside(&rootfs, &self.directory) {
+            found.push(Refusal::new(
+                RefusalCode::Unsupported,
+                format!(
+                    "The root file system {} lies outside of the bundle, which is not supported in this version",
+                    rootfs.display()
+                ),
+            ));
+        }
+        if self.config.pointer("/process/terminal").and_then(Value::as_bool) == Some(true) {
+            found.push(unsupported("The configuration asks for a terminal (process.terminal)"));
+        }
+        for needed in NEEDED_NAMESPACES {
+            match self.namespace(needed) {
+                None => found.push(unsupported(&format!("The container has no {needed} namespace of its own"))),
+                Some(namespace) if namespace.get("path").is_some_and(|path| path.as_str() != Some("")) => {
+                    found.push(unsupported(&format!("The container joins a {needed} namespace by its path")));
+                }
+                Some(_) => {}
+            }
+        }
+        if self.namespace("user").is_some() {
+            found.push(unsupported("The container has a user namespace"));
+        }
+        if self.config.get("hooks").and_then(Value::as_object).is_some_and(|hooks| !hooks.is_empty()) {
+            found.push(unsupported("The configuration has hooks"));
+        }
+        found
+    }
+
+    /// Why this version cannot move it, as far as the configuration tells.
+    pub(crate) fn move_obstacles(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        if self.namespace("cgroup").is_some() {
+            found.push("The container has a cgroup namespace, which CRIU cannot rebuild".to_owned());
+        }
+        for bind in self.binds() {
+            let known = HOST_FILES.iter().any(|file| Path::new(file) == bind.source);
+            if !known && !is_inside(&bind.source, &self.directory) {
+                found.push(format!(
+                    "{} is mounted from {}, outside of the bundle; only the bundle moves",
+                    bind.destination,
+                    bind.source.display()
+                ));
+            }
+        }
+        found
+    }
+
+    /// The configuration that the runtime is given: root and bind sources absolute, the network
+    /// namespace at `netns`, the cgroup at `cgroups_path`.
+    pub(crate) fn for_runtime(&self, netns: &str, cgroups_path: &str) -> Value {
+        let mut config = self.config.clone();
+        config["root"]["path"] = json!(self.rootfs());
+        config["linux"]["cgroupsPath"] = json!(cgroups_path);
+        if let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
+            for namespace in namespaces {
+                if namespace["type"] == "network" {
+                    namespace["path"] = json!(netns);
+                }
+            }
+        }
+        if let Some(mounts) = config["mounts"].as_array_mut() {
+            for mount in mounts.iter_mut().filter(|mount| is_bind(mount)) {
+                if let Some(source) = mount.get("source").and_then(Value::as_str) {
+                    mount["source"] = json!(self.directory.join(source));
+                }
+            }
+        }
+        config
+    }
+
+    /// A configuration for a stand-in that only makes the cgroups and the runtime's state: the same
+    /// limits, but an empty root at `root` and a program of no importance, `/stand-in`.
+    pub(crate) fn for_stand_in(&self, netns: &str, cgroups_path: &str, root: &Path) -> Value {
+        let mut config = self.for_runtime(netns, cgroups_path);
+        config["root"]["path"] = json!(root);
+        config["root"]["readonly"] = json!(false);
+        config["process"]["args"] = json!(["/stand-in"]);
+        config["process"]["cwd"] = json!("/");
+        config["process"]["user"] = json!({"uid": 0, "gid": 0});
+        if let Some(mounts) = config["mounts"].as_array_mut() {
+            // Their sources may still be on their way, and nobody will look at them.
+            mounts.retain(|mount| !is_bind(mount));
+        }
+        config
+    }
+
+    fn namespace(&self, kind: &str) -> Option<&Value> {
+        let namespaces = self.config.pointer("/linux/namespaces")?.as_array()?;
+        namespaces.iter().find(|namespace| namespace.get("type").and_then(Value::as_str) == Some(kind))
+    }
+}
+
+/// Whether `path` lies below `directory`, symbolic links followed where they exist.
+fn is_inside(path: &Path, directory: &Path) -> bool {
+    let resolve = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    resolve(path).starts_with(resolve(directory))
+}
+
+fn is_bind(mount: &Value) -> bool {
+    let options = mount.get("options").and_then(Value::as_array);
+    mount.get("type").and_then(Value::as_str) == Some("bind")
+        || options.into_iter().flatten().any(|option| matches!(option.as_str(), Some("bind" | "rbind")))
+}
+
+fn unsupported(what: &str) -> Refusal {
+    Refusal::new(RefusalCode::Unsupported, format!("{what}, which is not supported in this version"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bundle(config: Value) -> Bundle {
+        Bundle::parse(Path::new("/b"), config.to_string().as_bytes()).expect("a bundle")
+    }
+
+    #[test]
+    fn bind_mounts_are_found_by_type_and_by_option() {
+        let bundle = bundle(json!({"mounts": [
+            {"destination": "/a", "type": "bind", "source": "data"},
+            {"destination": "/c", "type": "none", "source": "/c", "options": ["rbind", "ro"]},
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+        ]}));
+        let sources: Vec<_> = bundle.binds().into_iter().map(|bind| bind.source).collect();
+        assert_eq!(sources, [PathBuf::from("/b/data"), PathBuf::from("/c")]);
+        assert_eq!(bundle.move_obstacles().len(), 1);
+    }
+
+    #[test]
+    fn a_bundle_without_namespaces_is_refused_with_every_reason() {
+        let refusals = bundle(json!({"process": {"terminal": true}, "hooks": {"poststop": []}})).run_refusals();
+        assert_eq!(refusals.len(), 1 + 1 + NEEDED_NAMESPACES.len() + 1);
+    }
+
+    #[test]
+    fn the_runtime_gets_absolute_paths() {
+        let bundle = bundle(json!({
+            "root": {"path": "rootfs"},
+            "linux": {"namespaces": [{"type": "network"}, {"type": "pid"}]},
+        }));
+        let config = bundle.for_runtime("/proc/1/fd/3", "/decamp/x");
+        assert_eq!(config["root"]["path"], "/b/rootfs");
+        assert_eq!(config["linux"]["namespaces"][0]["path"], "/proc/1/fd/3");
+        assert_eq!(config["linux"]["namespaces"][1].get("path"), None);
+    }
+}

@@ -1,0 +1,397 @@
+//! A container's control groups: who is in them, freezing and thawing, limits, and their removal.
+//!
+//! The runtime makes them; both hierarchies (v1 with a freezer of its own, and v2) are spoken here.
+//! CRIU never touches them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use decamp_shared::workload::Place;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{ContainerError, Result};
+use crate::spec::runtime_id;
+use crate::sys;
+
+/// Below the mount point of each hierarchy, the one directory that is ours.
+const PARENT: &str = "decamp";
+/// Freezing takes microseconds; a task that does not stop for so long is stuck in the kernel.
+const FREEZE_WITHIN: Duration = Duration::from_secs(5);
+/// Tasks that were killed are gone within this, or something is wrong with the host.
+const EMPTY_WITHIN: Duration = Duration::from_secs(10);
+/// Files whose values travel, by v1 controller ("" is v2). What follows from the host alone (device
+/// filters, processor sets) is made by the destination's own runtime.
+const SETTINGS: [(&str, &[&str]); 4] = [
+    ("memory", &["memory.limit_in_bytes", "memory.soft_limit_in_bytes"]),
+    ("cpu", &["cpu.shares", "cpu.cfs_period_us", "cpu.cfs_quota_us"]),
+    ("pids", &["pids.max"]),
+    ("", &["memory.max", "memory.high", "memory.low", "cpu.max", "cpu.weight", "pids.max"]),
+];
+/// A value of a setting is never longer.
+const VALUE_CAP: usize = 128;
+
+/// The directories of one container, by controller; one entry with an empty name on v2.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Cgroups {
+    paths: BTreeMap<String, PathBuf>,
+}
+
+/// One limit, as it stands in a file of a controller.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Setting {
+    /// v1 controller, or nothing on v2.
+    controller: String,
+    /// Name of the file.
+    file: String,
+    /// Its content without the newline.
+    value: String,
+}
+
+/// What the runtime's configuration calls the container's cgroup.
+pub(crate) fn cgroups_path(place: &Place) -> Result<String> {
+    Ok(format!("/{PARENT}/{}", runtime_id(place)?))
+}
+
+impl Cgroups {
+    /// The directories that a runtime's state names (`cgroup_paths`).
+    pub(crate) fn from_state(paths: &Value) -> Result<Self> {
+        let bad = |what: &str| ContainerError::State(format!("The runtime's state {what}"));
+        let mut found = BTreeMap::new();
+        for (controller, path) in paths.as_object().ok_or_else(|| bad("names no cgroups"))? {
+            let path = path.as_str().ok_or_else(|| bad("names a cgroup that is no path"))?;
+            found.insert(controller.clone(), PathBuf::from(path));
+        }
+        let cgroups = Self { paths: found };
+        cgroups.freezer()?;
+        Ok(cgroups)
+    }
+
+    /// Wherever a container of this place would have its directories on this host.
+    pub(crate) fn of_place(place: &Place) -> Result<Self> {
+        let id = runtime_id(place)?;
+        let mountinfo = fs::read_to_string("/proc/self/mountinfo")
+            .map_err(ContainerError::io("read /proc/self/mountinfo"))?;
+        let mut paths = BTreeMap::new();
+        for (mount_point, kind, options) in cgroup_mounts(&mountinfo) {
+            let directory = Path::new(mount_point).join(PARENT).join(id);
+            if kind == "cgroup2" {
+                paths.insert(String::new(), directory);
+            } else {
+                paths.insert(options.to_owned(), directory);
+            }
+        }
+        Ok(Self { paths })
+    }
+
+    fn is_v2(&self) -> bool {
+        !self.paths.contains_key("freezer")
+    }
+
+    /// The directory whose tasks are frozen and thawed together.
+    pub(crate) fn freezer(&self) -> Result<&Path> {
+        let found = self.paths.get("freezer").or_else(|| self.paths.get(""));
+        found.map(PathBuf::as_path).ok_or_else(|| {
+            ContainerError::State("The container has no cgroup that can be frozen".to_owned())
+        })
+    }
+
+    /// The directory of a v1 controller.
+    pub(crate) fn controller(&self, name: &str) -> Option<&Path> {
+        self.paths.get(name).map(PathBuf::as_path)
+    }
+
+    /// Stops every task, and returns when all of them stand still.
+    pub(crate) fn freeze(&self) -> Result<()> {
+        let directory = self.freezer()?;
+        let begun = Instant::now();
+        let mut again = Instant::now();
+        self.write_freezer(true)?;
+        while !self.is_frozen()? {
+            if begun.elapsed() > FREEZE_WITHIN {
+                // Whatever stopped shall run again.
+                self.thaw()?;
+                return Err(ContainerError::State(format!(
+                    "The tasks in {} did not stop within {} s",
+                    directory.display(),
+                    FREEZE_WITHIN.as_secs()
+                )));
+            }
+            if again.elapsed() > Duration::from_millis(20) {
+                // A task that forked at the wrong moment is caught by asking v1 once more.
+                again = Instant::now();
+                self.write_freezer(true)?;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        Ok(())
+    }
+
+    /// Marks the directory as frozen without waiting: tasks that are traced just now stop as soon
+    /// as their tracer lets them go.
+    pub(crate) fn freeze_when_free(&self) -> Result<()> {
+        self.write_freezer(true)
+    }
+
+    /// Lets every task run.
+    pub(crate) fn thaw(&self) -> Result<()> {
+        self.write_freezer(false)
+    }
+
+    /// Whether every task stands still.
+    pub(crate) fn is_frozen(&self) -> Result<bool> {
+        let directory = self.freezer()?;
+        if self.is_v2() {
+            let events = read(&directory.join("cgroup.events"))?;
+            Ok(events.lines().any(|line| line == "frozen 1"))
+        } else {
+            Ok(read(&directory.join("freezer.state"))?.trim() == "FROZEN")
+        }
+    }
+
+    fn write_freezer(&self, frozen: bool) -> Result<()> {
+        let directory = self.freezer()?;
+        let (file, value) = match (self.is_v2(), frozen) {
+            (true, true) => ("cgroup.freeze", "1"),
+            (true, false) => ("cgroup.freeze", "0"),
+            (false, true) => ("freezer.state", "FROZEN"),
+            (false, false) => ("freezer.state", "THAWED"),
+        };
+        write(&directory.join(file), value)
+    }
+
+    /// Process ids of all members, as this process sees them.
+    pub(crate) fn processes(&self) -> Result<Vec<i32>> {
+        processes_in(self.freezer()?)
+    }
+
+    /// Whether the container made cgroups of its own below its directory.
+    pub(crate) fn is_nested(&self) -> Result<bool> {
+        let directory = self.freezer()?;
+        let entries = fs::read_dir(directory)
+            .map_err(ContainerError::io(format!("list {}", directory.display())))?;
+        Ok(entries.flatten().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())))
+    }
+
+    /// Puts process `pid` into every one of the directories.
+    pub(crate) fn enter(&self, pid: i32) -> Result<()> {
+        for directory in self.paths.values() {
+            write(&directory.join("cgroup.procs"), &pid.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Takes process `pid` out of the frozen directory into one beside it. It is removed with the
+    /// others.
+    pub(crate) fn step_aside(&self, pid: i32) -> Result<()> {
+        let beside = beside(self.freezer()?);
+        match fs::create_dir(&beside) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(ContainerError::io(format!("make {}", beside.display()))(error));
+            }
+            _ => {}
+        }
+        write(&beside.join("cgroup.procs"), &pid.to_string())
+    }
+
+    /// Limits as they are now.
+    pub(crate) fn settings(&self) -> Vec<Setting> {
+        let mut found = Vec::new();
+        for (controller, files) in SETTINGS {
+            let Some(directory) = self.paths.get(controller) else { continue };
+            for file in files {
+                // A controller that is not enabled has no such file.
+                if let Ok(value) = fs::read_to_string(directory.join(file)) {
+                    found.push(Setting {
+                        controller: controller.to_owned(),
+                        file: (*file).to_owned(),
+                        value: value.trim().to_owned(),
+                    });
+                }
+            }
+        }
+        found
+    }
+
+    /// Sets limits that came from the source. One that this host does not have is said and left out.
+    pub(crate) fn apply(&self, settings: &[Setting]) -> Result<()> {
+        for setting in settings {
+            let known = SETTINGS.iter().any(|(controller, files)| {
+                *controller == setting.controller && files.contains(&setting.file.as_str())
+            });
+            if !known || setting.value.len() > VALUE_CAP {
+                return Err(ContainerError::section(
+                    "container/state",
+                    format!("sets {:?}, which is no limit", setting.file),
+                ));
+            }
+            let Some(directory) = self.paths.get(&setting.controller) else { continue };
+            let path = directory.join(&setting.file);
+            let current = fs::read_to_string(&path).unwrap_or_default();
+            if current.trim() == setting.value {
+                continue;
+            }
+            if let Err(error) = fs::write(&path, &setting.value) {
+                tracing::warn!(path = %path.display(), value = setting.value, %error, "Cannot set a limit as it was at the source");
+            }
+        }
+        Ok(())
+    }
+
+    /// The memory limit in bytes, when there is one.
+    pub(crate) fn memory_limit(&self) -> Option<u64> {
+        let (directory, file) = match self.paths.get("memory") {
+            Some(directory) => (directory, "memory.limit_in_bytes"),
+            None => (self.paths.get("")?, "memory.max"),
+        };
+        let limit: u64 = fs::read_to_string(directory.join(file)).ok()?.trim().parse().ok()?;
+        // v1 says "none" by a number near 2^63.
+        (limit < 1 << 60).then_some(limit)
+    }
+
+    /// Kills every member. Frozen members die when they are thawed, before they run anything.
+    pub(crate) fn kill_all(&self) -> Result<()> {
+        for pid in self.processes()? {
+            // One that has just died by itself is as dead as we want it.
+            if let Ok(process) = sys::pidfd_open(pid) {
+                let _ = sys::pidfd_kill(process.as_fd());
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the directories once their members are gone. What is not there is no error.
+    pub(crate) fn remove(&self) -> Result<()> {
+        let begun = Instant::now();
+        for directory in self.paths.values() {
+            for directory in [directory.clone(), beside(directory)] {
+                remove_tree(&directory, begun)?;
+            }
+            if let Some(parent) = directory.parent() {
+                // Shared with the other containers: gone when the last of them is.
+                let _ = fs::remove_dir(parent);
+            }
+        }
+        Ok(())
+    }
+
+    /// Kills whatever is left in the directories, frozen or not, and removes them.
+    pub(crate) fn sweep(&self) -> Result<()> {
+        if self.freezer().is_ok_and(Path::exists) {
+            self.kill_all()?;
+            self.thaw()?;
+        }
+        self.remove()
+    }
+}
+
+fn beside(directory: &Path) -> PathBuf {
+    let mut name = directory.file_name().unwrap_or_default().to_owned();
+    name.push(".criu");
+    directory.with_file_name(name)
+}
+
+fn remove_tree(directory: &Path, begun: Instant) -> Result<()> {
+    if let Ok(entries) = fs::read_dir(directory) {
+        for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            remove_tree(&entry.path(), begun)?;
+        }
+    }
+    loop {
+        match fs::remove_dir(directory) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(_) if begun.elapsed() < EMPTY_WITHIN => std::thread::sleep(Duration::from_millis(1)),
+            Err(error) => {
+                return Err(ContainerError::io(format!("remove {}", directory.display()))(error));
+            }
+        }
+    }
+}
+
+fn processes_in(directory: &Path) -> Result<Vec<i32>> {
+    let path = directory.join("cgroup.procs");
+    let text = read(&path)?;
+    text.lines()
+        .map(|line| line.trim().parse().ok().filter(|pid| *pid > 0))
+        .collect::<Option<Vec<i32>>>()
+        .ok_or_else(|| ContainerError::malformed(path, "names a process of another PID namespace"))
+}
+
+/// Mount point, kind and controllers of each cgroup mount; each hierarchy once.
+fn cgroup_mounts(mountinfo: &str) -> Vec<(&str, &str, &str)> {
+    let mut found: Vec<(&str, &str, &str)> = Vec::new();
+    for line in mountinfo.lines() {
+        let Some((left, right)) = line.split_once(" - ") else { continue };
+        let Some(mount_point) = left.split(' ').nth(4) else { continue };
+        let mut right = right.split(' ');
+        let (Some(kind), _, Some(options)) = (right.next(), right.next(), right.next()) else { continue };
+        if !kind.starts_with("cgroup") {
+            continue;
+        }
+        let controllers = options.trim_start_matches("rw,").trim_start_matches("ro,");
+        if !found.iter().any(|(_, other, held)| *other == kind && *held == controllers) {
+            found.push((mount_point, kind, controllers));
+        }
+    }
+    found
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).map_err(ContainerError::io(format!("read {}", path.display())))
+}
+
+fn write(path: &Path, value: &str) -> Result<()> {
+    fs::write(path, value)
+        .map_err(ContainerError::io(format!("write {value:?} to {}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hierarchies_are_found_once_each() {
+        let text = "\
+31 23 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
+32 31 0:27 / /sys/fs/cgroup/freezer rw,relatime - cgroup cgroup rw,freezer
+33 31 0:28 / /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct
+40 31 0:27 /x /mnt/again rw,relatime - cgroup cgroup rw,freezer
+34 31 0:29 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
+";
+        assert_eq!(
+            cgroup_mounts(text),
+            [
+                ("/sys/fs/cgroup/freezer", "cgroup", "freezer"),
+                ("/sys/fs/cgroup/cpu,cpuacct", "cgroup", "cpu,cpuacct"),
+                ("/sys/fs/cgroup/unified", "cgroup2", "rw"),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_peer_sets_nothing_but_limits() {
+        let cgroups = Cgroups { paths: BTreeMap::from([("pids".to_owned(), PathBuf::from("/nowhere"))]) };
+        let setting = |file: &str| Setting {
+            controller: "pids".to_owned(),
+            file: file.to_owned(),
+            value: "7".to_owned(),
+        };
+        assert!(cgroups.apply(&[setting("../../../tmp/x")]).is_err());
+        assert!(cgroups.apply(&[setting("cgroup.procs")]).is_err());
+        // The directory is missing, which is said in the log and no more.
+        assert!(cgroups.apply(&[setting("pids.max")]).is_ok());
+    }
+
+    #[test]
+    fn a_state_without_a_freezer_is_refused() {
+        assert!(Cgroups::from_state(&serde_json::json!({"memory": "/x"})).is_err());
+        assert!(Cgroups::from_state(&serde_json::json!({"": "/x"})).is_ok());
+        assert!(Cgroups::from_state(&serde_json::json!({"freezer": 3})).is_err());
+    }
+}

@@ -1,0 +1,40 @@
+//! What a container's keeper tells of it, and what of that a destination needs to know.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A keeper's facts, for `inspect` and for the agent's end of a session.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Facts {
+    /// Its name for the runtime.
+    pub container: String,
+    /// Its first process, or 0 before there is one.
+    pub init: i32,
+    /// Its processes: number in the container, number here.
+    pub processes: BTreeMap<i32, i32>,
+    /// Its directory in the freezer's hierarchy.
+    pub cgroup: PathBuf,
+    /// Its memory limit in bytes, if any.
+    pub memory_limit: Option<u64>,
+    /// Resident memory of its processes in bytes; shared pages count for each.
+    pub resident: u64,
+    /// Why its memory cannot be hidden from CRIU here, when it cannot: CRIU then dumps all of it.
+    pub unhidden: Option<String>,
+    /// Everything that keeps it from being moved.
+    pub obstacles: Vec<String>,
+}
+
+/// What a destination needs to know beforehand; travels in the manifest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Needs {
+    /// Its configuration as it was started, `config.json`.
+    pub config: String,
+    /// Resident memory in bytes.
+    pub resident: u64,
+    /// Version of CRIU at the source: an older one cannot read what it writes.
+    pub criu: (i32, i32),
+    /// Everything that keeps it from being moved, found at the source.
+    pub obstacles: Vec<String>,
+}

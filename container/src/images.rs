@@ -1,0 +1,429 @@
+//! CRIU's image files as sections on the wire, and the surgery that puts hidden pages back.
+//!
+//! A pagemap image is two magic numbers, then messages, each after its length. On the destination
+//! the hidden pages are entered into each process's pagemap as pages of a parent image, and that
+//! parent is the page store itself: a sparse file whose offset is the address. Images come from
+//! another host: names, lengths and numbers are checked before they are used.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::Range;
+use std::path::Path;
+
+use decamp_shared::pages::PAGE_SIZE;
+use decamp_shared::workload::Section;
+use prost::Message;
+
+use crate::error::{ContainerError, Result};
+use crate::memory::HiddenProcess;
+
+/// Prefix of the kind of a section that is an image file.
+const PREFIX: &str = "criu/";
+/// The section that lists the hidden pages.
+pub(crate) const HIDDEN: &str = "criu/hidden";
+const VERSION: u32 = 1;
+/// A tree has at most so many image files.
+const FILES_CAP: usize = 1 << 16;
+/// CRIU's marks at the head of an image.
+const COMMON_MAGIC: u32 = 0x5456_4319;
+const PAGEMAP_MAGIC: u32 = 0x5608_4025;
+/// Flags of a pagemap entry: contents are in the parent image, may come late, are in this image.
+const PE_PARENT: u32 = 1;
+const PE_PRESENT: u32 = 4;
+/// No message in a pagemap image is longer.
+const MESSAGE_CAP: usize = 64;
+/// One past the last page of a user address space of 47 bits.
+pub(crate) const PAGE_LIMIT: u64 = 1 << 35;
+/// Pages of one entry in the parent's pagemap: CRIU counts them in an `int`.
+const PARENT_ENTRY: u64 = 1 << 30;
+/// The number that the parent's pagemap calls its pages file.
+const PARENT_PAGES_ID: u32 = 1;
+
+/// Pages of the processes that CRIU did not dump, as page numbers, by the process's number in the
+/// container.
+pub(crate) type HiddenPages = BTreeMap<i32, Vec<Range<u64>>>;
+
+/// CRIU's `pagemap_head` (tags from CRIU's pagemap.proto).
+#[derive(Clone, PartialEq, Eq, Message)]
+struct PagemapHead {
+    #[prost(uint32, required, tag = "1")]
+    pages_id: u32,
+}
+
+/// CRIU's `pagemap_entry`. CRIU 4.2 counts pages in a field of 64 bits as well.
+#[derive(Clone, PartialEq, Eq, Message)]
+struct PagemapEntry {
+    #[prost(uint64, required, tag = "1")]
+    address: u64,
+    #[prost(uint32, required, tag = "2")]
+    pages: u32,
+    #[prost(bool, optional, tag = "3")]
+    in_parent: Option<bool>,
+    #[prost(uint32, optional, tag = "4")]
+    flags: Option<u32>,
+    #[prost(uint64, optional, tag = "5")]
+    wide_pages: Option<u64>,
+}
+
+impl PagemapEntry {
+    fn held_by_parent(range: &Range<u64>) -> Self {
+        Self {
+            address: range.start * PAGE_SIZE as u64,
+            pages: (range.end - range.start) as u32,
+            in_parent: None,
+            flags: Some(PE_PARENT),
+            wide_pages: None,
+        }
+    }
+
+    /// Its page numbers; nothing when they leave the address space.
+    fn range(&self) -> Option<Range<u64>> {
+        let first = self.address / PAGE_SIZE as u64;
+        let end = first.checked_add(self.wide_pages.unwrap_or(self.pages.into()))?;
+        (self.address % PAGE_SIZE as u64 == 0 && end <= PAGE_LIMIT).then_some(first..end)
+    }
+}
+
+/// A process's pagemap image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Pagemap {
+    head: PagemapHead,
+    entries: Vec<PagemapEntry>,
+}
+
+/// Every image file in `directory` as a section.
+pub(crate) fn collect(directory: &Path) -> Result<Vec<Section>> {
+    let list = || format!("list {}", directory.display());
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).map_err(ContainerError::io(list()))? {
+        let entry = entry.map_err(ContainerError::io(list()))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // Its log and its statistics are no state.
+        if !is_image_name(&name) || name.starts_with("stats-") {
+            continue;
+        }
+        let bytes = fs::read(entry.path())
+            .map_err(ContainerError::io(format!("read {}", entry.path().display())))?;
+        found.push(Section { kind: format!("{PREFIX}{name}"), version: VERSION, bytes });
+    }
+    found.sort_by(|one, other| one.kind.cmp(&other.kind));
+    Ok(found)
+}
+
+/// The list of hidden pages as a section.
+pub(crate) fn hidden_section(hidden: &[HiddenProcess]) -> Section {
+    let mut bytes = (hidden.len() as u32).to_le_bytes().to_vec();
+    for process in hidden {
+        bytes.extend_from_slice(&process.process.inner.to_le_bytes());
+        bytes.extend_from_slice(&(process.pages.len() as u64).to_le_bytes());
+        for range in &process.pages {
+            bytes.extend_from_slice(&(range.start / PAGE_SIZE as u64).to_le_bytes());
+            bytes.extend_from_slice(&(range.end / PAGE_SIZE as u64).to_le_bytes());
+        }
+    }
+    Section { kind: HIDDEN.to_owned(), version: VERSION, bytes }
+}
+
+/// Reads what [`hidden_section`] wrote.
+pub(crate) fn read_hidden(section: &Section) -> Result<HiddenPages> {
+    let bad = |what: &str| ContainerError::section(HIDDEN, what);
+    if section.version != VERSION {
+        return Err(bad("has a version that this build does not know"));
+    }
+    let mut rest = &section.bytes[..];
+    let processes = take::<4>(&mut rest).map(u32::from_le_bytes).ok_or_else(|| bad("is cut short"))?;
+    let mut found = HiddenPages::new();
+    for _ in 0..processes {
+        let inner = take::<4>(&mut rest).map(i32::from_le_bytes).ok_or_else(|| bad("is cut short"))?;
+        let count = take::<8>(&mut rest).map(u64::from_le_bytes).ok_or_else(|| bad("is cut short"))?;
+        if count > rest.len() as u64 / 16 {
+            return Err(bad("is cut short"));
+        }
+        let mut ranges: Vec<Range<u64>> = Vec::with_capacity(count as usize);
+        for _ in 0..count {
+            let mut number = || take::<8>(&mut rest).map(u64::from_le_bytes).ok_or_else(|| bad("is cut short"));
+            let range = number()?..number()?;
+            let after_last = ranges.last().is_none_or(|last| last.end <= range.start);
+            if range.start >= range.end || range.end > PAGE_LIMIT || !after_last {
+                return Err(bad("has ranges that are out of order or of no address space"));
+            }
+            ranges.push(range);
+        }
+        if inner <= 0 || found.insert(inner, ranges).is_some() {
+            return Err(bad("names a process twice, or one that cannot be"));
+        }
+    }
+    if rest.is_empty() { Ok(found) } else { Err(bad("is longer than it says")) }
+}
+
+/// Writes image sections as files into `directory`; gives back what is none.
+pub(crate) fn unpack(sections: Vec<Section>, directory: &Path) -> Result<Vec<Section>> {
+    if sections.len() > FILES_CAP {
+        return Err(ContainerError::section(PREFIX, "comes in too many parts"));
+    }
+    let mut others = Vec::new();
+    for section in sections {
+        let Some(name) = section.kind.strip_prefix(PREFIX).filter(|_| section.kind != HIDDEN) else {
+            others.push(section);
+            continue;
+        };
+        if section.version != VERSION {
+            return Err(ContainerError::section(section.kind, "has a version that this build does not know"));
+        }
+        if !is_image_name(name) {
+            return Err(ContainerError::section(section.kind, "is named as no image is"));
+        }
+        let path = directory.join(name);
+        let what = format!("write {}", path.display());
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(ContainerError::io(what.clone()))?;
+        std::io::Write::write_all(&mut file, &section.bytes).map_err(ContainerError::io(what))?;
+    }
+    Ok(others)
+}
+
+/// Enters the hidden pages of process `inner` into its pagemap in `images`, and makes `parent` the
+/// image that holds them; the pages file itself is `parent/pages_name(inner)`, the store.
+pub(crate) fn complete(images: &Path, parent: &Path, inner: i32, hidden: &[Range<u64>]) -> Result<()> {
+    let name = pagemap_name(inner);
+    let path = images.join(&name);
+    let bytes = fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
+    let mut pagemap =
+        Pagemap::parse(&bytes).map_err(|what| ContainerError::section(format!("{PREFIX}{name}"), what))?;
+    pagemap
+        .add_hidden(hidden)
+        .map_err(|what| ContainerError::section(format!("{PREFIX}{name}"), what))?;
+    fs::write(&path, pagemap.to_bytes()).map_err(ContainerError::io(format!("write {}", path.display())))?;
+    let path = parent.join(&name);
+    let whole = Pagemap::of_store(pages_id(inner));
+    fs::write(&path, whole.to_bytes()).map_err(ContainerError::io(format!("write {}", path.display())))
+}
+
+/// Name of the pages file that the parent's pagemap of process `inner` points at.
+pub(crate) fn pages_name(inner: i32) -> String {
+    format!("pages-{}.img", pages_id(inner))
+}
+
+fn pages_id(inner: i32) -> u32 {
+    // Numbers of processes are positive and below 2^22.
+    PARENT_PAGES_ID + inner as u32
+}
+
+fn pagemap_name(inner: i32) -> String {
+    format!("pagemap-{inner}.img")
+}
+
+fn is_image_name(name: &str) -> bool {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:+".contains(&byte);
+    name.len() <= 200 && !name.starts_with('.') && name.ends_with(".img") && name.bytes().all(good)
+}
+
+impl Pagemap {
+    /// The pagemap of a page store: every page of the address space, at the offset of its address.
+    fn of_store(pages_id: u32) -> Self {
+        let entries = (0..PAGE_LIMIT / PARENT_ENTRY)
+            .map(|index| PagemapEntry {
+                address: index * PARENT_ENTRY * PAGE_SIZE as u64,
+                pages: PARENT_ENTRY as u32,
+                in_parent: None,
+                flags: Some(PE_PRESENT),
+                wide_pages: None,
+            })
+            .collect();
+        Self { head: PagemapHead { pages_id }, entries }
+    }
+
+    fn parse(bytes: &[u8]) -> std::result::Result<Self, &'static str> {
+        let mut rest = bytes;
+        let magic = take::<4>(&mut rest).map(u32::from_le_bytes);
+        let kind = take::<4>(&mut rest).map(u32::from_le_bytes);
+        if magic != Some(COMMON_MAGIC) || kind != Some(PAGEMAP_MAGIC) {
+            return Err("is no pagemap image");
+        }
+        let head = take_message(&mut rest)?.ok_or("has no head")?;
+        let mut entries = Vec::new();
+        while let Some(entry) = take_message(&mut rest)? {
+            entries.push(entry);
+        }
+        Ok(Self { head, entries })
+    }
+
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = COMMON_MAGIC.to_le_bytes().to_vec();
+        bytes.extend_from_slice(&PAGEMAP_MAGIC.to_le_bytes());
+        put_message(&mut bytes, &self.head);
+        for entry in &self.entries {
+            put_message(&mut bytes, entry);
+        }
+        bytes
+    }
+
+    /// Adds hidden page ranges (ascending) as pages of the parent. What CRIU dumped itself stays as
+    /// it is and in its order, which is the order of its pages file.
+    fn add_hidden(&mut self, hidden: &[Range<u64>]) -> std::result::Result<(), &'static str> {
+        let mut merged = Vec::with_capacity(self.entries.len() + hidden.len());
+        let mut waiting = hidden.iter().cloned().peekable();
+        let mut past = 0;
+        for entry in self.entries.drain(..) {
+            let own = entry.range().ok_or("has an entry that leaves the address space")?;
+            if own.start < past {
+                return Err("has entries that are out of order");
+            }
+            past = own.end;
+            while let Some(range) = waiting.peek_mut().filter(|range| range.start < own.end) {
+                if range.start < own.start {
+                    let before = range.start..range.end.min(own.start);
+                    push_parent(&mut merged, &before);
+                    range.start = before.end;
+                }
+                // What CRIU dumped after all need not come from us.
+                range.start = range.start.max(own.end.min(range.end));
+                if range.start < range.end {
+                    break;
+                }
+                waiting.next();
+            }
+            merged.push(entry);
+        }
+        waiting.for_each(|range| push_parent(&mut merged, &range));
+        self.entries = merged;
+        Ok(())
+    }
+}
+
+/// Adds one range, in entries that CRIU's counters hold.
+fn push_parent(entries: &mut Vec<PagemapEntry>, range: &Range<u64>) {
+    let mut at = range.start;
+    while at < range.end {
+        let end = range.end.min(at + PARENT_ENTRY);
+        entries.push(PagemapEntry::held_by_parent(&(at..end)));
+        at = end;
+    }
+}
+
+fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+    let (first, after) = rest.split_first_chunk::<N>()?;
+    *rest = after;
+    Some(*first)
+}
+
+fn take_message<M: Message + Default>(rest: &mut &[u8]) -> std::result::Result<Option<M>, &'static str> {
+    if rest.is_empty() {
+        return Ok(None);
+    }
+    let length = take::<4>(rest).map(u32::from_le_bytes).ok_or("is cut short")? as usize;
+    if length > MESSAGE_CAP || length > rest.len() {
+        return Err("is cut short, or has a message that is too long");
+    }
+    let (message, after) = rest.split_at(length);
+    *rest = after;
+    M::decode(message).map(Some).map_err(|_| "has a message that makes no sense")
+}
+
+fn put_message(bytes: &mut Vec<u8>, message: &impl Message) {
+    bytes.extend_from_slice(&(message.encoded_len() as u32).to_le_bytes());
+    bytes.extend_from_slice(&message.encode_to_vec());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::memory::Process;
+
+    fn own(range: Range<u64>, flags: u32) -> PagemapEntry {
+        PagemapEntry { flags: Some(flags), ..PagemapEntry::held_by_parent(&range) }
+    }
+
+    fn disjoint(mut cuts: Vec<u64>) -> Vec<Range<u64>> {
+        cuts.sort_unstable();
+        cuts.dedup();
+        cuts.chunks_exact(2).map(|pair| pair[0]..pair[1]).collect()
+    }
+
+    #[test]
+    fn the_bytes_are_those_that_criu_writes() {
+        // As `criu dump` 4.1.1 wrote it: pages 1, one entry of 3 pages at 0x400000, flags 6.
+        let image = [
+            0x19, 0x43, 0x56, 0x54, 0x25, 0x40, 0x08, 0x56, 2, 0, 0, 0, 0x08, 0x01, 9, 0, 0, 0, 0x08, 0x80, 0x80,
+            0x80, 0x02, 0x10, 0x03, 0x20, 0x06,
+        ];
+        let pagemap = Pagemap::parse(&image).expect("an image");
+        assert_eq!(pagemap.entries, [own(0x400..0x403, 6)]);
+        assert_eq!(pagemap.to_bytes(), image);
+    }
+
+    #[test]
+    fn the_store_covers_the_whole_address_space() {
+        let whole = Pagemap::of_store(7);
+        let last = whole.entries.last().and_then(PagemapEntry::range).expect("an entry");
+        assert_eq!(last.end, PAGE_LIMIT);
+        assert_eq!(whole.entries.len(), 32);
+    }
+
+    #[test]
+    fn names_that_leave_the_directory_are_refused() {
+        for name in ["../x.img", "a/b.img", ".x.img", "core-1", "", "tmpfs-../x", "x.img\0"] {
+            assert!(!is_image_name(name), "{name:?}");
+        }
+        for name in ["core-1.img", "pagemap-1.img", "tmpfs-dev-73.tar.gz.img", "ip6tables-9.img"] {
+            assert!(is_image_name(name), "{name:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn hidden_pages_fill_what_criu_left_out(
+            theirs in prop::collection::vec(0u64..200, 0..16),
+            hidden in prop::collection::vec(0u64..200, 0..16),
+        ) {
+            let (theirs, hidden) = (disjoint(theirs), disjoint(hidden));
+            let entries: Vec<_> = theirs.iter().map(|range| own(range.clone(), 4)).collect();
+            let mut pagemap = Pagemap { head: PagemapHead { pages_id: 1 }, entries: entries.clone() };
+            pagemap.add_hidden(&hidden).expect("sane ranges");
+            let mut past = 0;
+            let mut parent = BTreeSet::new();
+            for entry in &pagemap.entries {
+                let range = entry.range().expect("sane");
+                prop_assert!(range.start >= past && range.start < range.end);
+                past = range.end;
+                if entry.flags == Some(PE_PARENT) { parent.extend(range); }
+            }
+            let kept: Vec<_> = pagemap.entries.iter().filter(|e| e.flags == Some(4)).cloned().collect();
+            prop_assert_eq!(kept, entries);
+            let expected: BTreeSet<u64> = hidden.into_iter().flatten()
+                .filter(|page| !theirs.iter().any(|range| range.contains(page))).collect();
+            prop_assert_eq!(parent, expected);
+            prop_assert_eq!(Pagemap::parse(&pagemap.to_bytes()), Ok(pagemap));
+        }
+
+        #[test]
+        fn any_bytes_are_refused_or_read(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Pagemap::parse(&bytes);
+            let mut image = COMMON_MAGIC.to_le_bytes().to_vec();
+            image.extend_from_slice(&PAGEMAP_MAGIC.to_le_bytes());
+            image.extend_from_slice(&bytes);
+            let _ = Pagemap::parse(&image).map(|mut pagemap| pagemap.add_hidden(&[0..PAGE_LIMIT]));
+            let _ = read_hidden(&Section { kind: HIDDEN.into(), version: VERSION, bytes });
+        }
+
+        #[test]
+        fn the_list_of_hidden_pages_comes_back(cuts in prop::collection::vec(0u64..PAGE_LIMIT, 0..20)) {
+            let ranges = disjoint(cuts);
+            let bytes = |range: &Range<u64>| range.start * 4096..range.end * 4096;
+            let hidden = HiddenProcess {
+                process: Process { pid: 99, inner: 3 },
+                mappings: Vec::new(),
+                pages: ranges.iter().map(bytes).collect(),
+            };
+            let back = read_hidden(&hidden_section(&[hidden])).expect("our own");
+            prop_assert_eq!(back, HiddenPages::from([(3, ranges)]));
+        }
+    }
+}

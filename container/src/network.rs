@@ -1,0 +1,234 @@
+//! A container's network: a namespace held by a descriptor, and a veth pair from it to a bridge of
+//! the host.
+//!
+//! The namespace lives as long as the keeper or a task of the container, and takes the pair with it.
+//! An interface is taken off the network by disabling its port of the bridge: at once, without loss
+//! of carrier, and undone as fast.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, setns, unshare};
+
+use crate::announce::Announcer;
+use crate::error::{ContainerError, Result};
+use crate::port::{PortState, set_port_state};
+use crate::spec::{Mac, Net};
+use crate::sys;
+
+/// Name of the interface in the container.
+const INSIDE: &str = "eth0";
+/// The kernel tells a bridge of a new carrier within this.
+const CARRIER_WITHIN: Duration = Duration::from_secs(2);
+
+/// A network namespace and the interface in it.
+pub(crate) struct Network {
+    namespace: OwnedFd,
+    link: Option<Link>,
+}
+
+/// The pair, seen from the host.
+struct Link {
+    outside: String,
+    index: u32,
+    /// How it was taken off the network: by its port, or, where the bridge speaks the spanning tree
+    /// protocol and does not let us, by taking the interface down.
+    by_port: bool,
+    announcer: Announcer,
+}
+
+impl Network {
+    /// Makes a namespace, and for `net` a pair whose host end is called `outside`. With `connected`
+    /// false no frame passes before [`Network::connect`], not even an answer to ARP.
+    pub(crate) fn make(net: Option<(&Net, Mac)>, outside: &str, connected: bool) -> Result<Self> {
+        let namespace = fresh_namespace()?;
+        let mut network = Self { namespace, link: None };
+        if let Some((net, mac)) = net
+            && let Err(error) = network.add_link(net, mac, outside, connected)
+        {
+            delete_link(outside);
+            return Err(error);
+        }
+        Ok(network)
+    }
+
+    /// Path of the namespace for other programs.
+    pub(crate) fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.namespace.as_raw_fd())
+    }
+
+    /// The namespace itself.
+    pub(crate) fn namespace(&self) -> &OwnedFd {
+        &self.namespace
+    }
+
+    /// What CRIU calls the namespace.
+    pub(crate) fn inode(&self) -> Result<u64> {
+        sys::inode(&self.namespace).map_err(ContainerError::io("look at the network namespace"))
+    }
+
+    /// Takes the interface off the network: nothing in, nothing out. Twice is as good as once.
+    pub(crate) fn disconnect(&mut self) -> Result<()> {
+        let Some(link) = &mut self.link else { return Ok(()) };
+        if let Err(error) = set_port_state(link.index, PortState::Disabled) {
+            tracing::debug!(%error, link = link.outside, "The bridge keeps its ports to itself; taking the interface down");
+            link.by_port = false;
+            ip(&["link", "set", &link.outside, "down"])?;
+        }
+        Ok(())
+    }
+
+    /// Puts the interface back. Twice is as good as once.
+    pub(crate) fn connect(&mut self) -> Result<()> {
+        let Some(link) = &mut self.link else { return Ok(()) };
+        if !link.by_port {
+            ip(&["link", "set", &link.outside, "up"])?;
+            link.by_port = true;
+            return Ok(());
+        }
+        set_port_state(link.index, PortState::Forwarding)
+            .map_err(ContainerError::io(format!("let {} forward again", link.outside)))
+    }
+
+    /// Tells the network where the address is now: at once, and several times more from a thread.
+    pub(crate) fn announce(&self) {
+        if let Some(link) = &self.link {
+            link.announcer.begin();
+        }
+    }
+
+    /// Removes the pair, so that nothing that the tasks still do is seen outside.
+    pub(crate) fn remove(&mut self) {
+        if let Some(link) = self.link.take() {
+            delete_link(&link.outside);
+        }
+    }
+
+    fn add_link(&mut self, net: &Net, mac: Mac, outside: &str, connected: bool) -> Result<()> {
+        let (address, prefix) = net.address()?;
+        delete_link(outside);
+        let mac_text = mac.to_string();
+        let path = self.path();
+        ip(&["link", "add", outside, "type", "veth", "peer", "name", INSIDE, "address", &mac_text, "netns", &path])?;
+        // The bridge is the host's; the end that hangs on it has no business with addresses.
+        let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{outside}/disable_ipv6"), "1");
+        ip(&["link", "set", outside, "master", &net.bridge])?;
+        let announcer = self.inside(|| {
+            let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{INSIDE}/disable_ipv6"), "1");
+            ip(&["link", "set", "lo", "up"])?;
+            ip(&["link", "set", INSIDE, "up"])?;
+            let index = sys::interface_index(INSIDE).map_err(ContainerError::io("find eth0"))?;
+            let socket = sys::packet_socket(index).map_err(ContainerError::io("open a packet socket"))?;
+            Ok(Announcer::new(socket, mac, address))
+        })?;
+        ip(&["link", "set", outside, "up"])?;
+        let index = sys::interface_index(outside).map_err(ContainerError::io(format!("find {outside}")))?;
+        self.link = Some(Link { outside: outside.to_owned(), index, by_port: true, announcer });
+        if !connected {
+            // Before it has an address: an answer to ARP from here would turn the workload's peers
+            // away from where it still runs.
+            await_carrier(outside)?;
+            self.disconnect()?;
+        }
+        self.inside(|| {
+            ip(&["address", "add", &format!("{address}/{prefix}"), "brd", "+", "dev", INSIDE])?;
+            if let Some(gateway) = net.gateway {
+                ip(&["route", "add", "default", "via", &gateway.to_string(), "dev", INSIDE])?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Does `work` on a thread that is in the namespace; programs that it starts are there too.
+    fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        thread::scope(|scope| {
+            let there = scope.spawn(|| {
+                setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET)
+                    .map_err(ContainerError::errno("enter the network namespace"))?;
+                work()
+            });
+            there.join().unwrap_or_else(|_| {
+                Err(ContainerError::State("A thread in the network namespace panicked".to_owned()))
+            })
+        })
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// Removes the host end `outside`, and with it the pair. What is not there is no error.
+pub(crate) fn delete_link(outside: &str) {
+    if link_exists(outside) && let Err(error) = ip(&["link", "delete", outside]) {
+        tracing::warn!(%error, "Cannot remove an interface");
+    }
+}
+
+/// Whether the network namespace of this process has an interface of this name.
+pub(crate) fn link_exists(name: &str) -> bool {
+    sys::interface_index(name).is_ok()
+}
+
+/// Whether the network namespace of this process has a bridge of this name.
+pub(crate) fn bridge_exists(name: &str) -> bool {
+    // /sys/class/net may be of another network namespace than ours, so it is asked by netlink.
+    let said = Command::new("ip")
+        .args(["-o", "link", "show", "dev", name, "type", "bridge"])
+        .stdin(Stdio::null())
+        .output();
+    said.is_ok_and(|said| said.status.success() && !said.stdout.is_empty())
+}
+
+fn fresh_namespace() -> Result<OwnedFd> {
+    let made = thread::spawn(|| -> Result<OwnedFd> {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(ContainerError::errno("make a network namespace"))?;
+        let file = File::open("/proc/thread-self/ns/net")
+            .map_err(ContainerError::io("open a network namespace"))?;
+        ip(&["link", "set", "lo", "up"])?;
+        Ok(file.into())
+    });
+    made.join()
+        .unwrap_or_else(|_| Err(ContainerError::State("A thread that makes a namespace panicked".to_owned())))
+}
+
+/// Waits until the kernel has noticed that both ends are up: what the bridge then does to the port
+/// would undo what we do to it.
+fn await_carrier(outside: &str) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let said = ip_says(&["-o", "link", "show", "dev", outside])?;
+        if said.contains("state UP") {
+            return Ok(());
+        }
+        if begun.elapsed() > CARRIER_WITHIN {
+            return Err(ContainerError::State(format!("{outside} did not come up: {}", said.trim())));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    ip_says(arguments).map(|_| ())
+}
+
+fn ip_says(arguments: &[&str]) -> Result<String> {
+    let said = Command::new("ip")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(ContainerError::io("start ip (of iproute2)"))?;
+    if said.status.success() {
+        return Ok(String::from_utf8_lossy(&said.stdout).into_owned());
+    }
+    Err(ContainerError::Tool {
+        tool: "ip",
+        what: format!("do {:?}", arguments.join(" ")),
+        said: String::from_utf8_lossy(&said.stderr).trim().to_owned(),
+    })
+}

@@ -1,0 +1,247 @@
+//! What a user asks for when he runs a container, and what follows from it by name alone.
+//!
+//! Nothing here looks at the host: whether the bundle, the bridge or the runtime exist is asked in
+//! `preflight`.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use decamp_shared::workload::{Place, Refusal, RefusalCode, is_plain_absolute};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{ContainerError, Result};
+
+/// A container, as `decamp run container` describes it. Travels in the manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ContainerSpec {
+    /// Absolute path of the OCI bundle: `config.json`, and the root file system inside it.
+    pub bundle: PathBuf,
+    /// The OCI runtime. Only `runc` in this version.
+    #[serde(default = "runc")]
+    pub runtime: String,
+    /// Whether the container wants a terminal. Refused in this version.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tty: bool,
+    /// Its interface; without one it has a loopback interface only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net: Option<Net>,
+}
+
+/// The container's one interface, `eth0`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Net {
+    /// Bridge of the host that the interface hangs on.
+    pub bridge: String,
+    /// IPv4 address with its prefix length, as `10.77.1.5/16`. It moves with the container.
+    pub ip: String,
+    /// IPv6 address. Refused in this version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip6: Option<String>,
+    /// Default gateway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<Ipv4Addr>,
+    /// Hardware address; without one it follows from the workload's identity, so that it is the
+    /// same on every host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<Mac>,
+}
+
+/// A hardware address, written as `02:00:5e:10:00:01`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Mac(pub [u8; 6]);
+
+impl ContainerSpec {
+    /// Reads a spec.
+    ///
+    /// # Errors
+    /// When the JSON is no spec of a container.
+    pub fn from_json(spec: &serde_json::Value) -> Result<Self> {
+        serde_json::from_value(spec.clone())
+            .map_err(|error| ContainerError::Spec(format!("This is no container's spec: {error}")))
+    }
+
+    /// What this version cannot do, and what makes no sense on any host.
+    pub fn refusals(&self) -> Vec<Refusal> {
+        let mut found = Vec::new();
+        let mut refuse = |code, text: String| found.push(Refusal::new(code, text));
+        if !is_plain_absolute(&self.bundle) {
+            refuse(
+                RefusalCode::Request,
+                format!("Bundle {} is not an absolute path without ..", self.bundle.display()),
+            );
+        }
+        if self.runtime != "runc" {
+            refuse(
+                RefusalCode::Unsupported,
+                format!("Runtime {} is not supported in this version: use runc", self.runtime),
+            );
+        }
+        if self.tty {
+            refuse(
+                RefusalCode::Unsupported,
+                "A container with a terminal is not supported in this version".to_owned(),
+            );
+        }
+        if let Some(net) = &self.net {
+            if let Err(error) = net.address() {
+                refuse(RefusalCode::Request, error.to_string());
+            }
+            if net.ip6.is_some() {
+                refuse(
+                    RefusalCode::Unsupported,
+                    "IPv6 addresses are not supported in this version".to_owned(),
+                );
+            }
+            if net.mac.is_some_and(|Mac(bytes)| bytes[0] & 1 == 1 || bytes == [0; 6]) {
+                refuse(RefusalCode::Request, "The hardware address is not one of a single interface".to_owned());
+            }
+            if !is_interface_name(&net.bridge) {
+                refuse(RefusalCode::Bridge, format!("{:?} is no name of a bridge", net.bridge));
+            }
+        }
+        found
+    }
+}
+
+impl Net {
+    /// Address and prefix length.
+    ///
+    /// # Errors
+    /// When the text is neither.
+    pub fn address(&self) -> Result<(Ipv4Addr, u8)> {
+        let bad = || ContainerError::Spec(format!("{:?} is no IPv4 address with a prefix length, as 10.77.1.5/16", self.ip));
+        let (address, prefix) = self.ip.split_once('/').ok_or_else(bad)?;
+        let address: Ipv4Addr = address.parse().map_err(|_| bad())?;
+        let prefix: u8 = prefix.parse().map_err(|_| bad())?;
+        if prefix > 32 || address.is_unspecified() || address.is_multicast() || address.is_loopback() {
+            return Err(bad());
+        }
+        Ok((address, prefix))
+    }
+
+    /// The hardware address: as asked for, or the one that follows from the identity `uuid`.
+    pub fn mac_of(&self, uuid: &str) -> Mac {
+        self.mac.unwrap_or_else(|| {
+            let hash = fnv1a(uuid.as_bytes()).to_be_bytes();
+            // Locally administered, of a single interface.
+            Mac([0x02, hash[3], hash[4], hash[5], hash[6], hash[7]])
+        })
+    }
+}
+
+impl TryFrom<String> for Mac {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            *byte = parts
+                .next()
+                .filter(|part| part.len() == 2)
+                .and_then(|part| u8::from_str_radix(part, 16).ok())
+                .ok_or_else(|| format!("{text:?} is no hardware address"))?;
+        }
+        if parts.next().is_some() {
+            return Err(format!("{text:?} is no hardware address"));
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl From<Mac> for String {
+    fn from(mac: Mac) -> Self {
+        mac.to_string()
+    }
+}
+
+impl std::fmt::Display for Mac {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// The host's end of the container's interface. Follows from the place alone, so that a sweep
+/// finds it when the keeper is gone.
+pub(crate) fn veth_name(place: &Place) -> String {
+    let hash = fnv1a(format!("{}\0{}", place.name, place.dir.display()).as_bytes());
+    format!("dc{:012x}", hash & 0xffff_ffff_ffff)
+}
+
+/// The container's name for runc. Follows from the place alone.
+pub(crate) fn runtime_id(place: &Place) -> Result<&str> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-+".contains(&byte);
+    let name = place.name.as_str();
+    if name.is_empty() || name.len() > 200 || name.starts_with('.') || !name.bytes().all(good) {
+        return Err(ContainerError::Spec(format!(
+            "{name:?} cannot name a container: use letters, digits and _ . - +"
+        )));
+    }
+    Ok(name)
+}
+
+fn is_interface_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() < 16
+        && name != "."
+        && name != ".."
+        && name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/')
+}
+
+fn runc() -> String {
+    "runc".to_owned()
+}
+
+/// FNV-1a, 64 bits: small and the same in every build, unlike the standard library's hasher.
+fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(json: serde_json::Value) -> Result<ContainerSpec> {
+        ContainerSpec::from_json(&json)
+    }
+
+    #[test]
+    fn unknown_fields_are_refused() {
+        assert!(spec(serde_json::json!({"bundle": "/b"})).is_ok());
+        assert!(spec(serde_json::json!({"bundle": "/b", "volume": "/x"})).is_err());
+    }
+
+    #[test]
+    fn what_this_version_lacks_is_said_all_at_once() {
+        let spec = spec(serde_json::json!({
+            "bundle": "b", "runtime": "crun", "tty": true,
+            "net": {"bridge": "br/0", "ip": "10.0.0.300/16", "ip6": "fd00::1/64", "mac": "01:00:00:00:00:01"},
+        }))
+        .expect("a spec");
+        assert_eq!(spec.refusals().len(), 7);
+    }
+
+    #[test]
+    fn mac_follows_from_the_identity_and_is_local() {
+        let net = Net { bridge: "br0".into(), ip: "10.0.0.1/8".into(), ip6: None, gateway: None, mac: None };
+        assert_eq!(net.mac_of("a"), net.mac_of("a"));
+        assert_ne!(net.mac_of("a"), net.mac_of("b"));
+        assert_eq!(net.mac_of("a").0[0] & 3, 2);
+        let text = net.mac_of("a").to_string();
+        assert_eq!(Mac::try_from(text), Ok(net.mac_of("a")));
+    }
+
+    #[test]
+    fn a_name_of_an_interface_fits_the_kernel() {
+        let place = Place { name: "x".repeat(60), uuid: "u".into(), dir: "/var/lib/decamp/workloads/x".into() };
+        assert_eq!(veth_name(&place).len(), 14);
+        assert!(runtime_id(&place).is_ok());
+        assert!(runtime_id(&Place { name: "../x".into(), ..place }).is_err());
+    }
+}

@@ -1,0 +1,101 @@
+//! A container's standard output and error: one pipe, which the keeper empties into the log.
+//!
+//! A pipe, because CRIU knows how to dump its one end and to be handed another in its place.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
+use nix::unistd::{Gid, Uid, fchown, pipe2};
+
+use crate::error::{ContainerError, Result};
+use crate::sys;
+
+/// What is still in the pipe when the last writer has ended is copied within this.
+const FINISH_WITHIN: Duration = Duration::from_millis(500);
+
+/// The keeper's end of a container's output.
+pub(crate) struct Streams {
+    /// The end that the container writes to; kept open so that a move needs no second pipe.
+    write_end: Option<OwnedFd>,
+    copier: Option<JoinHandle<()>>,
+}
+
+impl Streams {
+    /// Makes the pipe and appends what comes out of it to `log` until the last writer is gone.
+    pub(crate) fn open(log: &Path) -> Result<Self> {
+        let (read_end, write_end) = pipe2(OFlag::O_CLOEXEC).map_err(ContainerError::errno("make a pipe"))?;
+        let file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(log)
+            .map_err(ContainerError::io(format!("open {}", log.display())))?;
+        let copier = thread::Builder::new()
+            .name("output".to_owned())
+            .spawn(move || {
+                if let Err(error) = copy(File::from(read_end), file) {
+                    tracing::warn!(%error, "Cannot keep the container's output any longer");
+                }
+            })
+            .map_err(ContainerError::io("start a thread"))?;
+        Ok(Self { write_end: Some(write_end), copier: Some(copier) })
+    }
+
+    /// The end that the container writes to.
+    pub(crate) fn write_end(&self) -> Result<BorrowedFd<'_>> {
+        let gone = || ContainerError::State("The container's output is closed".to_owned());
+        self.write_end.as_ref().map(AsFd::as_fd).ok_or_else(gone)
+    }
+
+    /// Takes what was written until now into the log: call it when every writer has ended.
+    pub(crate) fn finish(&mut self) {
+        self.write_end = None;
+        let Some(copier) = self.copier.take() else { return };
+        // A writer that nobody knows of (a process that somebody else gave the pipe to) is not
+        // waited for.
+        let begun = Instant::now();
+        while !copier.is_finished() && begun.elapsed() < FINISH_WITHIN {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// What CRIU calls the pipe.
+    pub(crate) fn key(&self) -> Result<String> {
+        let inode = sys::inode(self.write_end()?).map_err(ContainerError::io("look at a pipe"))?;
+        Ok(format!("pipe:[{inode}]"))
+    }
+
+    /// Owner of the pipe: the user of the container, who may open `/dev/stdout` again.
+    pub(crate) fn owner(&self) -> Result<(u32, u32)> {
+        let found = nix::sys::stat::fstat(self.write_end()?).map_err(ContainerError::errno("look at a pipe"))?;
+        Ok((found.st_uid, found.st_gid))
+    }
+
+    /// Gives the pipe to the user of the container.
+    pub(crate) fn give_to(&self, owner: (u32, u32)) -> Result<()> {
+        fchown(self.write_end()?, Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)))
+            .map_err(ContainerError::errno("give a pipe to the container's user"))
+    }
+}
+
+/// Copies until the end. A log that cannot be written (a full disk) loses output, but never stops
+/// the container.
+fn copy(mut from: File, mut to: File) -> io::Result<()> {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(length) => {
+                if let Err(error) = to.write_all(&buffer[..length]) {
+                    tracing::debug!(%error, "Cannot write the container's log");
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! A CRIU of our own: `criu swrk`, one process for one request, spoken to over a socket.
+//!
+//! The messages are those of rust-criu; its client lacks descriptors, notifications that hold state,
+//! and the fields we need. What is asked of CRIU is decided in `dump` and `restore`.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use protobuf::Message;
+use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type, Criu_resp};
+
+use crate::error::{ContainerError, Result};
+use crate::sys;
+
+/// No answer of CRIU is longer: its own buffers are smaller.
+const ANSWER_CAP: usize = 1 << 20;
+/// The oldest CRIU that works on kernels of today.
+pub(crate) const WANTED: (i32, i32) = (4, 1);
+
+/// A CRIU process that waits for its request.
+pub(crate) struct Swrk {
+    child: Child,
+    socket: OwnedFd,
+}
+
+/// What CRIU tells while it works; it waits until the callback returns.
+pub(crate) struct Notice<'a> {
+    /// Name of the step: `setup-namespaces`, `pre-resume`, ...
+    pub(crate) step: &'a str,
+    /// CRIU's own process.
+    pub(crate) criu: i32,
+}
+
+/// CRIU's answer at the end.
+pub(crate) struct Outcome {
+    /// Process id of the restored first process, when it was a restore.
+    pub(crate) pid: i32,
+}
+
+impl Swrk {
+    /// Starts CRIU. It inherits `descriptors` under the numbers that they have here.
+    pub(crate) fn start(criu: &Path, descriptors: &[BorrowedFd<'_>]) -> Result<Self> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(ContainerError::errno("make a socket for CRIU"))?;
+        let mut command = Command::new(criu);
+        command
+            .arg("swrk")
+            .arg(theirs.as_raw_fd().to_string())
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        let mut inherited = vec![theirs.as_fd()];
+        inherited.extend_from_slice(descriptors);
+        sys::inherit(&mut command, &inherited);
+        let child = command
+            .spawn()
+            .map_err(ContainerError::io(format!("start {}", criu.display())))?;
+        Ok(Self { child, socket: ours })
+    }
+
+    /// CRIU's process id.
+    pub(crate) fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    /// Has CRIU do one thing and waits until its process has ended. `notified` is called at each
+    /// step; what it returns is CRIU's to heed (it does not, for some).
+    ///
+    /// # Errors
+    /// When CRIU refuses, or ends without an answer. The errors in its log are the caller's to add.
+    pub(crate) fn request(
+        mut self,
+        kind: Criu_req_type,
+        options: Criu_opts,
+        mut notified: impl FnMut(&Notice<'_>) -> bool,
+    ) -> Result<Outcome> {
+        let mut request = Criu_req::new();
+        request.set_type(kind);
+        request.opts = Some(options).into();
+        self.send(&request)?;
+        let answer = loop {
+            let answer = self.receive()?;
+            if answer.type_() != Criu_req_type::NOTIFY {
+                break answer;
+            }
+            let notice = Notice { step: answer.notify.script(), criu: self.pid() };
+            let fine = notified(&notice);
+            let mut reply = Criu_req::new();
+            reply.set_type(Criu_req_type::NOTIFY);
+            reply.set_notify_success(fine);
+            self.send(&reply)?;
+        };
+        if !answer.success() {
+            return Err(ContainerError::Criu {
+                what: if kind == Criu_req_type::DUMP { "dump" } else { "restore" },
+                number: answer.cr_errno(),
+                said: answer.cr_errmsg().trim().to_owned(),
+            });
+        }
+        self.finish()?;
+        Ok(Outcome { pid: answer.restore.pid() })
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let _ = nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Write);
+        let status = self.child.wait().map_err(ContainerError::io("wait for CRIU"))?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(ContainerError::CriuProtocol(format!("ended with {status} after it had said that it succeeded")))
+        }
+    }
+
+    fn send(&self, request: &Criu_req) -> Result<()> {
+        let bytes = request
+            .write_to_bytes()
+            .map_err(|error| ContainerError::CriuProtocol(format!("cannot be asked: {error}")))?;
+        send(self.socket.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL)
+            .map_err(ContainerError::errno("send a request to CRIU"))?;
+        Ok(())
+    }
+
+    fn receive(&self) -> Result<Criu_resp> {
+        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC;
+        let length = receive(&self.socket, &mut [], peek)
+            .map_err(ContainerError::io("receive CRIU's answer"))?;
+        if length == 0 {
+            return Err(ContainerError::CriuProtocol("ended without an answer".to_owned()));
+        }
+        if length > ANSWER_CAP {
+            return Err(ContainerError::CriuProtocol(format!("answered with {length} bytes")));
+        }
+        let mut bytes = vec![0; length];
+        receive(&self.socket, &mut bytes, MsgFlags::empty())
+            .map_err(ContainerError::io("receive CRIU's answer"))?;
+        Criu_resp::parse_from_bytes(&bytes)
+            .map_err(|error| ContainerError::CriuProtocol(format!("answered what makes no sense: {error}")))
+    }
+}
+
+impl Drop for Swrk {
+    fn drop(&mut self) {
+        // After a success it has been waited for, and both do nothing.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn receive(socket: &OwnedFd, into: &mut [u8], flags: MsgFlags) -> io::Result<usize> {
+    loop {
+        match recv(socket.as_raw_fd(), into, flags) {
+            Err(nix::errno::Errno::EINTR) => {}
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// The version that a CRIU executable reports.
+///
+/// # Errors
+/// When it cannot be started or says nothing of the kind.
+pub(crate) fn version(criu: &Path) -> Result<(i32, i32)> {
+    let said = Command::new(criu)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(ContainerError::io(format!("start {}", criu.display())))?;
+    let text = String::from_utf8_lossy(&said.stdout).into_owned();
+    text.lines()
+        .find_map(|line| line.strip_prefix("Version:"))
+        .and_then(|version| two_numbers(version.trim()))
+        .ok_or_else(|| ContainerError::Tool {
+            tool: "criu",
+            what: "say its version".to_owned(),
+            said: text,
+        })
+}
+
+/// The first two numbers of a version such as `4.1.1`.
+pub(crate) fn two_numbers(version: &str) -> Option<(i32, i32)> {
+    let mut parts = version.split(['.', '-', '+', '~', ' ']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}

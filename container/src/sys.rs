@@ -1,0 +1,359 @@
+//! The one room of this crate where `unsafe` is allowed: thin wrappers over calls that the safe
+//! crates do not offer. No policy lives here; each block names the invariant that makes it sound.
+
+use std::ffi::CString;
+use std::io;
+use std::mem::{size_of, zeroed};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// The kernel's `struct pm_scan_arg` (linux/fs.h): what the `PAGEMAP_SCAN` ioctl takes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PmScanArg {
+    pub(crate) size: u64,
+    pub(crate) flags: u64,
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) walk_end: u64,
+    pub(crate) vec: u64,
+    pub(crate) vec_len: u64,
+    pub(crate) max_pages: u64,
+    pub(crate) category_inverted: u64,
+    pub(crate) category_mask: u64,
+    pub(crate) category_anyof_mask: u64,
+    pub(crate) return_mask: u64,
+}
+
+/// The kernel's `struct page_region`: addresses `start..end` with the categories that they have.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PageRegion {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) categories: u64,
+}
+
+/// Request number of the `PAGEMAP_SCAN` ioctl: `_IOWR('f', 16, struct pm_scan_arg)`.
+pub(crate) const PAGEMAP_SCAN: u64 = 0xc060_6610;
+
+const _: () = assert!(size_of::<PmScanArg>() == 96);
+const _: () = assert!(size_of::<PageRegion>() == 24);
+const _: () = assert!(
+    PAGEMAP_SCAN == (3 << 30) | ((size_of::<PmScanArg>() as u64) << 16) | ((b'f' as u64) << 8) | 16
+);
+const _: () = assert!(size_of::<libc::seccomp_notif>() == 80);
+const _: () = assert!(size_of::<libc::seccomp_notif_resp>() == 24);
+
+/// Offsets in `struct seccomp_data`: number, architecture, and the low half of the second argument.
+const DATA_NUMBER: u32 = 0;
+const DATA_ARCHITECTURE: u32 = 4;
+const DATA_SECOND_ARGUMENT: u32 = 24;
+
+#[cfg(target_arch = "x86_64")]
+const ARCHITECTURE: u32 = 0xc000_003e;
+#[cfg(target_arch = "aarch64")]
+const ARCHITECTURE: u32 = 0xc000_00b7;
+
+// The low half of a 64-bit argument comes first: both architectures are little-endian.
+const _: () = assert!(cfg!(target_endian = "little"));
+
+/// A system call that a filtered task waits in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Notification {
+    /// The kernel's cookie of this call.
+    pub(crate) id: u64,
+    /// The task that called.
+    pub(crate) pid: i32,
+    /// The arguments of the call.
+    pub(crate) arguments: [u64; 6],
+}
+
+/// How a supervisor answers a [`Notification`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Let the kernel do the call.
+    Continue,
+    /// The call returns this.
+    Return(i64),
+    /// The call fails with this error number.
+    Fail(i32),
+}
+
+/// Scans what `pagemap` describes; fills `regions` and `argument.walk_end`, returns how many
+/// regions were filled.
+pub(crate) fn pagemap_scan(
+    pagemap: BorrowedFd<'_>,
+    argument: &mut PmScanArg,
+    regions: &mut [PageRegion],
+) -> io::Result<usize> {
+    argument.size = size_of::<PmScanArg>() as u64;
+    argument.vec = regions.as_mut_ptr() as u64;
+    argument.vec_len = regions.len() as u64;
+    // SAFETY: the kernel writes at most `vec_len` regions into `regions`, which is exclusively
+    // borrowed, and `walk_end` into `argument`; sizes are proved above.
+    let found = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN as _, argument) };
+    if found < 0 { Err(io::Error::last_os_error()) } else { Ok(found as usize) }
+}
+
+/// Puts the calling **thread**, and so every process that it starts from now on, under a filter
+/// that sends `ioctl(_, PAGEMAP_SCAN, _)` to the descriptor returned and lets all else through.
+pub(crate) fn filter_page_scans() -> io::Result<OwnedFd> {
+    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let unless_equal =
+        |k: u32, jf: u8| libc::sock_filter { code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16, jt: 0, jf, k };
+    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    let give = libc::BPF_RET | libc::BPF_K;
+    let mut program = [
+        statement(load, DATA_ARCHITECTURE),
+        unless_equal(ARCHITECTURE, 5),
+        statement(load, DATA_NUMBER),
+        unless_equal(libc::SYS_ioctl as u32, 3),
+        statement(load, DATA_SECOND_ARGUMENT),
+        unless_equal(PAGEMAP_SCAN as u32, 1),
+        statement(give, libc::SECCOMP_RET_USER_NOTIF),
+        statement(give, libc::SECCOMP_RET_ALLOW),
+    ];
+    let filter =
+        libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: `filter` points at a program that lives until the call returns; the kernel copies it.
+    let listener = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
+            &filter as *const libc::sock_fprog,
+        )
+    };
+    if listener < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(listener as i32) })
+}
+
+const SECCOMP_IOCTL_NOTIF_RECV: u64 = 0xc050_2100;
+const SECCOMP_IOCTL_NOTIF_SEND: u64 = 0xc018_2101;
+const SECCOMP_IOCTL_NOTIF_ID_VALID: u64 = 0x4008_2102;
+
+/// Takes the next call off a listener of [`filter_page_scans`]. Blocks unless poll said readable.
+pub(crate) fn next_notification(listener: BorrowedFd<'_>) -> io::Result<Notification> {
+    // SAFETY: all-zero is a valid `seccomp_notif`, and what the kernel asks for.
+    let mut notification: libc::seccomp_notif = unsafe { zeroed() };
+    // SAFETY: the kernel writes one `seccomp_notif`, whose size is proved above.
+    let done = unsafe {
+        libc::ioctl(listener.as_raw_fd(), SECCOMP_IOCTL_NOTIF_RECV as _, &mut notification)
+    };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Notification {
+        id: notification.id,
+        pid: notification.pid as i32,
+        arguments: notification.data.args,
+    })
+}
+
+/// Whether the call still waits: its task may have died and its number been given to another.
+pub(crate) fn still_waits(listener: BorrowedFd<'_>, notification: &Notification) -> bool {
+    let id = notification.id;
+    // SAFETY: the kernel reads one u64.
+    let done =
+        unsafe { libc::ioctl(listener.as_raw_fd(), SECCOMP_IOCTL_NOTIF_ID_VALID as _, &id) };
+    done == 0
+}
+
+/// Answers a call taken by [`next_notification`].
+pub(crate) fn answer(
+    listener: BorrowedFd<'_>,
+    notification: &Notification,
+    verdict: Verdict,
+) -> io::Result<()> {
+    let mut response =
+        libc::seccomp_notif_resp { id: notification.id, val: 0, error: 0, flags: 0 };
+    match verdict {
+        Verdict::Continue => response.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
+        Verdict::Return(value) => response.val = value,
+        Verdict::Fail(number) => response.error = -number,
+    }
+    // SAFETY: the kernel reads one `seccomp_notif_resp`, whose size is proved above.
+    let done =
+        unsafe { libc::ioctl(listener.as_raw_fd(), SECCOMP_IOCTL_NOTIF_SEND as _, &response) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A descriptor of the process `pid`.
+pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes two integers, returns a descriptor or -1.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    owned(fd)
+}
+
+/// A duplicate of descriptor number `fd` of another process.
+pub(crate) fn pidfd_getfd(process: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes three integers, returns a descriptor or -1.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) };
+    owned(fd)
+}
+
+/// Sends SIGKILL through a process descriptor, so that never a stranger is hit.
+pub(crate) fn pidfd_kill(process: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: takes integers and a null pointer, which the call allows.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            process.as_raw_fd(),
+            libc::SIGKILL,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Lets the child of `command` inherit `descriptors` under their own numbers. They must stay open
+/// until it is spawned.
+pub(crate) fn inherit(command: &mut Command, descriptors: &[BorrowedFd<'_>]) {
+    let numbers: Vec<i32> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    let clear = move || {
+        for number in &numbers {
+            // SAFETY: `fcntl` is async-signal-safe and touches this process's own table only.
+            if unsafe { libc::fcntl(*number, libc::F_SETFD, 0) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure calls nothing but `fcntl`, allocates nothing and
+    // takes no lock.
+    unsafe { command.pre_exec(clear) };
+}
+
+/// Reads exactly `into.len()` bytes of another process's memory at `address`.
+pub(crate) fn read_memory(pid: i32, address: u64, into: &mut [u8]) -> io::Result<()> {
+    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    let remote = libc::iovec { iov_base: address as *mut _, iov_len: into.len() };
+    // SAFETY: the kernel writes at most `into.len()` bytes into `into`, which is exclusively
+    // borrowed; the remote address is checked by the kernel.
+    let done = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
+    exactly(done, into.len())
+}
+
+/// Writes `bytes` into another process's memory at `address`.
+pub(crate) fn write_memory(pid: i32, address: u64, bytes: &[u8]) -> io::Result<()> {
+    let local = libc::iovec { iov_base: bytes.as_ptr() as *mut _, iov_len: bytes.len() };
+    let remote = libc::iovec { iov_base: address as *mut _, iov_len: bytes.len() };
+    // SAFETY: the kernel only reads from `bytes`; the remote address is checked by the kernel.
+    let done = unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) };
+    exactly(done, bytes.len())
+}
+
+impl PmScanArg {
+    /// The argument as it stands in another process's memory.
+    pub(crate) fn read_from(pid: i32, address: u64) -> io::Result<Self> {
+        let mut words = [0u8; size_of::<PmScanArg>()];
+        read_memory(pid, address, &mut words)?;
+        // SAFETY: both are plain data of the same size, and every bit pattern is a valid PmScanArg.
+        Ok(unsafe { std::mem::transmute::<[u8; size_of::<PmScanArg>()], Self>(words) })
+    }
+
+    /// Offset of `walk_end`, which the kernel writes back.
+    pub(crate) const WALK_END: u64 = 32;
+}
+
+/// Writes `regions` into another process's memory at `address`.
+pub(crate) fn write_regions(pid: i32, address: u64, regions: &[PageRegion]) -> io::Result<()> {
+    if regions.is_empty() {
+        return Ok(());
+    }
+    // SAFETY: PageRegion is three u64 without padding, so all its bytes are initialised.
+    let bytes = unsafe {
+        std::slice::from_raw_parts(regions.as_ptr().cast::<u8>(), std::mem::size_of_val(regions))
+    };
+    write_memory(pid, address, bytes)
+}
+
+/// Index of the interface `name` in the network namespace of the calling thread.
+pub(crate) fn interface_index(name: &str) -> io::Result<u32> {
+    let name = CString::new(name)?;
+    // SAFETY: `name` is a NUL-terminated string that lives until the call returns.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    if index == 0 { Err(io::Error::last_os_error()) } else { Ok(index) }
+}
+
+/// A packet socket that sends Ethernet frames on interface `index` of the calling thread's
+/// network namespace.
+pub(crate) fn packet_socket(index: u32) -> io::Result<OwnedFd> {
+    // SAFETY: takes integers, returns a descriptor or -1.
+    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    let socket = owned(fd.into())?;
+    // SAFETY: all-zero is a valid `sockaddr_ll`.
+    let mut address: libc::sockaddr_ll = unsafe { zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_ifindex = index as i32;
+    // SAFETY: the kernel reads one `sockaddr_ll` of the length given.
+    let done = unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_ll>() as u32,
+        )
+    };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
+}
+
+/// Orphaned descendants of this process become its children.
+pub(crate) fn children_come_back_to_us() -> io::Result<()> {
+    // SAFETY: takes integers only.
+    let done = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Waits until `child` has exited, reaps it, and says how: `Ok(Ok(code))` or `Ok(Err(signal))`.
+pub(crate) fn reap(child: i32) -> io::Result<Result<i32, i32>> {
+    let mut status = 0;
+    loop {
+        // SAFETY: the kernel writes one int. `__WALL` also finds a child that CRIU made without
+        // the usual exit signal.
+        let done = unsafe { libc::waitpid(child, &mut status, libc::__WALL) };
+        if done == child {
+            break;
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    if libc::WIFSIGNALED(status) {
+        Ok(Err(libc::WTERMSIG(status)))
+    } else {
+        Ok(Ok(libc::WEXITSTATUS(status)))
+    }
+}
+
+/// Inode of what `path` leads to, the name that CRIU gives namespaces.
+pub(crate) fn inode(of: impl AsFd) -> io::Result<u64> {
+    Ok(nix::sys::stat::fstat(of)?.st_ino)
+}
+
+fn owned(fd: i64) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+fn exactly(done: isize, wanted: usize) -> io::Result<()> {
+    if done < 0 {
+        Err(io::Error::last_os_error())
+    } else if done as usize == wanted {
+        Ok(())
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            format!("{done} of {wanted} bytes could be copied"),
+        ))
+    }
+}

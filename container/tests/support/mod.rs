@@ -1,0 +1,406 @@
+//! What the tests of moves stand on: a host made of namespaces, places in it, and the steps of a
+//! move without a wire.
+
+pub(crate) mod redis;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use decamp_container::ContainerBackend;
+use decamp_shared::keeper::{KeeperClient, KeeperConfig, Phase};
+use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet};
+use decamp_shared::workload::{
+    Backend, DestinationWorkload, HostTools, Place, PlacedTree, SourceWorkload,
+};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use serde_json::{Value, json};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One test.
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    pub(crate) run: fn(&Host),
+}
+
+/// Namespaces with a bridge, a `/run` of its own, and a directory for all files.
+pub(crate) struct Host {
+    directory: tempfile::TempDir,
+}
+
+/// A workload's place on the host, and what runs there.
+pub(crate) struct Spot<'a> {
+    host: &'a Host,
+    pub(crate) place: Place,
+    pub(crate) spec: Value,
+}
+
+/// What a move was like: milliseconds by step.
+pub(crate) struct Moved {
+    pub(crate) times: BTreeMap<&'static str, f64>,
+    pub(crate) pages: u64,
+}
+
+/// Runs the cases whose names the arguments are part of; as `keeper`, is a keeper.
+pub(crate) fn main_with(cases: &[Case]) {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.first().is_some_and(|first| first == "keeper") {
+        std::process::exit(keep(Path::new(&arguments[2])));
+    }
+    let wanted: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
+    let cases = cases.iter().filter(|case| wanted.is_empty() || wanted.iter().any(|part| case.name.contains(part.as_str())));
+    if arguments.iter().any(|argument| argument == "--list") {
+        cases.for_each(|case| println!("{}: test", case.name));
+        return;
+    }
+    if let Some(lacking) = lacking() {
+        cases.for_each(|case| println!("test {} ... skipped: {lacking}", case.name));
+        return;
+    }
+    let host = Host::make();
+    let mut failed = 0;
+    for case in cases {
+        let begun = Instant::now();
+        let outcome = catch_unwind(AssertUnwindSafe(|| (case.run)(&host)));
+        let word = if outcome.is_ok() { "ok" } else { "FAILED" };
+        failed += usize::from(outcome.is_err());
+        println!("test {} ... {word} ({:.1} s)", case.name, begun.elapsed().as_secs_f64());
+        if outcome.is_err() {
+            host.show_logs();
+        }
+        host.clear();
+    }
+    drop(host);
+    std::process::exit(i32::from(failed > 0));
+}
+
+fn keep(config: &Path) -> i32 {
+    let filter = std::env::var("DECAMP_LOG").unwrap_or_else(|_| "debug".to_owned());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    decamp_shared::keeper::spawn::detach();
+    let config: KeeperConfig = serde_json::from_slice(&fs::read(config).expect("a configuration")).expect("JSON");
+    match decamp_container::keeper_main(&config) {
+        Ok(()) => 0,
+        Err(error) => {
+            tracing::error!(%error, "The keeper failed");
+            decamp_shared::keeper::spawn::report_failure(&error);
+            1
+        }
+    }
+}
+
+fn criu() -> PathBuf {
+    std::env::var_os("DECAMP_CRIU").map_or_else(|| "/opt/decamp-criu/bin/criu".into(), PathBuf::from)
+}
+
+fn program(name: &str) -> Option<PathBuf> {
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    path.split(':').map(|directory| Path::new(directory).join(name)).find(|path| path.is_file())
+}
+
+/// What these tests need and this machine does not have.
+fn lacking() -> Option<String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Some("needs root".to_owned());
+    }
+    if !criu().is_file() {
+        return Some(format!("needs CRIU 4.1 or newer at {} (tests/setup)", criu().display()));
+    }
+    let programs = ["runc", "ip", "redis-server", "busybox"];
+    programs.iter().find(|name| program(name).is_none()).map(|name| format!("needs {name} (tests/setup)"))
+}
+
+impl Host {
+    fn make() -> Self {
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("namespaces");
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None::<&str>).expect("private mounts");
+        mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("a /run");
+        let directory = tempfile::Builder::new().prefix("decamp-container-").tempdir().expect("a directory");
+        for line in ["link set lo up", "link add br0 type bridge", "address add 10.99.0.1/24 dev br0", "link set br0 up"] {
+            let status = Command::new("ip").args(line.split(' ')).status().expect("ip");
+            assert!(status.success(), "ip {line}");
+        }
+        Self { directory }
+    }
+
+    pub(crate) fn tools(&self) -> HostTools {
+        HostTools {
+            decamp: std::env::current_exe().expect("our own path"),
+            criu: criu(),
+            runc: program("runc").expect("runc"),
+            resume_after: Duration::from_secs(30),
+        }
+    }
+
+    pub(crate) fn runc(&self, arguments: &[&str]) -> String {
+        let said = Command::new("runc").args(arguments).output().expect("runc");
+        assert!(said.status.success(), "runc {arguments:?}: {}", String::from_utf8_lossy(&said.stderr));
+        String::from_utf8_lossy(&said.stdout).into_owned()
+    }
+
+    /// A container that counts, ten times a second.
+    pub(crate) fn counter(&self, name: &str) -> Spot<'_> {
+        let bundle = self.bundle(name, "counter-bundle", &[]);
+        self.spot(name, json!({"bundle": bundle}))
+    }
+
+    /// A container that runs one line of shell.
+    pub(crate) fn shell(&self, name: &str, line: &str) -> Spot<'_> {
+        let bundle = self.bundle(name, "counter-bundle", &[]);
+        let path = bundle.join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).expect("a config")).expect("JSON");
+        config["process"]["args"] = json!(["/bin/sh", "-c", line]);
+        fs::write(&path, config.to_string()).expect("a config");
+        self.spot(name, json!({"bundle": bundle}))
+    }
+
+    /// A container that runs Redis at an address.
+    pub(crate) fn redis(&self, name: &str, ip: &str, options: &[&str]) -> Spot<'_> {
+        let options = [&["--enable-debug-command", "yes"], options].concat();
+        let bundle = self.bundle(name, "redis-bundle", &options);
+        self.spot(name, json!({"bundle": bundle, "net": {"bridge": "br0", "ip": ip}}))
+    }
+
+    fn bundle(&self, name: &str, maker: &str, options: &[&str]) -> PathBuf {
+        let bundle = self.directory.path().join("bundles").join(name);
+        let maker = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(maker);
+        let status = Command::new(maker).arg(&bundle).args(options).status().expect("the bundle's maker");
+        assert!(status.success());
+        bundle
+    }
+
+    fn spot(&self, name: &str, spec: Value) -> Spot<'_> {
+        let dir = self.directory.path().join("workloads").join(name);
+        // Containers of one test share an identity, as they would on two hosts.
+        let place = Place { name: name.to_owned(), uuid: "0b6c7c5e-test".to_owned(), dir };
+        Spot { host: self, place, spec }
+    }
+
+    /// Nothing of workload `name` is left but its log.
+    pub(crate) fn assert_nothing_left(&self, name: &str) {
+        let mut left = Vec::new();
+        let directory = self.directory.path().join("workloads").join(name);
+        await_that("the keeper's end", || keepers_of(&directory).is_empty());
+        for hierarchy in fs::read_dir("/sys/fs/cgroup").expect("cgroups").flatten() {
+            for path in [name.to_owned(), format!("{name}.criu")] {
+                let path = hierarchy.path().join("decamp").join(path);
+                if path.exists() {
+                    left.push(path.display().to_string());
+                }
+            }
+        }
+        let run = Path::new("/run/runc").join(name);
+        left.extend(run.exists().then(|| run.display().to_string()));
+        for part in ["oci", "store"] {
+            let path = directory.join(part);
+            left.extend(path.exists().then(|| path.display().to_string()));
+        }
+        let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
+        left.extend(mounts.lines().filter(|line| line.contains(directory.to_str().expect("UTF-8"))).map(str::to_owned));
+        assert!(left.is_empty(), "left behind: {left:#?}");
+    }
+
+    /// Interfaces of containers that exist now.
+    pub(crate) fn links(&self) -> usize {
+        let said = Command::new("ip").args(["-o", "link", "show", "type", "veth"]).output().expect("ip");
+        said.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).count()
+    }
+
+    fn show_logs(&self) {
+        let Ok(entries) = fs::read_dir(self.directory.path().join("workloads")) else { return };
+        for entry in entries.flatten() {
+            let text = fs::read_to_string(entry.path().join("keeper.log")).unwrap_or_default();
+            eprintln!("---- {}\n{text}", entry.path().display());
+        }
+    }
+
+    /// Ends what a failed test left, so that the next begins afresh.
+    fn clear(&self) {
+        let workloads = self.directory.path().join("workloads");
+        for entry in fs::read_dir(&workloads).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let spot = self.spot(&name, json!({}));
+            if !keepers_of(&spot.place.dir).is_empty() {
+                spot.kill_keeper();
+            }
+            let _ = spot.backend().sweep(&spot.spec, &spot.place);
+        }
+        let links = self.links();
+        if links > 0 {
+            eprintln!("    {links} interfaces were left");
+        }
+        let _ = fs::remove_dir_all(&workloads);
+        let _ = fs::remove_dir_all(self.directory.path().join("bundles"));
+    }
+}
+
+impl Spot<'_> {
+    pub(crate) fn backend(&self) -> ContainerBackend {
+        ContainerBackend::new(self.host.tools())
+    }
+
+    pub(crate) fn run(&self) {
+        assert_eq!(self.backend().check(&self.spec), []);
+        self.try_run(&self.spec).expect("run");
+    }
+
+    pub(crate) fn try_run(&self, spec: &Value) -> decamp_shared::workload::Result<()> {
+        self.backend().run(spec, &self.place)
+    }
+
+    /// The same workload at another place.
+    pub(crate) fn twin(&self, name: &str) -> Self {
+        self.host.spot(name, self.spec.clone())
+    }
+
+    pub(crate) fn source(&self) -> Box<dyn SourceWorkload> {
+        self.backend().source(&self.spec, &self.place).expect("a source")
+    }
+
+    /// The empty shell for what comes from `source`.
+    pub(crate) fn prepare(&self, source: &mut dyn SourceWorkload) -> Box<dyn DestinationWorkload> {
+        let mut manifest = source.manifest().expect("a manifest");
+        manifest.name = self.place.name.clone();
+        let trees: Vec<_> = manifest
+            .files
+            .iter()
+            .map(|tree| PlacedTree { tree: tree.clone(), path: PathBuf::from(&tree.path) })
+            .collect();
+        let backend = self.backend();
+        assert_eq!(backend.preflight(&manifest, &trees), []);
+        let spec = backend.respec(&manifest, &trees).expect("a spec");
+        backend.prepare(&manifest, &spec, &self.place).expect("prepare")
+    }
+
+    pub(crate) fn move_to(&self, there: &Self) -> Moved {
+        let mut times = BTreeMap::new();
+        let mut step = |name, begun: Instant| {
+            times.insert(name, begun.elapsed().as_secs_f64() * 1000.0);
+        };
+        let mut source = self.source();
+        let begun = Instant::now();
+        let mut destination = there.prepare(&mut *source);
+        step("prepare", begun);
+        let begun = Instant::now();
+        source.pause().expect("pause");
+        step("pause", begun);
+        let begun = Instant::now();
+        let mut dirty = PageSet::new();
+        source.harvest(&mut dirty).expect("harvest");
+        step("harvest", begun);
+        let begun = Instant::now();
+        copy(&dirty, &mut *source, &mut *destination);
+        step("copy", begun);
+        let begun = Instant::now();
+        let sections = source.save().expect("save");
+        step("save", begun);
+        let mut again = PageSet::new();
+        source.harvest(&mut again).expect("harvest");
+        assert!(again.is_empty(), "what stands still was dirty twice");
+        let begun = Instant::now();
+        destination.load(sections).expect("load");
+        step("load", begun);
+        source.fence(1).expect("fence");
+        let begun = Instant::now();
+        destination.activate(1).expect("activate");
+        step("activate", begun);
+        let begun = Instant::now();
+        source.release().expect("release");
+        step("release", begun);
+        Moved { times, pages: dirty.len() }
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        KeeperClient::connect(&self.place).and_then(|mut client| client.phase()).expect("a phase")
+    }
+
+    pub(crate) fn stop(&self) {
+        KeeperClient::connect(&self.place).and_then(|mut client| client.stop(Duration::from_millis(100))).expect("stop");
+    }
+
+    pub(crate) fn kill_keeper(&self) {
+        for pid in keepers_of(&self.place.dir) {
+            let pid = nix::unistd::Pid::from_raw(pid);
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("kill the keeper");
+        }
+        await_that("the keeper's end", || keepers_of(&self.place.dir).is_empty());
+    }
+
+    pub(crate) fn counts(&self) -> Vec<u64> {
+        let text = fs::read_to_string(self.place.log()).unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    pub(crate) fn last_count(&self) -> u64 {
+        self.counts().last().copied().unwrap_or(0)
+    }
+
+    pub(crate) fn await_count(&self, count: u64) {
+        await_that(&format!("{} to count to {count}", self.place.name), || self.last_count() >= count);
+    }
+
+    pub(crate) fn await_exit(&self) {
+        await_that("the exit record", || self.place.exit_record().exists());
+        await_that("the keeper's end", || keepers_of(&self.place.dir).is_empty());
+    }
+
+    pub(crate) fn exit_record(&self) -> Value {
+        serde_json::from_slice(&fs::read(self.place.exit_record()).expect("a record")).expect("JSON")
+    }
+}
+
+/// Every page that exists at the source goes to the destination.
+pub(crate) fn copy_pages(source: &mut dyn SourceWorkload, destination: &mut dyn DestinationWorkload) {
+    let mut dirty = PageSet::new();
+    source.harvest(&mut dirty).expect("harvest");
+    copy(&dirty, source, destination);
+}
+
+fn copy(dirty: &PageSet, source: &mut dyn SourceWorkload, destination: &mut dyn DestinationWorkload) {
+    let spaces = source.spaces().expect("spaces");
+    let writer = destination.writer(&spaces).expect("a writer");
+    let reader = source.reader().expect("a reader");
+    let mut buffer = vec![0; 256 * PAGE_SIZE];
+    for range in dirty.ranges() {
+        let mut first = range.first;
+        while first < range.end() {
+            let part = PageRange::new(range.space, first, (range.end() - first).min(256));
+            let bytes = &mut buffer[..part.bytes()];
+            reader.read(part, bytes).expect("read");
+            if bytes.iter().all(|byte| *byte == 0) {
+                writer.zero(part).expect("zero");
+            } else {
+                writer.write(part, bytes).expect("write");
+            }
+            first = part.end();
+        }
+    }
+}
+
+/// Keepers (of this test run) whose place is `directory`.
+fn keepers_of(directory: &Path) -> Vec<i32> {
+    let config = directory.join("keeper.json");
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").expect("/proc").flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
+        if line.split(|byte| *byte == 0).any(|word| word == config.as_os_str().as_encoded_bytes()) {
+            found.push(pid);
+        }
+    }
+    found
+}
+
+fn await_that(what: &str, mut holds: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < PATIENCE, "waited in vain for {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}

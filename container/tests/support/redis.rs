@@ -1,0 +1,74 @@
+//! A client of Redis on one TCP connection, as small as it can be.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+/// One connection, never opened again.
+pub(crate) struct Redis {
+    stream: BufReader<TcpStream>,
+}
+
+impl Redis {
+    /// Connects, waiting for a server that is just starting.
+    pub(crate) fn connect(address: &str) -> Self {
+        let begun = Instant::now();
+        let stream = loop {
+            match TcpStream::connect(address) {
+                Ok(stream) => break stream,
+                Err(error) => assert!(begun.elapsed() < Duration::from_secs(20), "{address}: {error}"),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+        stream.set_nodelay(true).expect("no delay");
+        Self { stream: BufReader::new(stream) }
+    }
+
+    /// Sends one command and returns its answer.
+    pub(crate) fn ask(&mut self, words: &[&str]) -> String {
+        let words: Vec<&[u8]> = words.iter().map(|word| word.as_bytes()).collect();
+        self.send(&words);
+        self.answer()
+    }
+
+    /// Fills it with values of 4 KiB that do not compress, `bytes` in all.
+    pub(crate) fn fill(&mut self, bytes: usize, seed: u64) {
+        let mut state = seed;
+        let mut value = vec![0u8; 4096];
+        for key in 0..bytes / 4096 {
+            for word in value.chunks_exact_mut(8) {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                word.copy_from_slice(&(state ^ (state >> 31)).to_le_bytes());
+            }
+            let name = format!("key:{key}");
+            self.send(&[b"SET", name.as_bytes(), &value]);
+            assert_eq!(self.answer(), "OK");
+        }
+    }
+
+    fn send(&mut self, words: &[&[u8]]) {
+        let mut bytes = format!("*{}\r\n", words.len()).into_bytes();
+        for word in words {
+            bytes.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
+            bytes.extend_from_slice(word);
+            bytes.extend_from_slice(b"\r\n");
+        }
+        self.stream.get_mut().write_all(&bytes).expect("the connection lives");
+    }
+
+    fn answer(&mut self) -> String {
+        let mut line = String::new();
+        let length = self.stream.read_line(&mut line).expect("the connection lives");
+        assert!(length > 0, "the connection was closed");
+        let line = line.trim_end();
+        let Some(length) = line.strip_prefix('$').and_then(|length| length.parse::<usize>().ok()) else {
+            assert!(!line.starts_with('-'), "{line}");
+            return line[1..].to_owned();
+        };
+        let mut bytes = vec![0; length + 2];
+        self.stream.read_exact(&mut bytes).expect("the connection lives");
+        bytes.truncate(length);
+        String::from_utf8(bytes).expect("text")
+    }
+}
