@@ -140,6 +140,8 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     spaces: Option<Arc<Spaces>>,
+    /// The last round that was let in.
+    opened: u32,
     /// For each stream that was added: the last round that it ended, and whether it ended itself.
     progress: BTreeMap<u32, Progress>,
     cancellers: Vec<Canceller>,
@@ -210,12 +212,14 @@ impl ReceivePool {
         Ok(())
     }
 
-    /// Says which spaces there are and where their pages go, from the next batch on. All spaces are
-    /// named each time. The source must not send pages of a new space before it knows that this was
-    /// called.
-    pub fn set_spaces(&self, spaces: &[SpaceInfo], writer: Arc<dyn PageWriter>) {
+    /// Lets round `round` in: which spaces there are and where their pages go. All spaces are named
+    /// each time. Streams that are ahead of this wait, so a source need not know when it happens.
+    pub fn open_round(&self, round: u32, spaces: &[SpaceInfo], writer: Arc<dyn PageWriter>) {
         let limits = spaces.iter().map(|s| (SpaceId(s.id), s.page_limit)).collect();
-        self.shared.lock().spaces = Some(Arc::new(Spaces { limits, writer }));
+        let mut state = self.shared.lock();
+        state.spaces = Some(Arc::new(Spaces { limits, writer }));
+        state.opened = round;
+        self.shared.changed.notify_all();
     }
 
     /// Waits up to `limit` until round `round` has been written, all of it, from all streams.
@@ -302,6 +306,15 @@ impl Shared {
             let waited = self.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Waits until round `round` is let in. False: the pool is over.
+    fn opened(&self, round: u32) -> bool {
+        let mut state = self.lock();
+        while state.error.is_none() && state.opened < round {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.error.is_none()
     }
 
     /// Notes that a stream ended a round, and waits for the others. False: the pool is over.
@@ -397,6 +410,9 @@ impl StreamReceiver {
             }
             if header.round != self.round {
                 return Err(StreamError::Round { got: header.round, wanted: self.round });
+            }
+            if !self.shared.opened(self.round) {
+                return Ok(false);
             }
             self.received.bytes += HEADER_LEN as u64;
             match header.kind {

@@ -94,7 +94,7 @@ fn ends(encrypted: bool, count: u32) -> (Vec<PageStream>, Vec<PageStream>) {
 
 fn receiving(streams: Vec<PageStream>, into: &Arc<Memory>) -> ReceivePool {
     let pool = ReceivePool::new(streams.len() as u32);
-    pool.set_spaces(&into.infos(), into.clone());
+    pool.open_round(u32::MAX, &into.infos(), into.clone());
     streams.into_iter().for_each(|stream| pool.add_stream(stream).expect("room for the stream"));
     pool
 }
@@ -226,7 +226,7 @@ fn spaces_can_grow_between_rounds() {
     let second: PageSet = [PageRange::new(B, 0, 20)].into_iter().collect();
     pool.round(1, source.clone(), &first).expect("sent");
     incoming.wait_round(1, LIMIT).expect("received");
-    incoming.set_spaces(&large.infos(), large.clone());
+    incoming.open_round(u32::MAX, &large.infos(), large.clone());
     pool.round(2, source.clone(), &second).expect("sent");
     assert_eq!(incoming.wait_round(2, LIMIT).expect("received").pages, 20);
     let ten = PageRange::new(A, 0, 10);
@@ -278,7 +278,7 @@ fn no_page_of_a_round_is_written_before_all_streams_ended_the_one_before() {
     let (mut ours, theirs) = ends(false, 2);
     let notes = Arc::new(Notes::default());
     let pool = ReceivePool::new(2);
-    pool.set_spaces(&Memory::new(&[(A, 10)]).infos(), notes.clone());
+    pool.open_round(u32::MAX, &Memory::new(&[(A, 10)]).infos(), notes.clone());
     theirs.into_iter().for_each(|stream| pool.add_stream(stream).expect("room"));
     let early = [zero_batch(1, 1), mark(BatchKind::Barrier, 1, 1), zero_batch(2, 7)].concat();
     ours[0].write_all(&early).expect("written");
@@ -473,7 +473,7 @@ fn memory_that_cannot_be_read_or_written_is_an_error() {
     let pool = ReceivePool::new(1);
     // The pool believes in space B, the writer does not.
     let wrong = Memory::new(&[(B, 10)]);
-    pool.set_spaces(&wrong.infos(), Memory::new(&[(A, 10)]));
+    pool.open_round(u32::MAX, &wrong.infos(), Memory::new(&[(A, 10)]));
     theirs.into_iter().for_each(|stream| pool.add_stream(stream).expect("room"));
     let entry = Entry { first: 1, length: 0, count: 1, encoding: Encoding::Zero };
     ours[0]

@@ -170,7 +170,7 @@ impl Arrival {
 
     /// COMMITTED may fail, and nothing has happened then. RUNNING and ABORTED say what is so
     /// already: they are tried until they are on disk.
-    async fn write(&self, record: Record) -> Result<()> {
+    async fn write(&mut self, record: Record) -> Result<()> {
         loop {
             match self.write_once(record).await {
                 Err(error) if record != Record::Committed => {
@@ -183,7 +183,7 @@ impl Arrival {
         }
     }
 
-    async fn write_once(&self, record: Record) -> Result<()> {
+    async fn write_once(&mut self, record: Record) -> Result<()> {
         match record {
             Record::Committed => {
                 fail_here!("destination.committed");

@@ -191,6 +191,7 @@ impl Copying {
         &mut self,
         departure: &mut Departure,
         held: PageSet,
+        tracked: bool,
         wire: &mut Wire<'_>,
         report: &mut Report,
     ) -> Result<()> {
@@ -204,13 +205,14 @@ impl Copying {
         let last = harvest(departure, held).await?;
         let saving = async {
             let sections = departure.with(|workload| workload.save()).await?;
-            // Devices may write memory while they are saved.
-            let more = harvest(departure, PageSet::new()).await?;
-            Ok::<_, SessionError>((sections, more, Instant::now()))
+            // Devices may write memory while they are saved. What is not tracked has none.
+            let more = PageSet::new();
+            let more = if tracked { harvest(departure, more).await? } else { more };
+            Ok::<_, SessionError>((sections, more))
         };
         let pages = self.send_round(reader.clone(), last, &spaces, wire, report);
         let (saved, sent) = tokio::join!(saving, pages);
-        let (sections, more, _) = saved?;
+        let (sections, more) = saved?;
         sent?;
         if !more.is_empty() {
             self.send_round(reader, more, &spaces, wire, report).await?;

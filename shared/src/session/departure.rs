@@ -174,7 +174,7 @@ impl Departure {
     }
 
     /// Writes `record`. Only FENCED may fail, because only before it giving up is still possible.
-    async fn write(&self, record: Record) -> SourceInput {
+    async fn write(&mut self, record: Record) -> SourceInput {
         if !self.begun {
             return SourceInput::Journaled(record);
         }
@@ -193,7 +193,7 @@ impl Departure {
         }
     }
 
-    async fn write_once(&self, record: Record) -> Result<()> {
+    async fn write_once(&mut self, record: Record) -> Result<()> {
         if record == Record::Fenced {
             fail_here!("source.fence");
         }

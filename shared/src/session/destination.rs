@@ -312,11 +312,9 @@ impl Receiving {
 
     /// Makes room for a round and lets it arrive beside whatever else is said.
     async fn begin_round(&mut self, round: Round, wire: &Wire) -> Result<()> {
-        if self.round.is_some() {
-            return Err(SessionError::Protocol {
-                host: self.live.peer.name.clone(),
-                what: "it began a round within a round".to_owned(),
-            });
+        // The round before has said RoundDone, or the source is out of turn and waits for it.
+        if let Some(before) = self.round.take() {
+            before.await??;
         }
         self.spaces.extend(round.spaces);
         if self.spaces.len() > SPACES_MOST {
@@ -328,7 +326,7 @@ impl Receiving {
         let spaces = self.spaces.clone();
         let writer =
             self.live.arrival.lock().await.with(move |workload| workload.writer(&spaces)).await?;
-        self.pool.set_spaces(&self.spaces, writer);
+        self.pool.open_round(round.round, &self.spaces, writer);
         let pool = self.pool.clone();
         let (number, replies) = (round.round, wire.replies.clone());
         self.round = Some(tokio::task::spawn_blocking(move || {

@@ -108,3 +108,6 @@ impl MoveOptions {
         Duration::from_millis(self.timeout_ms)
     }
 }
+
+#[cfg(test)]
+mod tests;

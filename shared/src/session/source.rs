@@ -217,6 +217,7 @@ impl<'a> Departing<'a> {
     /// The phases in order.
     async fn run(&mut self) -> Result<()> {
         let live = self.choose_mode()?;
+        let tracked = matches!(self.liveness, Liveness::Tracked { .. });
         let verdict = self.negotiate().await?;
         if self.options.dry_run {
             return Ok(());
@@ -228,6 +229,10 @@ impl<'a> Departing<'a> {
             fail_here!("source.pre-copy");
             let (departure, mut wire, report) = self.parts()?;
             held = copying.pre_copy(departure, &mut wire, report).await?;
+        }
+        if tracked && !live {
+            // What devices write while they are saved must still be seen.
+            self.departure.with(|workload| workload.track()).await?;
         }
         self.stop_and_send(&mut copying, held).await?;
         self.hand_over().await
@@ -411,8 +416,9 @@ impl<'a> Departing<'a> {
         self.report.downtime.pause_ms = millis(stopped.elapsed());
         self.enter(Phase::Final);
         fail_here!("source.final");
+        let tracked = matches!(self.liveness, Liveness::Tracked { .. });
         let (departure, mut wire, report) = self.parts()?;
-        copying.final_stop(departure, held, &mut wire, report).await?;
+        copying.final_stop(departure, held, tracked, &mut wire, report).await?;
         let loading = Instant::now();
         let halt = self.halt.clone();
         let link = self.link()?;

@@ -1,0 +1,477 @@
+//! Whole moves between two hosts in one process: real TLS, real journals, real page streams; the
+//! workload is memory that a thread keeps writing, and it says at any moment whether it runs.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use super::commit::Record;
+use super::journal::{Journal, Role as End};
+use super::progress::Progress;
+use super::*;
+use crate::pages::{PAGE_SIZE, PageRange, PageReader, PageSet, PageWriter, SpaceId};
+use crate::transport::testing::Authority;
+use crate::transport::{Acceptor, Dialer, PeerAddress, Versions};
+use crate::workload::{
+    self, DestinationWorkload, Kind, Liveness, Manifest, PlacedTree, Refusal, RefusalCode, Section,
+    SourceWorkload, SpaceInfo, WorkloadError,
+};
+
+const PAGES: u64 = 2048;
+const SPACE: SpaceId = SpaceId(0);
+
+/// Memory as words, one a page's eighth; every write bumps a version, so staleness shows.
+#[derive(Default)]
+struct Memory {
+    pages: Mutex<Vec<Vec<u8>>>,
+    dirty: Mutex<PageSet>,
+}
+
+impl Memory {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            pages: Mutex::new(vec![vec![0; PAGE_SIZE]; PAGES as usize]),
+            dirty: Mutex::default(),
+        })
+    }
+
+    fn put(&self, page: u64, bytes: &[u8]) {
+        lock(&self.pages)[page as usize].copy_from_slice(bytes);
+        lock(&self.dirty).insert(PageRange::new(SPACE, page, 1));
+    }
+}
+
+impl PageReader for Memory {
+    fn read(&self, range: PageRange, into: &mut [u8]) -> workload::Result<()> {
+        let pages = lock(&self.pages);
+        for (index, chunk) in into.chunks_mut(PAGE_SIZE).enumerate() {
+            chunk.copy_from_slice(&pages[range.first as usize + index]);
+        }
+        Ok(())
+    }
+}
+
+impl PageWriter for Memory {
+    fn write(&self, range: PageRange, bytes: &[u8]) -> workload::Result<()> {
+        let mut pages = lock(&self.pages);
+        for (index, chunk) in bytes.chunks(PAGE_SIZE).enumerate() {
+            pages[range.first as usize + index].copy_from_slice(chunk);
+        }
+        Ok(())
+    }
+
+    fn zero(&self, range: PageRange) -> workload::Result<()> {
+        self.write(range, &vec![0; range.bytes()])
+    }
+}
+
+/// What both ends and the test share of one workload: which copy runs.
+#[derive(Default)]
+struct Copies {
+    source_runs: AtomicBool,
+    destination_runs: AtomicBool,
+    released: AtomicBool,
+    discarded: AtomicBool,
+    /// Writes made so far, by whichever copy runs.
+    writes: AtomicU64,
+    refuse_activation: AtomicBool,
+}
+
+impl Copies {
+    fn running(&self) -> usize {
+        [&self.source_runs, &self.destination_runs]
+            .iter()
+            .filter(|flag| flag.load(Ordering::SeqCst))
+            .count()
+    }
+}
+
+struct Leaving {
+    memory: Arc<Memory>,
+    copies: Arc<Copies>,
+    tracked: bool,
+}
+
+impl SourceWorkload for Leaving {
+    fn manifest(&mut self) -> workload::Result<Manifest> {
+        Ok(Manifest {
+            name: "web".to_owned(),
+            uuid: "6d3d5d0e-0000-4000-8000-000000000001".to_owned(),
+            kind: Kind::Vm.into(),
+            memory_bytes: PAGES * PAGE_SIZE as u64,
+            spaces: space(),
+            ..Manifest::default()
+        })
+    }
+
+    fn liveness(&self) -> Liveness {
+        if self.tracked {
+            Liveness::Tracked { tracker: "test".to_owned() }
+        } else {
+            Liveness::StopOnly { reason: "the test says so".to_owned() }
+        }
+    }
+
+    fn spaces(&mut self) -> workload::Result<Vec<SpaceInfo>> {
+        Ok(space())
+    }
+
+    fn reader(&mut self) -> workload::Result<Arc<dyn PageReader>> {
+        Ok(self.memory.clone())
+    }
+
+    fn track(&mut self) -> workload::Result<()> {
+        lock(&self.memory.dirty).insert(PageRange::new(SPACE, 0, PAGES));
+        Ok(())
+    }
+
+    fn harvest(&mut self, dirty: &mut PageSet) -> workload::Result<()> {
+        if !self.tracked {
+            dirty.insert(PageRange::new(SPACE, 0, PAGES));
+        }
+        dirty.union(&std::mem::take(&mut *lock(&self.memory.dirty)));
+        Ok(())
+    }
+
+    fn throttle(&mut self, _percent: u8) -> workload::Result<()> {
+        Ok(())
+    }
+
+    fn pause(&mut self) -> workload::Result<()> {
+        self.copies.source_runs.store(false, Ordering::SeqCst);
+        // The writer may be in the middle of a page.
+        std::thread::sleep(Duration::from_millis(5));
+        Ok(())
+    }
+
+    fn save(&mut self) -> workload::Result<Vec<Section>> {
+        let writes = self.copies.writes.load(Ordering::SeqCst);
+        Ok(vec![Section { kind: "writes".to_owned(), version: 1, bytes: writes.to_le_bytes().into() }])
+    }
+
+    fn fence(&mut self, _token: u64) -> workload::Result<()> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> workload::Result<()> {
+        self.copies.source_runs.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn release(&mut self) -> workload::Result<()> {
+        self.copies.released.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+struct Arriving {
+    memory: Arc<Memory>,
+    copies: Arc<Copies>,
+}
+
+impl DestinationWorkload for Arriving {
+    fn writer(&mut self, _spaces: &[SpaceInfo]) -> workload::Result<Arc<dyn PageWriter>> {
+        Ok(self.memory.clone())
+    }
+
+    fn load(&mut self, sections: Vec<Section>) -> workload::Result<()> {
+        let writes = self.copies.writes.load(Ordering::SeqCst).to_le_bytes();
+        if sections.len() == 1 && sections[0].bytes == writes {
+            Ok(())
+        } else {
+            Err(WorkloadError::plain("The state is not the one that was saved"))
+        }
+    }
+
+    fn activate(&mut self, _token: u64) -> workload::Result<()> {
+        if self.copies.refuse_activation.load(Ordering::SeqCst) {
+            return Err(WorkloadError::plain("It would not start"));
+        }
+        self.copies.destination_runs.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn discard(&mut self) -> workload::Result<()> {
+        self.copies.discarded.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+struct Beta {
+    memory: Arc<Memory>,
+    copies: Arc<Copies>,
+    refusals: Vec<Refusal>,
+}
+
+impl DestinationHost for Beta {
+    fn name(&self) -> &str {
+        "beta"
+    }
+
+    fn page_encryption(&self) -> bool {
+        true
+    }
+
+    fn place_trees(
+        &self,
+        _manifest: &Manifest,
+        _paths: &[(PathBuf, PathBuf)],
+    ) -> std::result::Result<Vec<PlacedTree>, Vec<Refusal>> {
+        Ok(Vec::new())
+    }
+
+    fn preflight(&self, _manifest: &Manifest, _trees: &[PlacedTree]) -> Vec<Refusal> {
+        self.refusals.clone()
+    }
+
+    fn known_copy(&self, _manifest: &Manifest, _tree: &PlacedTree) -> bool {
+        false
+    }
+
+    fn prepare(
+        &self,
+        _migration: &str,
+        _manifest: &Manifest,
+        _trees: &[PlacedTree],
+    ) -> workload::Result<Box<dyn DestinationWorkload>> {
+        Ok(Box::new(Arriving { memory: self.memory.clone(), copies: self.copies.clone() }))
+    }
+
+    fn running(&self, _migration: &str, _manifest: &Manifest) {}
+
+    fn gone(&self, _migration: &str, _manifest: &Manifest) {}
+}
+
+/// Two hosts, a workload that writes, and everything that a test looks at.
+struct Pair {
+    copies: Arc<Copies>,
+    here: Arc<Memory>,
+    there: Arc<Memory>,
+    journals: (Arc<Journal>, Arc<Journal>),
+    context: SourceContext,
+    stop_writer: Arc<AtomicBool>,
+    tracked: bool,
+    _directory: tempfile::TempDir,
+    _authority: Authority,
+}
+
+impl Pair {
+    async fn new(tracked: bool, refusals: Vec<Refusal>) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let authority = Authority::new();
+        let journal = |name: &str| {
+            Arc::new(Journal::open(&directory.path().join(name)).expect("a journal opens"))
+        };
+        let journals = (journal("alpha.db"), journal("beta.db"));
+        let copies = Arc::new(Copies::default());
+        copies.source_runs.store(true, Ordering::SeqCst);
+        let (here, there) = (Memory::new(), Memory::new());
+        let host =
+            Beta { memory: there.clone(), copies: copies.clone(), refusals };
+        let sessions = DestinationSessions::new(Arc::new(host), journals.1.clone());
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address").to_string();
+        let acceptor = Arc::new(Acceptor::new(authority.identity("beta"), Versions::OURS));
+        tokio::spawn(async move {
+            while let Ok((tcp, _)) = listener.accept().await {
+                let (sessions, acceptor) = (sessions.clone(), acceptor.clone());
+                tokio::spawn(async move {
+                    if let Ok(connection) = acceptor.accept(tcp).await {
+                        sessions.serve(connection).await;
+                    }
+                });
+            }
+        });
+        let context = SourceContext {
+            host: "alpha".to_owned(),
+            dialer: Dialer::new(authority.identity("alpha"), Versions::OURS),
+            peer: PeerAddress { name: "beta".to_owned(), address },
+            page_encryption: true,
+            journal: journals.0.clone(),
+        };
+        let stop_writer = Arc::new(AtomicBool::new(false));
+        write_for_ever(&here, &copies, &stop_writer);
+        Self {
+            copies,
+            here,
+            there,
+            journals,
+            context,
+            stop_writer,
+            tracked,
+            _directory: directory,
+            _authority: authority,
+        }
+    }
+
+    async fn migrate(&self, options: MoveOptions, cancel: CancellationToken) -> Ending {
+        let (progress, mut told) = ProgressSender::channel();
+        let workload = Box::new(Leaving {
+            memory: self.here.clone(),
+            copies: self.copies.clone(),
+            tracked: self.tracked,
+        });
+        let request = SourceMove {
+            migration: uuid::Uuid::new_v4().to_string(),
+            workload,
+            options,
+            progress,
+            cancel,
+        };
+        let ending = migrate(&self.context, request).await;
+        let mut last = None;
+        while let Ok(event) = told.try_recv() {
+            last = Some(event);
+        }
+        assert!(matches!(last, Some(Progress::Report { .. })), "the report is told last");
+        ending
+    }
+
+    fn records(&self, migration: &str) -> (Option<Record>, Option<Record>) {
+        let record = |journal: &Journal, end| {
+            journal.session(migration, end).expect("reads").map(|row| row.record)
+        };
+        (record(&self.journals.0, End::Source), record(&self.journals.1, End::Destination))
+    }
+
+    fn same_memory(&self) -> bool {
+        *lock(&self.here.pages) == *lock(&self.there.pages)
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        self.stop_writer.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Writes a page about every 50 µs for as long as the source's copy runs.
+fn write_for_ever(memory: &Arc<Memory>, copies: &Arc<Copies>, stop: &Arc<AtomicBool>) {
+    let (memory, copies, stop) = (memory.clone(), copies.clone(), stop.clone());
+    std::thread::spawn(move || {
+        let mut page = [0; PAGE_SIZE];
+        while !stop.load(Ordering::SeqCst) {
+            if copies.source_runs.load(Ordering::SeqCst) {
+                let count = copies.writes.fetch_add(1, Ordering::SeqCst);
+                page[..8].copy_from_slice(&count.to_le_bytes());
+                memory.put(count * 7 % 300, &page);
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    });
+}
+
+fn space() -> Vec<SpaceInfo> {
+    vec![SpaceInfo { id: 0, page_limit: PAGES, label: "memory".to_owned(), process: 0 }]
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_workload_moves_and_only_one_copy_runs() {
+    let pair = Pair::new(true, Vec::new()).await;
+    let ending = pair.migrate(MoveOptions::default(), CancellationToken::new()).await;
+    assert_eq!(ending.fate, Fate::Moved, "{:?}", ending.report.reason);
+    assert_eq!(ending.report.outcome, Outcome::Completed);
+    assert_eq!(ending.report.mode, "pre-copy");
+    assert!(ending.report.rounds.len() >= 2, "{:?}", ending.report.rounds);
+    assert!(ending.report.downtime_ms.is_some());
+    assert!(pair.same_memory());
+    assert_eq!(pair.copies.running(), 1);
+    assert!(pair.copies.released.load(Ordering::SeqCst));
+    let records = pair.records(&ending.report.migration);
+    assert_eq!(records, (Some(Record::Released), Some(Record::Running)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workload_without_a_tracker_is_stopped_and_copied() {
+    let pair = Pair::new(false, Vec::new()).await;
+    let ending = pair.migrate(MoveOptions::default(), CancellationToken::new()).await;
+    assert_eq!(ending.fate, Fate::Moved, "{:?}", ending.report.reason);
+    assert_eq!(ending.report.mode, "stop-and-copy");
+    assert!(pair.same_memory());
+    let asked = MoveOptions { mode: Mode::PreCopy, ..MoveOptions::default() };
+    let pair = Pair::new(false, Vec::new()).await;
+    let ending = pair.migrate(asked, CancellationToken::new()).await;
+    assert_eq!(ending.report.outcome, Outcome::Refused);
+    assert_eq!(pair.copies.running(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_refusal_is_told_and_nothing_is_touched() {
+    let refusals = vec![
+        Refusal::new(RefusalCode::Memory, "Too little memory"),
+        Refusal::new(RefusalCode::Bridge, "No bridge br9"),
+    ];
+    let pair = Pair::new(true, refusals).await;
+    let ending = pair.migrate(MoveOptions::default(), CancellationToken::new()).await;
+    assert_eq!(ending.report.outcome, Outcome::Refused);
+    assert_eq!(ending.report.refusals.len(), 2);
+    assert_eq!(pair.records(&ending.report.migration), (None, None));
+    assert_eq!(pair.copies.running(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_checks_and_touches_nothing() {
+    let pair = Pair::new(true, Vec::new()).await;
+    let dry = MoveOptions { dry_run: true, ..MoveOptions::default() };
+    let ending = pair.migrate(dry, CancellationToken::new()).await;
+    assert_eq!((ending.fate, ending.report.outcome), (Fate::Here, Outcome::Completed));
+    assert_eq!(pair.records(&ending.report.migration), (None, None));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_that_cannot_start_it_gives_it_back() {
+    let pair = Pair::new(true, Vec::new()).await;
+    pair.copies.refuse_activation.store(true, Ordering::SeqCst);
+    let ending = pair.migrate(MoveOptions::default(), CancellationToken::new()).await;
+    assert_eq!((ending.fate, ending.report.outcome), (Fate::Here, Outcome::Failed));
+    let reason = ending.report.reason.clone().unwrap_or_default();
+    assert!(reason.contains("It would not start") && reason.contains("alpha"), "{reason}");
+    assert_eq!(pair.copies.running(), 1);
+    assert!(pair.copies.discarded.load(Ordering::SeqCst));
+    let records = pair.records(&ending.report.migration);
+    assert_eq!(records, (Some(Record::RolledBack), Some(Record::Aborted)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_move_leaves_the_workload_running_and_nothing_behind() {
+    let pair = Pair::new(true, Vec::new()).await;
+    let cancel = CancellationToken::new();
+    let slow = MoveOptions { max_downtime_ms: 0, ..MoveOptions::default() };
+    let later = cancel.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        later.cancel();
+    });
+    let ending = pair.migrate(slow, cancel).await;
+    assert!(matches!(ending.report.outcome, Outcome::Cancelled | Outcome::Failed));
+    assert_eq!(ending.fate, Fate::Here);
+    assert_eq!(pair.copies.running(), 1);
+    for _ in 0..100 {
+        if pair.copies.discarded.load(Ordering::SeqCst) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(
+        pair.records(&ending.report.migration),
+        (Some(Record::RolledBack), Some(Record::Aborted))
+    );
+    assert!(pair.copies.discarded.load(Ordering::SeqCst));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_listening_is_a_refusal_that_says_so() {
+    let mut pair = Pair::new(true, Vec::new()).await;
+    pair.context.peer.address = "127.0.0.1:1".to_owned();
+    let ending = pair.migrate(MoveOptions::default(), CancellationToken::new()).await;
+    assert_eq!(ending.report.outcome, Outcome::Refused);
+    assert!(ending.report.reason.unwrap_or_default().contains("beta"));
+}
