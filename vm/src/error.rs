@@ -59,6 +59,18 @@ impl VmError {
         Self::Refused { what: what.into(), source: source.into() }
     }
 
+    /// The message with those beneath it, for a refusal.
+    pub(crate) fn with_causes(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    }
+
     /// `section` is wrong because of `reason`.
     pub(crate) fn section(section: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Section { section: section.into(), reason: reason.into() }
@@ -76,4 +88,4 @@ impl From<VmError> for WorkloadError {
 }
 
 /// Result of work on a virtual machine.
-pub type Result<T> = std::result::Result<T, VmError>;
+pub(crate) type Result<T> = std::result::Result<T, VmError>;

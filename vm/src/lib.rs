@@ -5,14 +5,17 @@
 
 #![deny(unsafe_code)]
 
+mod backend;
 mod boot;
 mod console;
 mod cpuid;
 mod dirty;
 mod error;
 mod host;
+mod kept;
 mod machine;
 mod memory;
+mod needs;
 mod ports;
 mod reader;
 mod serial;
@@ -25,5 +28,11 @@ mod testing;
 mod throttle;
 mod vcpu;
 
+pub use backend::{VmBackend, console_socket};
+pub use cpuid::CpuidEntry;
 pub use error::VmError;
+pub use kept::keeper_main;
+pub use memory::GUEST_MEMORY;
+pub use needs::Needs;
+pub use reader::GuestReader;
 pub use spec::VmSpec;

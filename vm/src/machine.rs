@@ -106,7 +106,12 @@ impl Machine {
         let output = Output::to_log(&console.log)?;
         let ports = Ports::new(SerialPort::new(guest.clone(), output.clone()));
         let typed = ports.clone();
-        let keyboard = Box::new(move |bytes: &[u8]| drop(typed.serial().type_in(bytes)));
+        let keyboard = Box::new(move |bytes: &[u8]| {
+            let taken = typed.serial().type_in(bytes);
+            if taken < bytes.len() {
+                tracing::debug!("{} typed bytes were lost", bytes.len() - taken);
+            }
+        });
         let console = Console::listen(&console.socket, output.clone(), keyboard)?;
         let vcpus = (0u32..)
             .zip(fds)

@@ -78,6 +78,12 @@ impl Memory {
         (self.map.last_addr().raw_value() + 1) / PAGE_SIZE as u64
     }
 
+    /// One past the last page number of a VM with `bytes` of memory.
+    pub(crate) fn page_limit_of(bytes: u64) -> u64 {
+        let end = layout(bytes).last().map_or(0, |(start, len)| start + len);
+        end / PAGE_SIZE as u64
+    }
+
     /// A descriptor of its own for another process: reads, and writes if `writable`.
     pub(crate) fn descriptor(&self, writable: bool) -> Result<OwnedFd> {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
@@ -142,6 +148,7 @@ mod tests {
         let memory = Memory::create(HOLE_START + (64 << 20)).expect("sparse memory");
         assert_eq!(memory.ranges(), [(0, HOLE_START), (HOLE_END, 64 << 20)]);
         assert_eq!(memory.page_limit(), (HOLE_END + (64 << 20)) / 4096);
+        assert_eq!(memory.page_limit(), Memory::page_limit_of(HOLE_START + (64 << 20)));
         memory.map().write_obj(0x1122_3344u32, GuestAddress(HOLE_END + 0x5000)).expect("write");
         let file = File::from(memory.descriptor(false).expect("descriptor"));
         let mut bytes = [0; 4];

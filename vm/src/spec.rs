@@ -8,13 +8,13 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Result, VmError};
 
 /// The most vCPUs that this version runs.
-pub const MAX_CPUS: u32 = 1;
+pub(crate) const MAX_CPUS: u32 = 1;
 /// The least memory that the boot protocol fits in, in bytes.
-pub const MIN_MEMORY: u64 = 2 << 20;
+pub(crate) const MIN_MEMORY: u64 = 2 << 20;
 /// The most memory that a guest can have, in bytes.
-pub const MAX_MEMORY: u64 = 1 << 42;
+pub(crate) const MAX_MEMORY: u64 = 1 << 42;
 /// The longest command line, in bytes.
-pub const MAX_CMDLINE: usize = 4095;
+pub(crate) const MAX_CMDLINE: usize = 4095;
 
 /// A virtual machine as it was asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -17,7 +17,6 @@ use crate::testing::{COUNTER, WRITTEN, WRITTEN_PAGES, elf, guest_spec, wait_for}
 struct Bench {
     machine: Machine,
     ended: Arc<Mutex<Option<ExitRecord>>>,
-    spec: VmSpec,
     dir: tempfile::TempDir,
 }
 
@@ -33,7 +32,7 @@ impl Bench {
         let told = ended.clone();
         let on_end: OnEnd = Arc::new(move |record| *told.lock().expect("record") = Some(record));
         let machine = Machine::build(&spec, &console, on_end, boots).expect("machine");
-        Self { machine, ended, spec, dir }
+        Self { machine, ended, dir }
     }
 
     fn running() -> Self {
@@ -302,7 +301,7 @@ fn a_kernel_that_cannot_boot_says_why() {
     let dir = tempfile::tempdir().expect("directory");
     let mut spec = guest_spec(dir.path());
     let console = ConsolePaths { log: dir.path().join("log"), socket: dir.path().join("socket") };
-    let mut refusal = |bytes: &[u8]| {
+    let refusal = |bytes: &[u8]| {
         std::fs::write(&spec.kernel, bytes).expect("write");
         let error = Machine::boot(&spec, &console, Arc::new(|_| ())).expect_err("no kernel");
         assert!(!console.log.exists(), "nothing was made");
