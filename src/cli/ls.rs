@@ -56,7 +56,10 @@ pub(crate) fn remark(workload: &WorkloadView) -> String {
         State::Unresolved => {
             format!("not known whether it runs here or on {host}: `decamp resolve {migration}`")
         }
-        State::Stopped => workload.exit.as_ref().map_or_else(String::new, |exit| exit.text.clone()),
+        State::Stopped => match &workload.exit {
+            Some(exit) if exit.text != "stopped" => exit.text.clone(),
+            _ => String::new(),
+        },
         State::Starting | State::Running => String::new(),
     }
 }

@@ -8,6 +8,7 @@ use decamp_shared::session::{Compress, Mode, MoveOptions, Outcome, Progress, Rep
 use hyper::Method;
 use serde_json::{Value, json};
 
+use super::aftermath::{self, Aftermath};
 use super::client::{Client, Stream};
 use super::display::Display;
 use super::failure::{Failure, with_reasons};
@@ -80,8 +81,10 @@ enum CompressWord {
 enum Ended {
     /// With a report.
     Report(Box<Report>),
-    /// The agent refused, or was lost, before there was one.
+    /// Before there was one: the agent refused.
     Failed(Failure),
+    /// Unseen: the agent was lost.
+    Unseen(Aftermath),
 }
 
 impl Migrate {
@@ -139,6 +142,7 @@ impl Migrate {
         match ended {
             Ended::Report(end) => output::line(report::text(end, self.dry_run)),
             Ended::Failed(failure) => failure.tell(false),
+            Ended::Unseen(aftermath) => output::line(&aftermath.text),
         }
     }
 
@@ -170,6 +174,13 @@ impl Migrate {
                 "refusals": failure.body.refusals,
                 "code": failure.body.code,
             }),
+            Ended::Unseen(aftermath) => json!({
+                "migration": null,
+                "workload": name,
+                "to": self.to,
+                "outcome": aftermath.outcome,
+                "reason": aftermath.text,
+            }),
         }
     }
 }
@@ -179,12 +190,13 @@ impl Ended {
         match self {
             Ended::Report(report) => report.outcome.exit_code(),
             Ended::Failed(failure) => failure.exit,
+            Ended::Unseen(aftermath) => aftermath.outcome.exit_code(),
         }
     }
 
     fn failure(&self) -> Option<&Failure> {
         match self {
-            Ended::Report(_) => None,
+            Ended::Report(_) | Ended::Unseen(_) => None,
             Ended::Failed(failure) => Some(failure),
         }
     }
@@ -196,12 +208,19 @@ fn gravity(code: u8) -> u8 {
 }
 
 async fn move_one(client: &Client, request: &MigrationRequest, display: &mut Display) -> Ended {
-    match client.stream(Method::POST, "/v1/migrations", Some(request)).await {
-        Ok(stream) => match watch(client, stream, request, display).await {
-            Ok(report) => Ended::Report(report),
-            Err(failure) => Ended::Failed(failure),
-        },
-        Err(failure) => Ended::Failed(failure),
+    let stream = match client.stream(Method::POST, "/v1/migrations", Some(request)).await {
+        Ok(stream) => stream,
+        Err(failure) => return Ended::Failed(failure),
+    };
+    match watch(client, stream, request, display).await {
+        Watched::Report(report) => Ended::Report(report),
+        Watched::Left => Ended::Failed(Failure::other(
+            "Stopped watching; the move ends by itself: see `decamp ls --all`",
+        )),
+        Watched::Lost => {
+            display.remark("Lost the agent; waiting for the next one to say how the move ended");
+            Ended::Unseen(aftermath::wait(client, request).await)
+        }
     }
 }
 
@@ -212,15 +231,15 @@ async fn watch(
     mut stream: Stream,
     request: &MigrationRequest,
     display: &mut Display,
-) -> Result<Box<Report>, Failure> {
+) -> Watched {
     let mut migration = None;
     let mut cancelled = false;
     loop {
         let line = tokio::select! {
-            line = stream.line() => line?,
+            line = stream.line() => line,
             pressed = tokio::signal::ctrl_c() => {
                 if pressed.is_err() || cancelled {
-                    return Err(Failure::other("Stopped watching; see `decamp ls --all` for how it ends"));
+                    return Watched::Left;
                 }
                 cancelled = true;
                 display.remark("Cancelling; press Ctrl-C again to stop watching");
@@ -228,15 +247,9 @@ async fn watch(
                 continue;
             }
         };
-        let Some(line) = line else {
-            return Err(Failure::other(format!(
-                "The agent ended before the move did. {} runs on here unless the move was past its \
-                 fence: see `decamp ls --all` once the agent runs again",
-                request.workload
-            )));
-        };
+        let Ok(Some(line)) = line else { return Watched::Lost };
         match serde_json::from_slice::<Progress>(&line) {
-            Ok(Progress::Report { report }) => return Ok(report),
+            Ok(Progress::Report { report }) => return Watched::Report(report),
             Ok(event) => {
                 if let Progress::Started { migration: id, .. } = &event {
                     migration = Some(id.clone());
@@ -247,6 +260,16 @@ async fn watch(
             Err(error) => tracing::debug!(%error, "Skipped a line of progress"),
         }
     }
+}
+
+/// How watching ended.
+enum Watched {
+    /// The move ended.
+    Report(Box<Report>),
+    /// The user would not watch any longer.
+    Left,
+    /// The agent ended first.
+    Lost,
 }
 
 /// Asks on a connection of its own; the answer comes with the report.

@@ -2,8 +2,10 @@
 //! and draws the answer; what the agent does is no business of this room.
 //!
 //! [`client`] speaks to the agent, [`failure`] holds the exit codes, [`values`] reads sizes, times and
-//! names, [`units`] writes them, [`display`] and [`report`] draw a move.
+//! names, [`units`] writes them, [`display`] and [`report`] draw a move, [`aftermath`]
+//! finds out how one ended that nobody could watch.
 
+mod aftermath;
 mod agent;
 mod cancel;
 mod client;

@@ -1,0 +1,145 @@
+//! What became of a move whose agent went away while it was watched: the next agent knows, as soon as
+//! it has settled what the last one left.
+
+use std::time::Duration;
+
+use decamp_shared::session::Outcome;
+use tokio::time::Instant;
+
+use super::client::Client;
+use super::failure::Failure;
+use crate::messages::{MigrationRequest, State, WorkloadDetail};
+
+/// How long the next agent is waited for.
+const WAIT_FOR: Duration = Duration::from_secs(90);
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// How the move ended, and what to say of it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Aftermath {
+    /// As far as it is known.
+    pub(crate) outcome: Outcome,
+    /// In a sentence.
+    pub(crate) text: String,
+}
+
+/// Waits until an agent answers that knows how the move ended; gives up after a while, or at Ctrl-C.
+pub(crate) async fn wait(client: &Client, request: &MigrationRequest) -> Aftermath {
+    let path = format!("/v1/workloads/{}", request.workload);
+    let deadline = Instant::now() + WAIT_FOR;
+    loop {
+        let found = client.get::<WorkloadDetail>(&path).await;
+        if let Some(aftermath) = judge(found, request) {
+            return aftermath;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+            _ = tokio::signal::ctrl_c() => break,
+        }
+        if Instant::now() >= deadline {
+            break;
+        }
+    }
+    let name = &request.workload;
+    Aftermath {
+        outcome: Outcome::Unresolved,
+        text: format!(
+            "The agent ended before the move of {name} did, and it is not known how that ended. Start \
+             the agent again: it settles what was left open, and `decamp ls --all` shows where {name} is"
+        ),
+    }
+}
+
+/// What an agent's word on the workload says of the move; nothing as long as it is open.
+fn judge(found: Result<WorkloadDetail, Failure>, request: &MigrationRequest) -> Option<Aftermath> {
+    let MigrationRequest { workload: name, to, options } = request;
+    let ended = |outcome, text| Some(Aftermath { outcome, text });
+    let detail = match found {
+        Ok(detail) => detail,
+        Err(failure) if failure.body.code == "unknown-workload" && options.remove_source => {
+            return ended(
+                Outcome::Completed,
+                format!("{name} moved to {to}; nothing of it is left here"),
+            );
+        }
+        Err(_) => return None,
+    };
+    match detail.view.state {
+        State::Moved => ended(
+            Outcome::Completed,
+            format!(
+                "{name} moved to {to}. The agent was restarted meanwhile, so there is no report"
+            ),
+        ),
+        State::Running => ended(
+            Outcome::Failed,
+            format!("{name} did not move to {to}, because the agent here ended. It runs on here"),
+        ),
+        State::Stopped => {
+            ended(Outcome::Failed, format!("{name} did not move to {to}, and ended here meanwhile"))
+        }
+        State::Unresolved => ended(
+            Outcome::Unresolved,
+            format!(
+                "Nobody knows whether {name} runs at {to}. See there (`decamp ls --all`), then say the \
+                 same on both hosts: decamp resolve {} --keep source|destination",
+                detail.view.migration.as_deref().unwrap_or(name)
+            ),
+        ),
+        State::Starting | State::Migrating | State::Incoming => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::messages::WorkloadView;
+    use decamp_shared::session::MoveOptions;
+    use decamp_shared::workload::Kind;
+
+    fn outcome(state: State) -> Option<Outcome> {
+        let view = WorkloadView {
+            name: "web".into(),
+            uuid: "u".into(),
+            kind: Kind::Vm,
+            state,
+            created_ms: 0,
+            changed_ms: 0,
+            moved_to: None,
+            migration: Some("m".into()),
+            exit: None,
+            files: Vec::new(),
+        };
+        let spec = serde_json::json!({});
+        let detail = WorkloadDetail { view, spec, log: "/log".into(), keeper: None };
+        judge(Ok(detail), &request(false)).map(|aftermath| aftermath.outcome)
+    }
+
+    fn request(remove_source: bool) -> MigrationRequest {
+        MigrationRequest {
+            workload: "web".into(),
+            to: "beta".into(),
+            options: MoveOptions { remove_source, ..MoveOptions::default() },
+        }
+    }
+
+    #[test]
+    fn the_next_agents_word_decides() {
+        assert_eq!(outcome(State::Moved), Some(Outcome::Completed));
+        assert_eq!(outcome(State::Running), Some(Outcome::Failed));
+        assert_eq!(outcome(State::Stopped), Some(Outcome::Failed));
+        assert_eq!(outcome(State::Unresolved), Some(Outcome::Unresolved));
+        assert_eq!(outcome(State::Migrating), None);
+    }
+
+    #[test]
+    fn an_agent_that_is_away_says_nothing() {
+        let away = || Err(Failure::other("No agent listens"));
+        assert_eq!(judge(away(), &request(true)), None);
+        let mut unknown = Failure::refused("no such workload");
+        unknown.body.code = "unknown-workload".into();
+        assert_eq!(judge(Err(unknown.clone()), &request(false)), None);
+        let removed = judge(Err(unknown), &request(true)).expect("removed after the move");
+        assert_eq!(removed.outcome, Outcome::Completed);
+    }
+}
