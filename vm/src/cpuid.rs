@@ -2,7 +2,7 @@
 //! one host's entries with another's before a move.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, VmError};
@@ -127,6 +127,28 @@ pub(crate) fn for_guest(kvm: &Kvm, tsc_khz: u32) -> Result<Vec<CpuidEntry>> {
         ..Default::default()
     });
     Ok(entries)
+}
+
+/// Gives `vcpu`, which has not run, these entries, and says what it has then. That can be more: a
+/// KVM without hardware virtualisation cannot keep an instruction from saying what the CPU has.
+pub(crate) fn grant(vcpu: &VcpuFd, entries: &[CpuidEntry]) -> Result<Vec<CpuidEntry>> {
+    vcpu.set_cpuid2(&to_kvm(entries)?)
+        .map_err(|error| VmError::refused("set the CPUID of a vCPU", error))?;
+    let granted = vcpu
+        .get_cpuid2(MAX_ENTRIES)
+        .map_err(|error| VmError::refused("read the CPUID of a vCPU", error))?;
+    Ok(granted.as_slice().iter().map(CpuidEntry::from).collect())
+}
+
+/// What a guest on this host sees, and the frequency of its counter in kHz, from a vCPU made for
+/// the purpose.
+pub(crate) fn of_this_host(kvm: &Kvm) -> Result<(Vec<CpuidEntry>, u32)> {
+    let failed = |error| VmError::refused("make a vCPU to see its CPUID", error);
+    let vm = kvm.create_vm().map_err(failed)?;
+    vm.create_irq_chip().map_err(failed)?;
+    let vcpu = vm.create_vcpu(0).map_err(failed)?;
+    let khz = vcpu.get_tsc_khz().map_err(failed)?;
+    Ok((grant(&vcpu, &for_guest(kvm, khz)?)?, khz))
 }
 
 /// The entries as KVM takes them.

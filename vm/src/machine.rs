@@ -90,16 +90,15 @@ impl Machine {
             .get_tsc_khz()
             .map_err(|error| VmError::refused("read the counter's frequency", error))?;
         let cpuid = cpuid::for_guest(&kvm, tsc_khz)?;
+        let mut granted = Vec::new();
         let host = HostFacts {
             xsave: XsaveSize::of(guest.vm()),
             msrs: msrs::listed(&kvm)?,
             tsc_offset: sys::has_attribute(first, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET.into()),
         };
         if let Some(entry) = entry {
-            for (number, fd) in fds.iter().enumerate() {
-                fd.set_cpuid2(&cpuid::to_kvm(&cpuid)?).map_err(|error| {
-                    VmError::refused(format!("set the CPUID of vCPU {number}"), error)
-                })?;
+            for fd in &fds {
+                granted = cpuid::grant(fd, &cpuid)?;
             }
             boot::enter(first, entry)?;
         }
@@ -127,7 +126,7 @@ impl Machine {
             output,
             guest,
             host,
-            cpuid,
+            cpuid: granted,
             tsc_khz,
             memory_bytes: spec.memory_bytes,
             tracker: Tracker::Off,

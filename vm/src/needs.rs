@@ -61,24 +61,16 @@ impl Needs {
                 format!("KVM here lacks {}, which the guest's VMM builds on", lacking.join(", ")),
             ));
         }
-        match (host_khz(kvm), cpuid::for_guest(kvm, self.tsc_khz)) {
-            (Ok(khz), Ok(here)) => {
+        match cpuid::of_this_host(kvm) {
+            Ok((here, khz)) => {
                 refusals.extend(features_refusal(&cpuid::missing(&self.cpuid, &here)));
                 let scales = kvm.check_extension(Cap::TscControl);
                 refusals.extend(frequency_refusal(self.tsc_khz, khz, scales));
             }
-            (Err(error), _) | (_, Err(error)) => {
-                refusals.push(Refusal::new(RefusalCode::Kvm, error.with_causes()));
-            }
+            Err(error) => refusals.push(Refusal::new(RefusalCode::Kvm, error.with_causes())),
         }
         refusals
     }
-}
-
-/// The counter's frequency in a VM on this host.
-fn host_khz(kvm: &Kvm) -> Result<u32> {
-    let read = || kvm.create_vm()?.create_vcpu(0)?.get_tsc_khz();
-    read().map_err(|error| VmError::refused("read the counter's frequency of a VM", error))
 }
 
 fn features_refusal(missing: &[String]) -> Option<Refusal> {
@@ -115,13 +107,8 @@ mod tests {
     use super::*;
 
     fn own(kvm: &Kvm) -> Needs {
-        let khz = host_khz(kvm).expect("frequency");
-        Needs {
-            vmm: "0".into(),
-            cpuid: cpuid::for_guest(kvm, khz).expect("CPUID"),
-            tsc_khz: khz,
-            capabilities: host::capabilities(kvm),
-        }
+        let (cpuid, tsc_khz) = cpuid::of_this_host(kvm).expect("CPUID");
+        Needs { vmm: "0".into(), cpuid, tsc_khz, capabilities: host::capabilities(kvm) }
     }
 
     #[test]

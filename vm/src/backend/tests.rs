@@ -17,14 +17,9 @@ fn backend() -> VmBackend {
 
 fn manifest(spec: &VmSpec) -> Manifest {
     let kvm = host::open_kvm().expect("KVM");
-    let vcpu = kvm.create_vm().and_then(|vm| vm.create_vcpu(0)).expect("vCPU");
-    let tsc_khz = vcpu.get_tsc_khz().expect("frequency");
-    let needs = Needs {
-        vmm: "0.1.0".into(),
-        cpuid: crate::cpuid::for_guest(&kvm, tsc_khz).expect("CPUID"),
-        tsc_khz,
-        capabilities: host::capabilities(&kvm),
-    };
+    let (cpuid, tsc_khz) = crate::cpuid::of_this_host(&kvm).expect("CPUID");
+    let needs =
+        Needs { vmm: "0.1.0".into(), cpuid, tsc_khz, capabilities: host::capabilities(&kvm) };
     Manifest {
         name: "web".into(),
         kind: Kind::Vm.into(),

@@ -1,0 +1,291 @@
+//! Moves of the real test guest (`tests/guest`) between two real keepers on the real `/dev/kvm`,
+//! driven as a session drives them: track, rounds while it runs, pause, save, last round, load,
+//! activate, release. The guest checks all of its memory by itself and says so on its console.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use decamp_shared::keeper::{ExitRecord, KeeperClient, Phase};
+use decamp_shared::pages::{PageRange, PageReader, PageSet, PageWriter};
+use decamp_shared::workload::{
+    Backend, DestinationWorkload, HostTools, Place, PlacedTree, SourceWorkload,
+};
+use decamp_vm::{VmBackend, VmSpec, console_socket};
+
+/// Pages copied in one go.
+const BATCH: u64 = 64;
+
+/// A directory with places for keepers, and the guest.
+struct Bench {
+    dir: tempfile::TempDir,
+    backend: VmBackend,
+    spec: serde_json::Value,
+}
+
+impl Bench {
+    fn new(memory: u64, cmdline: &str) -> Self {
+        let dir = tempfile::tempdir().expect("directory");
+        let kernel = dir.path().join("guest.elf");
+        let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/guest/build");
+        let built = Command::new(build).arg(&kernel).status().expect("run tests/guest/build");
+        assert!(built.success(), "tests/guest/build failed");
+        let tools = HostTools {
+            decamp: keeper_program(),
+            criu: PathBuf::new(),
+            runc: PathBuf::new(),
+            resume_after: Duration::from_secs(2),
+        };
+        let spec =
+            VmSpec { kernel, initrd: None, cmdline: cmdline.into(), cpus: 1, memory_bytes: memory };
+        let spec = serde_json::to_value(spec).expect("spec");
+        let backend = VmBackend::new(tools);
+        assert_eq!(backend.check(&spec), []);
+        Self { dir, backend, spec }
+    }
+
+    fn place(&self, number: usize) -> Place {
+        let dir = self.dir.path().join(format!("place{number}"));
+        Place { name: "guest".into(), uuid: format!("uuid-{number}"), dir }
+    }
+
+    /// Starts the guest and waits until it has filled its memory.
+    fn run(&self) -> Place {
+        let place = self.place(0);
+        self.backend.run(&self.spec, &place).expect("run");
+        wait_for("the first report", || log(&place).contains("count="));
+        place
+    }
+}
+
+impl Drop for Bench {
+    /// No keeper outlives its test, also when that failed.
+    fn drop(&mut self) {
+        for number in 0..10 {
+            if let Ok(mut keeper) = KeeperClient::connect(&self.place(number)) {
+                let _ = keeper.stop(Duration::ZERO).or_else(|_| keeper.discard());
+            }
+        }
+    }
+}
+
+/// What one move took.
+#[derive(Debug, Default)]
+struct Times {
+    first_round: Duration,
+    harvest: Duration,
+    pause: Duration,
+    last_round: Duration,
+    save: Duration,
+    load: Duration,
+    activate: Duration,
+    downtime: Duration,
+    last_pages: u64,
+}
+
+/// Moves the guest from `from` to a fresh keeper at `to`, as a session would.
+fn migrate(bench: &Bench, from: &Place, to: &Place, rounds: usize) -> Times {
+    let mut times = Times::default();
+    let mut source = bench.backend.source(&bench.spec, from).expect("source");
+    let manifest = source.manifest().expect("manifest");
+    let trees: Vec<_> = manifest
+        .files
+        .iter()
+        .map(|tree| PlacedTree { tree: tree.clone(), path: PathBuf::from(&tree.path) })
+        .collect();
+    assert_eq!(bench.backend.preflight(&manifest, &trees), []);
+    let spec = bench.backend.respec(&manifest, &trees).expect("respec");
+    let mut destination = bench.backend.prepare(&manifest, &spec, to).expect("prepare");
+    let writer = destination.writer(&manifest.spaces).expect("writer");
+    let reader = source.reader().expect("reader");
+
+    source.track().expect("track");
+    let start = Instant::now();
+    copy_dirty(&mut *source, &*reader, &*writer);
+    times.first_round = start.elapsed();
+    for _ in 1..rounds {
+        copy_dirty(&mut *source, &*reader, &*writer);
+    }
+    let stopped = Instant::now();
+    source.pause().expect("pause");
+    times.pause = stopped.elapsed();
+    let start = Instant::now();
+    let sections = source.save().expect("save");
+    times.save = start.elapsed();
+    let start = Instant::now();
+    let mut dirty = PageSet::new();
+    source.harvest(&mut dirty).expect("last harvest");
+    times.harvest = start.elapsed();
+    copy(&dirty, &*reader, &*writer);
+    times.last_pages = dirty.len();
+    times.last_round = start.elapsed();
+    source.fence(1).expect("fence");
+    let start = Instant::now();
+    destination.load(sections).expect("load");
+    times.load = start.elapsed();
+    let start = Instant::now();
+    destination.activate(1).expect("activate");
+    times.activate = start.elapsed();
+    times.downtime = stopped.elapsed();
+    source.release().expect("release");
+    times
+}
+
+/// Copies what was written since the last harvest.
+fn copy_dirty(source: &mut dyn SourceWorkload, reader: &dyn PageReader, writer: &dyn PageWriter) {
+    let mut dirty = PageSet::new();
+    source.harvest(&mut dirty).expect("harvest");
+    copy(&dirty, reader, writer);
+}
+
+fn copy(pages: &PageSet, reader: &dyn PageReader, writer: &dyn PageWriter) {
+    let mut buffer = vec![0; BATCH as usize * 4096];
+    for range in pages.ranges() {
+        let mut first = range.first;
+        while first < range.end() {
+            let part = PageRange::new(range.space, first, BATCH.min(range.end() - first));
+            let bytes = &mut buffer[..part.bytes()];
+            reader.read(part, bytes).expect("read");
+            writer.write(part, bytes).expect("write");
+            first = part.end();
+        }
+    }
+}
+
+/// Has the guest check everything and end, and gives what it said last.
+fn verdict(place: &Place) -> String {
+    let mut console = UnixStream::connect(console_socket(place)).expect("console");
+    console.write_all(b"q").expect("type");
+    wait_for("the guest to end", || place.exit_record().exists());
+    let record = fs::read(place.exit_record()).expect("exit record");
+    let record: ExitRecord = serde_json::from_slice(&record).expect("exit record");
+    assert_eq!(record.status, 0, "{}", record.text);
+    let log = log(place);
+    let line = log.lines().rfind(|line| line.starts_with("verified"));
+    line.unwrap_or_else(|| panic!("no verdict in {log}")).to_owned()
+}
+
+fn log(place: &Place) -> String {
+    fs::read(place.log()).map(|log| String::from_utf8_lossy(&log).into_owned()).unwrap_or_default()
+}
+
+/// The last `count=` that the guest reported at `place`.
+fn count(place: &Place) -> u64 {
+    let log = log(place);
+    let line = log.lines().rfind(|line| line.starts_with("count=") && line.contains("verdict"));
+    let number = line.and_then(|line| line.strip_prefix("count=")?.split(' ').next()?.parse().ok());
+    number.unwrap_or(0)
+}
+
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let limit = Instant::now() + Duration::from_secs(60);
+    while !done() {
+        assert!(Instant::now() < limit, "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The example of this crate, which Cargo builds beside its tests.
+fn keeper_program() -> PathBuf {
+    let mut path = std::env::current_exe().expect("own path");
+    path.pop();
+    path.pop();
+    path.push("examples/keeper");
+    assert!(path.exists(), "{} is not built", path.display());
+    path
+}
+
+#[test]
+fn a_busy_guest_moves_back_and_forth_and_finds_nothing_wrong() {
+    let bench = Bench::new(128 << 20, "fill=64 hot=4 rate=0 seed=7 report=50");
+    let mut here = bench.run();
+    let mut counted = 0;
+    for number in 1..=6 {
+        let there = bench.place(number);
+        migrate(&bench, &here, &there, 3);
+        assert!(KeeperClient::connect(&here).is_err(), "the source's keeper has ended");
+        wait_for("a report after the move", || count(&there) > counted);
+        counted = count(&there);
+        assert!(!log(&there).contains("BAD"), "{}", log(&there));
+        here = there;
+    }
+    let verdict = verdict(&here);
+    assert!(verdict.ends_with("bad=0 verdict=clean"), "{verdict}");
+}
+
+#[test]
+fn a_move_that_fails_late_leaves_the_source_running_and_nothing_at_the_destination() {
+    let bench = Bench::new(64 << 20, "fill=16 hot=2 rate=0 report=50");
+    let here = bench.run();
+    let there = bench.place(1);
+    let mut source = bench.backend.source(&bench.spec, &here).expect("source");
+    let manifest = source.manifest().expect("manifest");
+    let mut destination = bench.backend.prepare(&manifest, &bench.spec, &there).expect("prepare");
+    let writer = destination.writer(&manifest.spaces).expect("writer");
+    let reader = source.reader().expect("reader");
+    source.track().expect("track");
+    copy_dirty(&mut *source, &*reader, &*writer);
+    source.throttle(90).expect("throttle");
+    source.pause().expect("pause");
+    let mut sections = source.save().expect("save");
+    sections[0].bytes.truncate(3);
+    assert!(destination.load(sections).is_err());
+    assert!(destination.activate(1).is_err(), "nothing that was not loaded runs");
+    destination.discard().expect("discard");
+    source.resume().expect("resume");
+    assert!(KeeperClient::connect(&there).is_err());
+    assert_eq!(log(&there), "", "no instruction has run there");
+    let before = count(&here);
+    wait_for("the source to go on", || count(&here) > before);
+    drop(source);
+    assert!(verdict(&here).ends_with("verdict=clean"));
+}
+
+#[test]
+fn a_paused_guest_that_loses_its_agent_goes_on_by_itself() {
+    let bench = Bench::new(64 << 20, "fill=16 hot=2 rate=0 report=50");
+    let here = bench.run();
+    let mut source = bench.backend.source(&bench.spec, &here).expect("source");
+    source.track().expect("track");
+    source.pause().expect("pause");
+    let stood = count(&here);
+    drop(source);
+    wait_for("the guest to go on", || count(&here) > stood + 1);
+    let phase = KeeperClient::connect(&here).and_then(|mut keeper| keeper.phase());
+    assert_eq!(phase.expect("phase"), Phase::Running);
+    bench.backend.stop(&bench.spec, &here).expect("stop");
+    wait_for("the keeper to end", || KeeperClient::connect(&here).is_err());
+    assert!(!console_socket(&here).exists(), "its console socket is gone");
+}
+
+#[test]
+fn a_kernel_that_cannot_boot_is_said_by_the_keeper() {
+    let bench = Bench::new(64 << 20, "");
+    let mut spec = bench.spec.clone();
+    spec["kernel"] = serde_json::json!("/etc/hostname");
+    let place = bench.place(0);
+    let error = bench.backend.run(&spec, &place).expect_err("no kernel");
+    assert!(error.to_string().contains("ELF"), "{error}");
+    assert!(!place.log().exists() && !console_socket(&place).exists());
+}
+
+/// Prints what a move takes: `cargo test -p decamp-vm --release --test moving -- --ignored --nocapture`.
+#[test]
+#[ignore = "measures, takes half a minute"]
+fn what_a_move_of_one_gib_takes() {
+    let bench = Bench::new(1280 << 20, "fill=1024 hot=32 rate=10000 report=200");
+    let mut here = bench.run();
+    for number in 1..=5 {
+        let there = bench.place(number);
+        let times = migrate(&bench, &here, &there, 4);
+        println!("{times:?}");
+        wait_for("a report after the move", || count(&there) > 0);
+        here = there;
+    }
+    println!("{}", log(&here).lines().last().unwrap_or_default());
+    let verdict = verdict(&here);
+    assert!(verdict.ends_with("verdict=clean"), "{verdict}");
+}
