@@ -50,7 +50,7 @@ impl Backends {
 pub(crate) fn keeper_main(config: KeeperConfig) -> Result<()> {
     match config.kind {
         Kind::Vm => decamp_vm::keeper_main(config),
-        Kind::Container => decamp_container::keeper_main(config),
+        Kind::Container => decamp_container::keeper_main(&config),
         Kind::Unspecified => Err(WorkloadError::plain("There is no keeper of kind unspecified")),
     }
 }

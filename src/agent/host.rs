@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use decamp_shared::files::free_bytes;
+use decamp_shared::files::{check_place, free_bytes};
 use decamp_shared::session::DestinationHost;
 use decamp_shared::workload::{
-    DestinationWorkload, Kind, Manifest, PlacedTree, Refusal, RefusalCode, Result, WorkloadError,
-    is_plain_absolute,
+    DestinationWorkload, FileRole, Kind, Manifest, PlacedTree, Refusal, RefusalCode, Result,
+    WorkloadError, is_plain_absolute,
 };
 
 use super::Agent;
@@ -86,25 +86,19 @@ impl ArrivalHost {
         let host = &self.agent.config.name;
         for placed in trees {
             let path = placed.path.display();
-            let code = RefusalCode::PathTaken;
-            if let Some(other) = user_of(&placed.path, &others) {
-                refusals.push(Refusal::new(
-                    code,
-                    format!(
-                        "{path} on {host} is used by workload {}: map it with --path",
-                        other.name
-                    ),
-                ));
-            } else if placed.path.symlink_metadata().is_ok() && !self.known_copy(manifest, placed) {
-                refusals.push(Refusal::new(
-                    code,
-                    format!(
-                        "{path} exists on {host} and is no earlier copy of {}: map it with --path, or \
-                         take it away there",
-                        manifest.name
-                    ),
-                ));
-            }
+            let text = if let Some(other) = user_of(&placed.path, &others)
+                && !is_shared_file(placed, other)
+            {
+                format!("{path} on {host} is used by workload {}", other.name)
+            } else if let Some(why) =
+                check_place(&placed.tree, &placed.path, self.known_copy(manifest, placed))
+            {
+                format!("{} cannot go to {path} on {host}: {why}", placed.tree.path)
+            } else {
+                continue;
+            };
+            let text = format!("{text}. Map it with --path {}=NEW", placed.tree.path);
+            refusals.push(Refusal::new(RefusalCode::PathTaken, text));
         }
     }
 
@@ -337,6 +331,16 @@ fn file_entry(placed: &PlacedTree) -> FileEntry {
     FileEntry { role: role_word(placed.tree.role()).to_owned(), path: placed.path.clone() }
 }
 
+/// Whether the tree is a file that nobody writes and that `other` stands on too, as two machines on
+/// one kernel. That it is the very same content is seen when it arrives.
+fn is_shared_file(placed: &PlacedTree, other: &Workload) -> bool {
+    let role = placed.tree.role();
+    let is_file = matches!(role, FileRole::Kernel | FileRole::Initrd);
+    let is_same =
+        |file: &FileEntry| file.path == placed.path && file.role != role_word(FileRole::Bundle);
+    is_file && !placed.tree.live && other.files.iter().any(is_same)
+}
+
 /// The device behind `path`, or behind the nearest directory above it that exists.
 fn device_of(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
@@ -346,7 +350,7 @@ fn device_of(path: &Path) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use decamp_shared::workload::{FileRole, FileTree};
+    use decamp_shared::workload::FileTree;
 
     fn manifest(paths: &[&str]) -> Manifest {
         let tree = |(id, path): (usize, &&str)| FileTree {

@@ -42,6 +42,7 @@ use claims::Claims;
 use config::{Config, PageEncryption};
 use host::ArrivalHost;
 use moves::Moves;
+use recovery::OpenMoves;
 use registry::{Registry, RegistryError};
 use state_dir::{StateDir, StateDirError};
 
@@ -93,6 +94,7 @@ pub(crate) struct Agent {
     pub(crate) dialer: Dialer,
     pub(crate) claims: Claims,
     pub(crate) moves: Moves,
+    pub(crate) open_moves: OpenMoves,
     stopping: CancellationToken,
 }
 
@@ -117,7 +119,7 @@ async fn live(config: Config) -> Result<(), AgentError> {
     let socket = api::listen(&agent.config.socket)?;
     let host = Arc::new(ArrivalHost::new(Arc::clone(&agent)));
     let sessions = DestinationSessions::new(host, Arc::clone(&agent.journal));
-    recovery::at_start(&agent, &sessions).await.map_err(AgentError::TakeOver)?;
+    recovery::at_start(&agent).await.map_err(AgentError::TakeOver)?;
     supervise::adopt(&agent).await.map_err(AgentError::TakeOver)?;
     tracing::info!(
         host = agent.config.name,
@@ -182,6 +184,7 @@ impl Agent {
             dialer: Dialer::new(identity.clone(), Versions::OURS),
             claims: Claims::default(),
             moves: Moves::default(),
+            open_moves: OpenMoves::default(),
             stopping: CancellationToken::new(),
         };
         Ok((Arc::new(agent), Acceptor::new(identity, Versions::OURS)))

@@ -21,6 +21,7 @@ use super::Agent;
 use super::answer::{Answer, Result, chain};
 use super::claims::Claim;
 use super::config::PageEncryption;
+use super::recovery;
 use super::registry::Workload;
 use super::workloads::{blocking, not_in_state};
 use crate::backend::role_word;
@@ -255,7 +256,12 @@ impl Agent {
             // All that was told before comes before the report.
             let _ = tokio::time::timeout(DRAINED_WITHIN, follower).await;
             listed.agent.settle(&ending, &options, &listed.moving).await;
+            let agent = Arc::clone(&listed.agent);
+            let id = ending.report.migration.clone();
             listed.end(claim, ending.report);
+            if ending.fate == Fate::Unresolved {
+                recovery::go_on_asking(&agent, &id).await;
+            }
         });
         moving
     }

@@ -186,7 +186,7 @@ fn runs(place: &Place) -> bool {
 }
 
 /// Ends a keeper whose workload never ran here; it does not matter whether there is one.
-fn discard(place: &Place) -> decamp_shared::workload::Result<()> {
+pub(crate) fn discard(place: &Place) -> decamp_shared::workload::Result<()> {
     if !is_kept(place) {
         return Ok(());
     }

@@ -12,6 +12,8 @@ use crate::messages::{MigrationRequest, State, WorkloadDetail};
 
 /// How long the next agent is waited for.
 const WAIT_FOR: Duration = Duration::from_secs(90);
+/// A move that is still asked about shows as unresolved for a moment.
+const UNRESOLVED_FOR: Duration = Duration::from_secs(15);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// How the move ended, and what to say of it.
@@ -27,10 +29,18 @@ pub(crate) struct Aftermath {
 pub(crate) async fn wait(client: &Client, request: &MigrationRequest) -> Aftermath {
     let path = format!("/v1/workloads/{}", request.workload);
     let deadline = Instant::now() + WAIT_FOR;
+    let mut unresolved_since = None;
     loop {
         let found = client.get::<WorkloadDetail>(&path).await;
-        if let Some(aftermath) = judge(found, request) {
-            return aftermath;
+        match judge(found, request) {
+            Some(aftermath) if aftermath.outcome == Outcome::Unresolved => {
+                let since = *unresolved_since.get_or_insert_with(Instant::now);
+                if since.elapsed() >= UNRESOLVED_FOR {
+                    return aftermath;
+                }
+            }
+            Some(aftermath) => return aftermath,
+            None => unresolved_since = None,
         }
         tokio::select! {
             () = tokio::time::sleep(LOOK_EVERY) => {}
