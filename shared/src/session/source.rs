@@ -377,7 +377,7 @@ impl<'a> Departing<'a> {
     }
 
     async fn join(
-        &self,
+        &mut self,
         role: StreamRole,
         index: u32,
         secret: &Secret,
