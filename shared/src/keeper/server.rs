@@ -65,12 +65,7 @@ pub fn serve(config: &KeeperConfig, kept: Box<dyn Kept>, exit: &ExitSignal) -> R
     let listener = UnixListener::bind(&socket).map_err(failed)?;
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).map_err(failed)?;
     spawn::report_ready().map_err(failed)?;
-    let phase = match config.beginning {
-        Beginning::Run => Phase::Running,
-        Beginning::Incoming => Phase::Incoming,
-    };
-    let mut server = Server { config, kept, phase, disturbed: false, over: false };
-    let ended = server.run(&listener, exit);
+    let ended = Server::new(config, kept).run(&listener, exit);
     let _ = fs::remove_file(&socket);
     ended.map_err(failed)
 }
@@ -85,7 +80,15 @@ struct Server<'a> {
     over: bool,
 }
 
-impl Server<'_> {
+impl<'a> Server<'a> {
+    fn new(config: &'a KeeperConfig, kept: Box<dyn Kept>) -> Self {
+        let phase = match config.beginning {
+            Beginning::Run => Phase::Running,
+            Beginning::Incoming => Phase::Incoming,
+        };
+        Self { config, kept, phase, disturbed: false, over: false }
+    }
+
     fn run(&mut self, listener: &UnixListener, exit: &ExitSignal) -> io::Result<()> {
         let mut agent: Option<UnixStream> = None;
         let mut lost_at = Instant::now();
@@ -364,4 +367,247 @@ fn chain(error: &dyn std::error::Error) -> Vec<String> {
         source = inner.source();
     }
     messages
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread::{self, JoinHandle};
+
+    use super::*;
+    use crate::keeper::KeeperClient;
+    use crate::pages::PageRange;
+    use crate::workload::{HostTools, Kind, Liveness, Place, Section, SpaceInfo};
+
+    /// Says what it was asked to do.
+    struct Told(mpsc::Sender<&'static str>);
+
+    impl Told {
+        fn tell(&self, what: &'static str) -> Result<()> {
+            self.0.send(what).map_err(|error| WorkloadError::new("Cannot tell", error))
+        }
+    }
+
+    impl Kept for Told {
+        fn liveness(&self) -> Liveness {
+            Liveness::Tracked { tracker: "test".to_owned() }
+        }
+
+        fn facts(&mut self) -> Result<serde_json::Value> {
+            Ok(serde_json::json!({ "pid": 1 }))
+        }
+
+        fn spaces(&mut self) -> Result<Vec<SpaceInfo>> {
+            Ok(Vec::new())
+        }
+
+        fn make_spaces(&mut self, _spaces: &[SpaceInfo]) -> Result<()> {
+            self.tell("make_spaces")
+        }
+
+        fn memory(&mut self, space: SpaceId) -> Result<OwnedFd> {
+            Err(WorkloadError::plain(format!("There is no {space}")))
+        }
+
+        fn track(&mut self) -> Result<()> {
+            self.tell("track")
+        }
+
+        fn harvest(&mut self, dirty: &mut PageSet) -> Result<()> {
+            dirty.insert(PageRange::new(SpaceId(3), 70, 5));
+            Ok(())
+        }
+
+        fn pause(&mut self) -> Result<()> {
+            self.tell("pause")
+        }
+
+        fn save(&mut self) -> Result<Vec<Section>> {
+            Ok(vec![Section { kind: "vcpu/0".to_owned(), version: 2, bytes: vec![7; 3_000_000] }])
+        }
+
+        fn resume(&mut self) -> Result<()> {
+            self.tell("resume")
+        }
+
+        fn load(&mut self, sections: Vec<Section>) -> Result<()> {
+            if sections == self.save()? {
+                self.tell("load")
+            } else {
+                Err(WorkloadError::plain("Not what was saved"))
+            }
+        }
+
+        fn activate(&mut self) -> Result<()> {
+            self.tell("activate")
+        }
+
+        fn release(&mut self) -> Result<()> {
+            self.tell("release")
+        }
+
+        fn discard(&mut self) -> Result<()> {
+            self.tell("discard")
+        }
+
+        fn stop(&mut self, _grace: Duration) -> Result<()> {
+            self.tell("stop")
+        }
+    }
+
+    struct Fixture {
+        place: Place,
+        told: mpsc::Receiver<&'static str>,
+        exit: ExitSignal,
+        server: JoinHandle<io::Result<()>>,
+        _directory: tempfile::TempDir,
+    }
+
+    fn keep(beginning: Beginning) -> Fixture {
+        let directory = tempfile::tempdir().expect("a directory");
+        let place = Place {
+            name: "web".to_owned(),
+            uuid: "u".to_owned(),
+            dir: directory.path().to_owned(),
+        };
+        let config = KeeperConfig {
+            kind: Kind::Vm,
+            beginning,
+            place: place.clone(),
+            tools: HostTools {
+                decamp: "decamp".into(),
+                criu: "criu".into(),
+                runc: "runc".into(),
+                resume_after: Duration::from_millis(200),
+            },
+            spec: serde_json::Value::Null,
+        };
+        let listener = UnixListener::bind(place.socket()).expect("a socket");
+        let (tell, told) = mpsc::channel();
+        let exit = ExitSignal::new().expect("a signal");
+        let watched = exit.clone();
+        let server = thread::spawn(move || {
+            Server::new(&config, Box::new(Told(tell))).run(&listener, &watched)
+        });
+        Fixture { place, told, exit, server, _directory: directory }
+    }
+
+    impl Fixture {
+        fn client(&self) -> KeeperClient {
+            KeeperClient::connect(&self.place).expect("a keeper")
+        }
+
+        fn said(&self) -> &'static str {
+            self.told.recv_timeout(Duration::from_secs(5)).expect("something is done")
+        }
+    }
+
+    #[test]
+    fn a_paused_workload_that_loses_its_agent_resumes() {
+        let kept = keep(Beginning::Run);
+        let mut client = kept.client();
+        client.pause().expect("pauses");
+        assert_eq!(kept.said(), "pause");
+        let lost = Instant::now();
+        drop(client);
+        assert_eq!(kept.said(), "resume");
+        assert!(lost.elapsed() >= Duration::from_millis(200), "not before its deadline");
+        assert_eq!(kept.client().phase().expect("answers"), Phase::Running);
+    }
+
+    #[test]
+    fn an_agent_that_is_there_keeps_it_paused() {
+        let kept = keep(Beginning::Run);
+        let mut client = kept.client();
+        client.pause().expect("pauses");
+        assert_eq!(kept.said(), "pause");
+        assert!(kept.told.recv_timeout(Duration::from_millis(500)).is_err());
+        assert_eq!(client.phase().expect("answers"), Phase::Paused);
+    }
+
+    #[test]
+    fn a_fenced_workload_stays_and_is_found() {
+        let kept = keep(Beginning::Run);
+        let mut client = kept.client();
+        assert!(client.fence(4).is_err(), "what runs cannot be fenced");
+        client.pause().expect("pauses");
+        assert!(client.release().is_err(), "what is not fenced is not released");
+        client.fence(5).expect("fences");
+        assert!(client.fence(4).is_err(), "an older token");
+        assert!(client.stop(Duration::ZERO).is_err(), "a fenced workload is not stopped");
+        assert_eq!(kept.said(), "pause");
+        drop(client);
+        assert!(kept.told.recv_timeout(Duration::from_millis(500)).is_err(), "it never resumes");
+        let mut client = kept.client();
+        assert_eq!(client.phase().expect("answers"), Phase::Fenced { token: 5 });
+        client.release().expect("releases");
+        assert_eq!(kept.said(), "release");
+        assert!(kept.server.join().expect("ends").is_ok());
+    }
+
+    #[test]
+    fn what_a_dead_agent_asked_is_done_before_the_next_is_served() {
+        let kept = keep(Beginning::Incoming);
+        let mut client = kept.client();
+        let sections = Told(mpsc::channel().0).save().expect("saves");
+        assert!(client.activate(1).is_err(), "nothing is loaded yet");
+        client.load(sections).expect("loads");
+        assert_eq!(kept.said(), "load");
+        // An agent that asks and dies without waiting for the answer.
+        let mut dying = UnixStream::connect(kept.place.socket()).expect("connects");
+        let ask = Request { ask: Ask::Activate.into(), token: 1, ..Request::default() };
+        protocol::send(&mut dying, &ask, None).expect("asks");
+        drop(dying);
+        drop(client);
+        assert_eq!(kept.client().phase().expect("answers"), Phase::Running);
+        assert_eq!(kept.said(), "activate");
+        assert!(kept.client().discard().is_err(), "what ran is not discarded");
+    }
+
+    #[test]
+    fn dirty_pages_and_state_come_through_whole() {
+        let kept = keep(Beginning::Run);
+        let mut client = kept.client();
+        client.track().expect("tracks");
+        let mut dirty = PageSet::new();
+        client.harvest(&mut dirty).expect("harvests");
+        let ranges: Vec<_> = dirty.ranges().collect();
+        assert_eq!(ranges, [PageRange::new(SpaceId(3), 70, 5)]);
+        let error = client.memory(SpaceId(9)).expect_err("no such space").to_string();
+        assert!(error.contains("space 9"), "{error}");
+        client.pause().expect("pauses");
+        assert_eq!(client.save().expect("saves")[0].bytes.len(), 3_000_000);
+    }
+
+    #[test]
+    fn tracking_ends_with_its_agent() {
+        let kept = keep(Beginning::Run);
+        let mut client = kept.client();
+        client.track().expect("tracks");
+        assert_eq!(kept.said(), "track");
+        drop(client);
+        assert_eq!(kept.said(), "resume");
+    }
+
+    #[test]
+    fn an_end_by_itself_is_written_down() {
+        let kept = keep(Beginning::Run);
+        let record = ExitRecord { status: 137, text: "killed by SIGKILL".to_owned() };
+        kept.exit.raise(record.clone());
+        assert!(kept.server.join().expect("ends").is_ok());
+        let bytes = fs::read(kept.place.exit_record()).expect("is there");
+        assert_eq!(serde_json::from_slice::<ExitRecord>(&bytes).expect("parses"), record);
+    }
+
+    #[test]
+    fn hostile_frames_end_the_connection_and_nothing_else() {
+        use std::io::Write;
+        let kept = keep(Beginning::Run);
+        let mut liar = UnixStream::connect(kept.place.socket()).expect("connects");
+        liar.write_all(&u32::MAX.to_le_bytes()).expect("writes");
+        let mut garbler = UnixStream::connect(kept.place.socket()).expect("connects");
+        garbler.write_all(&[4, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]).expect("writes");
+        drop(garbler);
+        assert_eq!(kept.client().phase().expect("answers"), Phase::Running);
+    }
 }
