@@ -72,21 +72,15 @@ impl Cgroups {
         Ok(cgroups)
     }
 
-    /// Wherever a container of this place would have its directories on this host.
+    /// Wherever a container of this place would have its directories on this host: for a sweep, which
+    /// does not know what the runtime made of them.
     pub(crate) fn of_place(place: &Place) -> Result<Self> {
         let id = runtime_id(place)?;
         let mountinfo = fs::read_to_string("/proc/self/mountinfo")
             .map_err(ContainerError::io("read /proc/self/mountinfo"))?;
-        let mut paths = BTreeMap::new();
-        for (mount_point, kind, options) in cgroup_mounts(&mountinfo) {
-            let directory = Path::new(mount_point).join(PARENT).join(id);
-            if kind == "cgroup2" {
-                paths.insert(String::new(), directory);
-            } else {
-                paths.insert(options.to_owned(), directory);
-            }
-        }
-        Ok(Self { paths })
+        let below = |mount_point: &str| Path::new(mount_point).join(PARENT).join(id);
+        let mounts = cgroup_mounts(&mountinfo).into_iter();
+        Ok(Self { paths: mounts.map(|mount_point| (mount_point.to_owned(), below(mount_point))).collect() })
     }
 
     fn is_v2(&self) -> bool {
@@ -256,13 +250,7 @@ impl Cgroups {
 
     /// Kills every member. Frozen members die when they are thawed, before they run anything.
     pub(crate) fn kill_all(&self) -> Result<()> {
-        for pid in self.processes()? {
-            // One that has just died by itself is as dead as we want it.
-            if let Ok(process) = sys::pidfd_open(pid) {
-                let _ = sys::pidfd_kill(process.as_fd());
-            }
-        }
-        Ok(())
+        kill_in(self.freezer()?)
     }
 
     /// Removes the directories once their members are gone. What is not there is no error.
@@ -280,14 +268,32 @@ impl Cgroups {
         Ok(())
     }
 
-    /// Kills whatever is left in the directories, frozen or not, and removes them.
+    /// Kills whatever is left in the directories, frozen or not, and removes them. Needs not know
+    /// which hierarchy the container was frozen by.
     pub(crate) fn sweep(&self) -> Result<()> {
-        if self.freezer().is_ok_and(Path::exists) {
-            self.kill_all()?;
-            self.thaw()?;
+        for directory in self.paths.values().filter(|directory| directory.exists()) {
+            kill_in(directory)?;
+        }
+        for directory in self.paths.values() {
+            for (file, value) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
+                let path = directory.join(file);
+                if path.exists() {
+                    write(&path, value)?;
+                }
+            }
         }
         self.remove()
     }
+}
+
+fn kill_in(directory: &Path) -> Result<()> {
+    for pid in processes_in(directory)? {
+        // One that has just died by itself is as dead as we want it.
+        if let Ok(process) = sys::pidfd_open(pid) {
+            let _ = sys::pidfd_kill(process.as_fd());
+        }
+    }
+    Ok(())
 }
 
 fn beside(directory: &Path) -> PathBuf {
@@ -323,23 +329,13 @@ fn processes_in(directory: &Path) -> Result<Vec<i32>> {
         .ok_or_else(|| ContainerError::malformed(path, "names a process of another PID namespace"))
 }
 
-/// Mount point, kind and controllers of each cgroup mount; each hierarchy once.
-fn cgroup_mounts(mountinfo: &str) -> Vec<(&str, &str, &str)> {
-    let mut found: Vec<(&str, &str, &str)> = Vec::new();
-    for line in mountinfo.lines() {
-        let Some((left, right)) = line.split_once(" - ") else { continue };
-        let Some(mount_point) = left.split(' ').nth(4) else { continue };
-        let mut right = right.split(' ');
-        let (Some(kind), _, Some(options)) = (right.next(), right.next(), right.next()) else { continue };
-        if !kind.starts_with("cgroup") {
-            continue;
-        }
-        let controllers = options.trim_start_matches("rw,").trim_start_matches("ro,");
-        if !found.iter().any(|(_, other, held)| *other == kind && *held == controllers) {
-            found.push((mount_point, kind, controllers));
-        }
-    }
-    found
+/// Mount points of all cgroup hierarchies.
+fn cgroup_mounts(mountinfo: &str) -> Vec<&str> {
+    let mount_point = |line| -> Option<&str> {
+        let (left, right): (&str, &str) = str::split_once(line, " - ")?;
+        right.starts_with("cgroup").then(|| left.split(' ').nth(4))?
+    };
+    mountinfo.lines().filter_map(mount_point).collect()
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -356,22 +352,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hierarchies_are_found_once_each() {
+    fn hierarchies_are_found_of_both_versions() {
         let text = "\
 31 23 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
-32 31 0:27 / /sys/fs/cgroup/freezer rw,relatime - cgroup cgroup rw,freezer
-33 31 0:28 / /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct
-40 31 0:27 /x /mnt/again rw,relatime - cgroup cgroup rw,freezer
+32 31 0:27 / /sys/fs/cgroup/freezer rw,relatime shared:4 - cgroup cgroup rw,freezer
 34 31 0:29 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
 ";
-        assert_eq!(
-            cgroup_mounts(text),
-            [
-                ("/sys/fs/cgroup/freezer", "cgroup", "freezer"),
-                ("/sys/fs/cgroup/cpu,cpuacct", "cgroup", "cpu,cpuacct"),
-                ("/sys/fs/cgroup/unified", "cgroup2", "rw"),
-            ]
-        );
+        assert_eq!(cgroup_mounts(text), ["/sys/fs/cgroup/freezer", "/sys/fs/cgroup/unified"]);
     }
 
     #[test]

@@ -3,8 +3,8 @@
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::path::Path;
-use std::thread;
+use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use decamp_shared::workload::Section;
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{Cgroups, Setting};
 use crate::error::{ContainerError, Result};
-use crate::hiding::{self, Supervisor};
+use crate::hiding::{HiddenRanges, Supervisor};
 use crate::images;
 use crate::memory::HiddenProcess;
 use crate::mounts::ExternalMount;
@@ -45,44 +45,59 @@ pub(crate) struct ContainerState {
 }
 
 /// What a dump needs to know.
-pub(crate) struct Dump<'a> {
-    pub(crate) criu: &'a Path,
+pub(crate) struct Dump {
+    pub(crate) criu: PathBuf,
     pub(crate) init: i32,
-    pub(crate) cgroups: &'a Cgroups,
+    pub(crate) cgroups: Cgroups,
     /// Inode of the network namespace.
     pub(crate) network: u64,
-    pub(crate) mounts: &'a [ExternalMount],
+    pub(crate) mounts: Vec<ExternalMount>,
     /// Memory that CRIU shall not see; nothing when it shall dump all by itself.
-    pub(crate) hidden: Option<&'a [HiddenProcess]>,
+    pub(crate) hidden: Option<HiddenRanges>,
+    /// An empty directory.
+    pub(crate) images: PathBuf,
 }
 
-impl Dump<'_> {
-    /// Dumps into `images`, an empty directory. The tree stays frozen, whether it works or not.
-    pub(crate) fn run(&self, images: &Path) -> Result<()> {
+/// A dump that goes on in a thread of its own, while the page engine reads memory.
+pub(crate) struct Dumping(JoinHandle<Result<()>>);
+
+impl Dumping {
+    /// Waits until CRIU has let the tree go; the tree is frozen then, whatever came of the dump.
+    pub(crate) fn finish(self) -> Result<()> {
+        let panicked = |_| Err(ContainerError::State("The thread that dumps panicked".to_owned()));
+        self.0.join().unwrap_or_else(panicked)
+    }
+}
+
+impl Dump {
+    /// Begins to dump. The thread is used for nothing else: the filter that hides memory stays on
+    /// it, and on CRIU, and on nothing else.
+    pub(crate) fn begin(self) -> Result<Dumping> {
+        let thread = thread::Builder::new().name("dump".to_owned()).spawn(move || self.run());
+        thread.map(Dumping).map_err(ContainerError::io("start a thread"))
+    }
+
+    fn run(self) -> Result<()> {
         let begun = Instant::now();
+        let images = &self.images;
         let directory = File::open(images).map_err(ContainerError::io(format!("open {}", images.display())))?;
         let options = self.options(&directory)?;
-        // A thread of its own: the filter stays on it, and on CRIU, and on nothing else.
-        let dumped = thread::scope(|scope| {
-            let dumper = scope.spawn(|| {
-                let supervisor = match self.hidden {
-                    Some(hidden) => Some(Supervisor::install(hiding::ranges(hidden))?),
-                    None => None,
-                };
-                let criu = Swrk::start(self.criu, &[])?;
-                criu.request(Criu_req_type::DUMP, options, |_| true)?;
-                Ok(supervisor.map_or(0, |supervisor| supervisor.answered()))
-            });
-            dumper.join().unwrap_or_else(|_| {
-                Err(ContainerError::State("The thread that dumps panicked".to_owned()))
-            })
-        });
+        let dumped = self.criu(options);
+        tell_log(&images.join(LOG));
         let answered = dumped.map_err(|error| with_log(error, &images.join(LOG)))?;
         tracing::debug!(ms = ms(begun), answered, "CRIU dumped");
         if !self.cgroups.is_frozen()? {
             return Err(ContainerError::State("The tree is not frozen after the dump".to_owned()));
         }
         Ok(())
+    }
+
+    /// Gives how many page scans were answered for the kernel.
+    fn criu(&self, options: Criu_opts) -> Result<u64> {
+        let supervisor = self.hidden.clone().map(Supervisor::install).transpose()?;
+        let criu = Swrk::start(&self.criu, &[])?;
+        criu.request(Criu_req_type::DUMP, options, |_| true)?;
+        Ok(supervisor.map_or(0, |supervisor| supervisor.answered()))
     }
 
     fn options(&self, images: &File) -> Result<Criu_opts> {
@@ -146,7 +161,11 @@ pub(crate) fn sections(
 pub(crate) fn with_log(error: ContainerError, log: &Path) -> ContainerError {
     let text = fs::read(log).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
-    let errors: Vec<&str> = text.lines().filter(|line| line.contains("Error")).collect();
+    let errors: Vec<&str> = text
+        .lines()
+        // Without the right to raise limits CRIU says so, twice, and goes on.
+        .filter(|line| line.contains("Error") && !line.contains("RLIMIT_NOFILE"))
+        .collect();
     if errors.is_empty() {
         return error;
     }
@@ -160,6 +179,14 @@ pub(crate) fn with_log(error: ContainerError, log: &Path) -> ContainerError {
         }
         ContainerError::CriuProtocol(what) => ContainerError::CriuProtocol(format!("{what}: {last}")),
         other => other,
+    }
+}
+
+/// CRIU's own log into ours, for who follows every step.
+pub(crate) fn tell_log(log: &Path) {
+    if tracing::enabled!(tracing::Level::TRACE) {
+        let text = fs::read(log).unwrap_or_default();
+        tracing::trace!("CRIU's log {}\n{}", log.display(), String::from_utf8_lossy(&text));
     }
 }
 

@@ -16,20 +16,21 @@ use serde_json::Value;
 
 use crate::bundle::Bundle;
 use crate::cgroup::{Cgroups, cgroups_path};
-use crate::dump::{self, ContainerState, Dump, ms};
+use crate::dump::{self, ContainerState, Dump, Dumping, ms};
 use crate::error::{ContainerError, Result};
 use crate::facts::Facts;
 use crate::hiding;
 use crate::images::PAGE_LIMIT;
 use crate::init::Init;
 use crate::memory::{self, HiddenProcess, Process};
-use crate::mounts;
+use crate::mounts::{self, ExternalMount};
 use crate::network::Network;
 use crate::restore::{Restore, Shell, oci_directory};
 use crate::runtime::{self, Runtime};
 use crate::spec::{ContainerSpec, runtime_id, veth_name};
 use crate::store::Store;
 use crate::streams::Streams;
+use crate::swrk::Swrk;
 use crate::tree;
 
 /// A killed tree is gone within this.
@@ -48,6 +49,8 @@ pub struct Container {
     cgroups: Cgroups,
     /// The runtime's state of the stand-in, until the real container has taken its place.
     stand_in: Option<Value>,
+    /// A CRIU that waits in the container's cgroups to restore it.
+    criu: Option<Swrk>,
     /// Nothing before a restore.
     init: Option<Init>,
     /// Why memory cannot be hidden from CRIU here, when it cannot.
@@ -61,6 +64,8 @@ pub struct Container {
 struct Pause {
     hidden: Option<Vec<HiddenProcess>>,
     harvested: bool,
+    mounts: Vec<ExternalMount>,
+    dumping: Option<Dumping>,
 }
 
 impl Container {
@@ -115,6 +120,7 @@ impl Container {
         let mut container =
             Self::of(config, exit, spec, bundle, runtime.clone(), network, streams, store, shell.cgroups);
         container.stand_in = Some(shell.state);
+        container.criu = Some(container.restoring().begin()?);
         Ok(container)
     }
 
@@ -145,6 +151,7 @@ impl Container {
             store,
             cgroups,
             stand_in: None,
+            criu: None,
             init: None,
             unhidden,
             paused: None,
@@ -197,6 +204,7 @@ impl Container {
 
     fn thaw(&mut self) -> Result<()> {
         let begun = Instant::now();
+        self.let_go();
         self.network.connect()?;
         self.cgroups.thaw()?;
         self.paused = None;
@@ -204,29 +212,50 @@ impl Container {
         Ok(())
     }
 
+    /// Waits for a CRIU that still has its hands on the tree; nobody wants what it dumps.
+    fn let_go(&mut self) {
+        let dumping = self.paused.as_mut().and_then(|paused| paused.dumping.take());
+        if let Some(Err(error)) = dumping.map(Dumping::finish) {
+            tracing::debug!(%error, "A dump that nobody wanted any more failed");
+        }
+    }
+
+    /// Has CRIU begin to dump, unless it did in this pause.
+    fn begin_dump(&mut self) -> Result<()> {
+        let ranges = hiding::ranges(self.hidden()?);
+        let init = self.init()?.pid();
+        let Some(paused) = &mut self.paused else { return Ok(()) };
+        if paused.dumping.is_some() {
+            return Ok(());
+        }
+        paused.mounts = mounts::external(&self.bundle, init)?;
+        let dump = Dump {
+            criu: self.config.tools.criu.clone(),
+            init,
+            cgroups: self.cgroups.clone(),
+            network: self.network.inode()?,
+            mounts: paused.mounts.clone(),
+            hidden: self.unhidden.is_none().then_some(ranges),
+            images: self.store.fresh_images()?,
+        };
+        paused.dumping = Some(dump.begin()?);
+        Ok(())
+    }
+
     fn dump(&mut self) -> Result<Vec<Section>> {
         let begun = Instant::now();
-        self.hidden()?;
-        let init = self.init()?.pid();
-        let mounts = mounts::external(&self.bundle, init)?;
-        let images = self.store.fresh_images()?;
-        let hidden = self.paused.as_ref().and_then(|paused| paused.hidden.as_deref()).unwrap_or_default();
-        let dump = Dump {
-            criu: &self.config.tools.criu,
-            init,
-            cgroups: &self.cgroups,
-            network: self.network.inode()?,
-            mounts: &mounts,
-            hidden: self.unhidden.is_none().then_some(hidden),
-        };
-        dump.run(&images)?;
+        self.begin_dump()?;
+        let not_paused = || ContainerError::State("The container is not paused".to_owned());
+        let paused = self.paused.as_mut().ok_or_else(not_paused)?;
+        paused.dumping.take().ok_or_else(not_paused)?.finish()?;
         let state = ContainerState {
             output: self.streams.key()?,
             output_owner: self.streams.owner()?,
-            mounts,
+            mounts: paused.mounts.clone(),
             settings: self.cgroups.settings(),
         };
-        let sections = dump::sections(&images, hidden, &state);
+        let images = self.store.images();
+        let sections = dump::sections(&images, paused.hidden.as_deref().unwrap_or_default(), &state);
         // The images are in the sections now; twice would be twice the memory.
         let _ = fs::remove_dir_all(&images);
         tracing::debug!(ms = ms(begun), "Saved");
@@ -238,15 +267,9 @@ impl Container {
         let stand_in = self.stand_in.as_ref();
         let stand_in =
             stand_in.ok_or_else(|| ContainerError::State("The container was restored before".to_owned()))?;
-        let restore = Restore {
-            criu: &self.config.tools.criu,
-            bundle: &self.bundle,
-            cgroups: &self.cgroups,
-            network: &self.network,
-            streams: &self.streams,
-            store: &self.store,
-        };
-        let init = Init::watch(restore.run(sections)?, &self.exit)?;
+        let gone = || ContainerError::State("The CRIU that waited was used before".to_owned());
+        let criu = self.criu.take().ok_or_else(gone)?;
+        let init = Init::watch(self.restoring().run(criu, sections)?, &self.exit)?;
         self.runtime.adopt(stand_in, init.pid(), &self.bundle.rootfs(), &self.spec.bundle)?;
         self.init = Some(init);
         self.stand_in = None;
@@ -254,10 +277,23 @@ impl Container {
         Ok(())
     }
 
+    fn restoring(&self) -> Restore<'_> {
+        Restore {
+            criu: &self.config.tools.criu,
+            bundle: &self.bundle,
+            cgroups: &self.cgroups,
+            network: &self.network,
+            streams: &self.streams,
+            store: &self.store,
+        }
+    }
+
     /// Interface first, so that nobody outside learns of the end of its tasks.
     fn take_away(&mut self) -> Result<()> {
         let begun = Instant::now();
         self.network.remove();
+        self.let_go();
+        self.criu = None;
         if let Some(init) = &self.init {
             init.end_is_wanted();
         }
@@ -353,6 +389,8 @@ impl Kept for Container {
         for process in self.hidden()? {
             process.add_to(dirty);
         }
+        // CRIU dumps the rest of the tree while these pages travel.
+        self.begin_dump()?;
         if let Some(paused) = &mut self.paused {
             paused.harvested = true;
         }

@@ -71,15 +71,16 @@ impl HiddenProcess {
 }
 
 /// The processes `pids` with their numbers in the container, whose first process is `init`. One
-/// that has no memory any more (a zombie) is left out.
+/// that has no memory any more (a zombie), or has gone while the container runs, is left out.
 pub(crate) fn processes(pids: &[i32], init: i32) -> Result<Vec<Process>> {
     if pids.is_empty() {
         return Ok(Vec::new());
     }
-    let depth = namespace_numbers(init)?.len();
+    let gone = || ContainerError::State(format!("The container's first process {init} is gone"));
+    let depth = namespace_numbers(init)?.ok_or_else(gone)?.len();
     let mut found = Vec::new();
     for pid in pids {
-        let numbers = namespace_numbers(*pid)?;
+        let Some(numbers) = namespace_numbers(*pid)? else { continue };
         let inner = numbers.get(depth - 1).copied().ok_or_else(|| {
             ContainerError::malformed(format!("/proc/{pid}/status"), "is of no process of the container")
         })?;
@@ -99,22 +100,31 @@ pub(crate) fn resident(pid: i32) -> u64 {
 }
 
 fn has_memory(pid: i32) -> Result<bool> {
-    let path = format!("/proc/{pid}/statm");
-    let text = fs::read_to_string(&path).map_err(ContainerError::io(format!("read {path}")))?;
-    Ok(!text.starts_with("0 "))
+    let statm = read_of_process(&format!("/proc/{pid}/statm"))?;
+    Ok(statm.is_some_and(|text| !text.starts_with("0 ")))
 }
 
-/// Numbers of a process from our own PID namespace inwards.
-fn namespace_numbers(pid: i32) -> Result<Vec<i32>> {
+/// Numbers of a process from our own PID namespace inwards; nothing when it is gone.
+fn namespace_numbers(pid: i32) -> Result<Option<Vec<i32>>> {
     let path = format!("/proc/{pid}/status");
-    let text = fs::read_to_string(&path).map_err(ContainerError::io(format!("read {path}")))?;
+    let Some(text) = read_of_process(&path)? else { return Ok(None) };
     let numbers: Option<Vec<i32>> = text
         .lines()
         .find_map(|line| line.strip_prefix("NSpid:"))
         .map(|rest| rest.split_whitespace().map_while(|word| word.parse().ok()).collect());
     numbers
         .filter(|numbers| !numbers.is_empty())
+        .map(Some)
         .ok_or_else(|| ContainerError::malformed(path, "has no line NSpid"))
+}
+
+/// A file in /proc/PID; nothing when the process is gone.
+fn read_of_process(path: &str) -> Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+        Err(error) => Err(ContainerError::io(format!("read {path}"))(error)),
+    }
 }
 
 /// Mappings of a process that CRIU need not see.

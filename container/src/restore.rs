@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use decamp_shared::workload::Section;
@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::bundle::Bundle;
 use crate::cgroup::Cgroups;
-use crate::dump::{ContainerState, NETWORK_KEY, STATE, log_level, ms, with_log};
+use crate::dump::{ContainerState, NETWORK_KEY, STATE, log_level, ms, tell_log, with_log};
 use crate::error::{ContainerError, Result};
 use crate::images;
 use crate::network::Network;
@@ -88,9 +88,19 @@ impl Shell {
 }
 
 impl Restore<'_> {
-    /// Restores a container from its sections, frozen. Gives the number of its first process, a
-    /// child of this process. On an error no process of it is left.
-    pub(crate) fn run(&self, sections: Vec<Section>) -> Result<i32> {
+    /// Starts the CRIU that will restore, so that it is there when the state comes. What it makes is
+    /// born in the container's cgroups, because it is in them itself.
+    pub(crate) fn begin(&self) -> Result<Swrk> {
+        let begun = Instant::now();
+        let criu = Swrk::start(self.criu, &[self.network.namespace().as_fd(), self.streams.write_end()?])?;
+        self.cgroups.enter(criu.pid())?;
+        tracing::debug!(ms = ms(begun), "CRIU waits");
+        Ok(criu)
+    }
+
+    /// Has `criu` restore a container from its sections, frozen. Gives the number of its first
+    /// process, a child of this process. On an error no process of it is left.
+    pub(crate) fn run(&self, criu: Swrk, sections: Vec<Section>) -> Result<i32> {
         let begun = Instant::now();
         let images = self.store.fresh_images()?;
         let others = images::unpack(sections, &images)?;
@@ -100,10 +110,11 @@ impl Restore<'_> {
         let root = self.store.mount_root(&self.bundle.rootfs())?;
         tracing::debug!(ms = ms(begun), "Unpacked and completed the images");
         let begun = Instant::now();
-        let outcome = self.criu(&images, &root, &state).and_then(|init| {
+        let outcome = self.request(criu, &images, &root, &state).and_then(|init| {
             self.await_stillness()?;
             Ok(init)
         });
+        tell_log(&images.join(LOG));
         tracing::debug!(ms = ms(begun), fine = outcome.is_ok(), "CRIU restored");
         outcome.map_err(|error| {
             let error = with_log(error, &images.join(LOG));
@@ -144,40 +155,25 @@ impl Restore<'_> {
         state.ok_or_else(|| missing(STATE))
     }
 
-    fn criu(&self, images: &Path, root: &Path, state: &ContainerState) -> Result<i32> {
+    fn request(&self, criu: Swrk, images: &Path, root: &Path, state: &ContainerState) -> Result<i32> {
         let directory = File::open(images).map_err(ContainerError::io(format!("open {}", images.display())))?;
-        let output = self.streams.write_end()?;
-        let network = self.network.namespace().as_fd();
         let mut options = self.options(&directory, root, state)?;
-        options.inherit_fd.push(inherit(NETWORK_KEY, network.as_raw_fd()));
-        options.inherit_fd.push(inherit(&state.output, output.as_raw_fd()));
-        let criu = Swrk::start(self.criu, &[network, output])?;
-        // Before it has done anything: what it makes is born in the container's cgroups.
-        self.cgroups.enter(criu.pid())?;
+        options.inherit_fd.push(inherit(NETWORK_KEY, self.network.namespace().as_raw_fd()));
+        options.inherit_fd.push(inherit(&state.output, self.streams.write_end()?.as_raw_fd()));
+        let mut holding = Holding { cgroups: self.cgroups, aside: None };
         let mut held = Ok(());
         let outcome = criu.request(Criu_req_type::RESTORE, options, |notice| {
             tracing::trace!(step = notice.step, "CRIU");
-            if notice.step == "pre-resume" {
-                held = self.hold(notice);
+            match notice.step {
+                "setup-namespaces" => holding.begin(notice),
+                "pre-resume" => held = holding.hold(),
+                _ => {}
             }
             held.is_ok()
         });
         held?;
         let init = outcome?.pid;
         if init > 0 { Ok(init) } else { Err(ContainerError::CriuProtocol("restored no process".to_owned())) }
-    }
-
-    /// All tasks are restored and held by CRIU, which leaves their cgroup; then it is frozen, so that
-    /// letting them go does not let them run.
-    ///
-    /// CRIU does not heed a refusal at this step. So on an error everything is killed while it is
-    /// still held: killed tasks run nothing.
-    fn hold(&self, notice: &Notice<'_>) -> Result<()> {
-        let held = self.cgroups.step_aside(notice.criu).and_then(|()| self.cgroups.freeze_when_free());
-        if held.is_err() {
-            self.cgroups.kill_all()?;
-        }
-        held
     }
 
     fn await_stillness(&self) -> Result<()> {
@@ -209,6 +205,39 @@ impl Restore<'_> {
             options.external.push(mount.at_restore(self.bundle, self.cgroups)?);
         }
         Ok(options)
+    }
+}
+
+/// How the restored tasks come to stand still: CRIU, in whose cgroup they are born, leaves it, and
+/// what stays is frozen.
+struct Holding<'a> {
+    cgroups: &'a Cgroups,
+    aside: Option<JoinHandle<Result<()>>>,
+}
+
+impl Holding<'_> {
+    /// The first task exists, and all others will be its children, so CRIU itself need not stay.
+    /// On v1 a change of cgroup waits for the kernel (20 ms): let that be while CRIU works.
+    fn begin(&mut self, notice: &Notice<'_>) {
+        let (cgroups, criu) = (self.cgroups.clone(), notice.criu);
+        self.aside = Some(thread::spawn(move || cgroups.step_aside(criu)));
+    }
+
+    /// All tasks are restored and held by CRIU: their cgroup is frozen now, so that letting them go
+    /// does not let them run.
+    ///
+    /// CRIU does not heed a refusal at this step. So on an error everything is killed while it is
+    /// still held: killed tasks run nothing.
+    fn hold(&mut self) -> Result<()> {
+        let never = || ContainerError::CriuProtocol("never said that it made namespaces".to_owned());
+        let aside = self.aside.take().ok_or_else(never).and_then(|aside| {
+            aside.join().unwrap_or_else(|_| Err(ContainerError::State("A thread panicked".to_owned())))
+        });
+        let held = aside.and_then(|()| self.cgroups.freeze_when_free());
+        if held.is_err() {
+            self.cgroups.kill_all()?;
+        }
+        held
     }
 }
 

@@ -71,7 +71,7 @@ pub(crate) fn main_with(cases: &[Case]) {
         let word = if outcome.is_ok() { "ok" } else { "FAILED" };
         failed += usize::from(outcome.is_err());
         println!("test {} ... {word} ({:.1} s)", case.name, begun.elapsed().as_secs_f64());
-        if outcome.is_err() {
+        if outcome.is_err() || std::env::var_os("DECAMP_SHOW_LOGS").is_some() {
             host.show_logs();
         }
         host.clear();
@@ -121,6 +121,10 @@ impl Host {
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("namespaces");
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None::<&str>).expect("private mounts");
         mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("a /run");
+        if std::env::var_os("DECAMP_TEST_CGROUP2").is_some() {
+            // Without controllers, which v1 has here, but with the freezer, which is all we use.
+            mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), None::<&str>).expect("cgroup2");
+        }
         let directory = tempfile::Builder::new().prefix("decamp-container-").tempdir().expect("a directory");
         for line in ["link set lo up", "link add br0 type bridge", "address add 10.99.0.1/24 dev br0", "link set br0 up"] {
             let status = Command::new("ip").args(line.split(' ')).status().expect("ip");
@@ -187,9 +191,11 @@ impl Host {
         let mut left = Vec::new();
         let directory = self.directory.path().join("workloads").join(name);
         await_that("the keeper's end", || keepers_of(&directory).is_empty());
-        for hierarchy in fs::read_dir("/sys/fs/cgroup").expect("cgroups").flatten() {
+        let root = PathBuf::from("/sys/fs/cgroup");
+        let below = fs::read_dir(&root).expect("cgroups").flatten().map(|entry| entry.path());
+        for hierarchy in below.chain([root.clone()]).collect::<Vec<_>>() {
             for path in [name.to_owned(), format!("{name}.criu")] {
-                let path = hierarchy.path().join("decamp").join(path);
+                let path = hierarchy.join("decamp").join(path);
                 if path.exists() {
                     left.push(path.display().to_string());
                 }
