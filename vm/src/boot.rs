@@ -203,3 +203,78 @@ fn memory_map(memory: &Memory) -> Vec<hvm_memmap_table_entry> {
     }
     map
 }
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::ByteValued;
+
+    use super::*;
+    use crate::memory::HOLE_END;
+    use crate::testing::{elf, guest_spec};
+
+    fn read<T: ByteValued>(memory: &Memory, address: u64) -> T {
+        memory.map().read_obj(GuestAddress(address)).expect("guest memory")
+    }
+
+    #[test]
+    fn the_start_info_tells_memory_command_line_and_ramdisk() {
+        let dir = tempfile::tempdir().expect("directory");
+        let mut spec = guest_spec(dir.path());
+        let initrd = dir.path().join("initrd");
+        std::fs::write(&initrd, b"ramdisk").expect("write");
+        spec.initrd = Some(initrd);
+        spec.cmdline = "console=ttyS0".into();
+        spec.memory_bytes = HOLE_START + (512 << 20);
+        let memory = Memory::create(spec.memory_bytes).expect("memory");
+        let entry = load(&spec, &memory).expect("load");
+        assert_eq!(entry, Entry { address: 0x10_0000 });
+
+        let start: hvm_start_info = read(&memory, START_INFO);
+        assert_eq!((start.magic, start.version, start.nr_modules), (START_MAGIC, 1, 1));
+        let mut cmdline = [0; 14];
+        memory.map().read_slice(&mut cmdline, GuestAddress(start.cmdline_paddr)).expect("cmdline");
+        assert_eq!(&cmdline, b"console=ttyS0\0");
+        let module: hvm_modlist_entry = read(&memory, start.modlist_paddr);
+        assert_eq!((module.paddr, module.size), (HOLE_START - 4096, 7));
+        let mut ramdisk = [0; 7];
+        memory.map().read_slice(&mut ramdisk, GuestAddress(module.paddr)).expect("ramdisk");
+        assert_eq!(&ramdisk, b"ramdisk");
+        let ranges: Vec<_> = (0..u64::from(start.memmap_entries))
+            .map(|at| read::<hvm_memmap_table_entry>(&memory, start.memmap_paddr + at * 24))
+            .map(|entry| (entry.addr, entry.size, entry.type_))
+            .collect();
+        assert_eq!(
+            ranges,
+            [
+                (0, CONVENTIONAL_END, RAM),
+                (ONE_MIB, HOLE_START - ONE_MIB, RAM),
+                (HOLE_END, 512 << 20, RAM)
+            ]
+        );
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let dir = tempfile::tempdir().expect("directory");
+        let mut spec = guest_spec(dir.path());
+        let initrd = dir.path().join("initrd");
+        std::fs::write(&initrd, vec![1; 15 << 20]).expect("write");
+        spec.initrd = Some(initrd);
+        let memory = Memory::create(spec.memory_bytes).expect("memory");
+        let error = load(&spec, &memory).expect_err("no room for the ramdisk").to_string();
+        assert!(error.contains("do not fit"), "{error}");
+
+        spec.initrd = None;
+        std::fs::write(&spec.kernel, elf(&vec![0x90; 20 << 20], Some(0x10_0000))).expect("write");
+        let memory = Memory::create(spec.memory_bytes).expect("memory");
+        assert!(load(&spec, &memory).is_err(), "a kernel bigger than memory");
+
+        // Its load address, in the first program header, moved onto the start info.
+        let mut low = elf(&[0x90; 4096], Some(0x10_0000));
+        low[64 + 24..64 + 32].copy_from_slice(&START_INFO.to_le_bytes());
+        std::fs::write(&spec.kernel, low).expect("write");
+        let memory = Memory::create(spec.memory_bytes).expect("memory");
+        let error = load(&spec, &memory).expect_err("in the way").to_string();
+        assert!(error.contains("start info"), "{error}");
+    }
+}

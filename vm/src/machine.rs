@@ -11,7 +11,7 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::boot;
-use crate::console::{Console, Output};
+use crate::console::{Console, Keyboard, Output};
 use crate::cpuid::{self, CpuidEntry};
 use crate::dirty::Tracker;
 use crate::error::{Result, VmError};
@@ -75,43 +75,31 @@ impl Machine {
         // Before KVM is touched, so that a bad file costs nothing.
         let entry = if boots { Some(boot::load(spec, &memory)?) } else { None };
         let kvm = host::open_kvm()?;
-        let vm = create_vm(&kvm)?;
-        let guest = Backed::new(vm, memory)
+        let guest = Backed::new(create_vm(&kvm)?, memory)
             .map_err(|error| VmError::refused("give guest memory to KVM", error))?;
         guest.advise_huge_pages();
-        let fds = (0..spec.cpus)
-            .map(|number| {
-                let made = guest.vm().create_vcpu(u64::from(number));
-                made.map_err(|error| VmError::refused(format!("create vCPU {number}"), error))
-            })
-            .collect::<Result<Vec<VcpuFd>>>()?;
+        let fds = create_vcpus(guest.vm(), spec.cpus)?;
         let first = fds.first().ok_or_else(|| VmError::State("A VM without vCPUs".into()))?;
         let tsc_khz = first
             .get_tsc_khz()
             .map_err(|error| VmError::refused("read the counter's frequency", error))?;
-        let cpuid = cpuid::for_guest(&kvm, tsc_khz)?;
-        let mut granted = Vec::new();
         let host = HostFacts {
             xsave: XsaveSize::of(guest.vm()),
             msrs: msrs::listed(&kvm)?,
             tsc_offset: sys::has_attribute(first, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET.into()),
         };
+        // An empty machine gets its CPUID with the state that arrives.
+        let mut cpuid = Vec::new();
         if let Some(entry) = entry {
+            let wanted = cpuid::for_guest(&kvm, tsc_khz)?;
             for fd in &fds {
-                granted = cpuid::grant(fd, &cpuid)?;
+                cpuid = cpuid::grant(fd, &wanted)?;
             }
             boot::enter(first, entry)?;
         }
         let output = Output::to_log(&console.log)?;
         let ports = Ports::new(SerialPort::new(guest.clone(), output.clone()));
-        let typed = ports.clone();
-        let keyboard = Box::new(move |bytes: &[u8]| {
-            let taken = typed.serial().type_in(bytes);
-            if taken < bytes.len() {
-                tracing::debug!("{} typed bytes were lost", bytes.len() - taken);
-            }
-        });
-        let console = Console::listen(&console.socket, output.clone(), keyboard)?;
+        let console = Console::listen(&console.socket, output.clone(), keyboard(&ports))?;
         let vcpus = (0u32..)
             .zip(fds)
             .map(|(number, fd)| {
@@ -126,7 +114,7 @@ impl Machine {
             output,
             guest,
             host,
-            cpuid: granted,
+            cpuid,
             tsc_khz,
             memory_bytes: spec.memory_bytes,
             tracker: Tracker::Off,
@@ -315,6 +303,26 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd> {
     vm.create_pit2(pit).map_err(failed("create the interval timer"))?;
     Tracker::prepare(&vm)?;
     Ok(vm)
+}
+
+fn create_vcpus(vm: &VmFd, count: u32) -> Result<Vec<VcpuFd>> {
+    (0..count)
+        .map(|number| {
+            let made = vm.create_vcpu(u64::from(number));
+            made.map_err(|error| VmError::refused(format!("create vCPU {number}"), error))
+        })
+        .collect()
+}
+
+/// What is typed goes to the serial port.
+fn keyboard(ports: &Ports) -> Keyboard {
+    let ports = ports.clone();
+    Box::new(move |bytes: &[u8]| {
+        let taken = ports.serial().type_in(bytes);
+        if taken < bytes.len() {
+            tracing::debug!("{} typed bytes were lost", bytes.len() - taken);
+        }
+    })
 }
 
 #[cfg(test)]

@@ -11,9 +11,7 @@ use std::time::{Duration, Instant};
 
 use decamp_shared::keeper::{ExitRecord, KeeperClient, Phase};
 use decamp_shared::pages::{PageRange, PageReader, PageSet, PageWriter};
-use decamp_shared::workload::{
-    Backend, DestinationWorkload, HostTools, Place, PlacedTree, SourceWorkload,
-};
+use decamp_shared::workload::{Backend, HostTools, Place, PlacedTree, SourceWorkload};
 use decamp_vm::{VmBackend, VmSpec, console_socket};
 
 /// Pages copied in one go.
@@ -30,9 +28,7 @@ impl Bench {
     fn new(memory: u64, cmdline: &str) -> Self {
         let dir = tempfile::tempdir().expect("directory");
         let kernel = dir.path().join("guest.elf");
-        let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/guest/build");
-        let built = Command::new(build).arg(&kernel).status().expect("run tests/guest/build");
-        assert!(built.success(), "tests/guest/build failed");
+        build_guest(&kernel);
         let tools = HostTools {
             decamp: keeper_program(),
             criu: PathBuf::new(),
@@ -180,12 +176,31 @@ fn count(place: &Place) -> u64 {
     number.unwrap_or(0)
 }
 
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let limit = Instant::now() + Duration::from_secs(60);
+fn wait_for(what: &str, done: impl FnMut() -> bool) {
+    wait_until(Instant::now() + Duration::from_secs(60), what, done);
+}
+
+/// For what an emulated machine does slowly.
+fn wait_long(what: &str, done: impl FnMut() -> bool) {
+    wait_until(Instant::now() + Duration::from_secs(300), what, done);
+}
+
+fn wait_until(limit: Instant, what: &str, mut done: impl FnMut() -> bool) {
     while !done() {
         assert!(Instant::now() < limit, "waited too long for {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Builds the test guest, or takes the one that is there for machines without a compiler.
+fn build_guest(kernel: &Path) {
+    if let Some(built) = std::env::var_os("DECAMP_TEST_GUEST") {
+        fs::copy(&built, kernel).expect("copy the test guest");
+        return;
+    }
+    let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/guest/build");
+    let built = Command::new(build).arg(kernel).status().expect("run tests/guest/build");
+    assert!(built.success(), "tests/guest/build failed");
 }
 
 /// The example of this crate, which Cargo builds beside its tests.
@@ -270,6 +285,56 @@ fn a_kernel_that_cannot_boot_is_said_by_the_keeper() {
     let error = bench.backend.run(&spec, &place).expect_err("no kernel");
     assert!(error.to_string().contains("ELF"), "{error}");
     assert!(!place.log().exists() && !console_socket(&place).exists());
+}
+
+#[test]
+fn memory_above_the_device_hole_moves_too() {
+    // 3 GiB below the hole, 384 MiB above. Only the hot pages are ever written, scattered over
+    // everything, so that the host needs little of it.
+    let cmdline = "fill=3300 hot=4 rate=0 touch=none place=spread sweep=1000 report=50";
+    let bench = Bench::new((3072 + 384) << 20, cmdline);
+    let here = bench.run();
+    let there = bench.place(1);
+    let mut source = bench.backend.source(&bench.spec, &here).expect("source");
+    source.track().expect("track");
+    let mut all = PageSet::new();
+    source.harvest(&mut all).expect("harvest");
+    wait_for("the guest to write", || {
+        let mut dirty = PageSet::new();
+        source.harvest(&mut dirty).expect("harvest");
+        dirty.ranges().any(|range| range.first >= (4 << 30) / 4096)
+    });
+    assert!(all.ranges().all(|range| range.end() <= 0xc0000 || range.first >= 0x10_0000));
+    source.resume().expect("resume");
+    drop(source);
+    migrate(&bench, &here, &there, 2);
+    wait_for("reports after the move", || count(&there) > count(&here));
+    assert!(!log(&there).contains("BAD"), "{}", log(&there));
+    bench.backend.stop(&bench.spec, &there).expect("stop");
+}
+
+/// A Linux guest whose init prints `tick N` for ever, on a KVM that can boot one: kernel and ramdisk
+/// are named by the environment.
+#[test]
+#[ignore = "needs DECAMP_TEST_KERNEL and DECAMP_TEST_INITRD, and a KVM that boots Linux"]
+fn a_linux_guest_moves_while_it_runs() {
+    let file = |name: &str| PathBuf::from(std::env::var_os(name).expect(name));
+    let mut bench = Bench::new(256 << 20, "");
+    bench.spec["kernel"] = serde_json::json!(file("DECAMP_TEST_KERNEL"));
+    bench.spec["initrd"] = serde_json::json!(file("DECAMP_TEST_INITRD"));
+    bench.spec["cmdline"] = serde_json::json!("console=ttyS0 panic=-1 reboot=k");
+    let mut here = bench.place(0);
+    bench.backend.run(&bench.spec, &here).expect("run");
+    wait_long("the guest to boot", || log(&here).contains("tick 3"));
+    for number in 1..=3 {
+        let there = bench.place(number);
+        let times = migrate(&bench, &here, &there, 3);
+        println!("{times:?}");
+        wait_long("ticks after the move", || log(&there).matches("tick").count() > 5);
+        here = there;
+    }
+    println!("{}", log(&here));
+    bench.backend.stop(&bench.spec, &here).expect("stop");
 }
 
 /// Prints what a move takes: `cargo test -p decamp-vm --release --test moving -- --ignored --nocapture`.
