@@ -7,8 +7,8 @@ use std::time::Duration;
 use decamp_shared::keeper::ends::{KeeperDestination, KeeperSource};
 use decamp_shared::keeper::{Beginning, KeeperClient, KeeperConfig, spawn};
 use decamp_shared::workload::{
-    Backend, DestinationWorkload, FileRole, FileTree, HostTools, Kind, Manifest, NetworkNeed, Place,
-    PlacedTree, Refusal, Result, SourceWorkload, WorkloadError,
+    Backend, DestinationWorkload, FileRole, FileTree, HostTools, Kind, Manifest, NetworkNeed,
+    Place, PlacedTree, Refusal, Result, SourceWorkload, WorkloadError,
 };
 use serde_json::Value;
 
@@ -51,12 +51,18 @@ impl ContainerBackend {
         }
     }
 
-    fn manifest(&self, client: &mut KeeperClient, spec: &ContainerSpec, place: &Place) -> Result<Manifest> {
+    fn manifest(
+        &self,
+        client: &mut KeeperClient,
+        spec: &ContainerSpec,
+        place: &Place,
+    ) -> Result<Manifest> {
         let facts: Facts = serde_json::from_value(client.facts()?)
             .map_err(|error| WorkloadError::new("Cannot read the container's facts", error))?;
         let path = oci_directory(place).join("original.json");
-        let config = fs::read_to_string(&path)
-            .map_err(|error| WorkloadError::new(format!("Cannot read {}", path.display()), error))?;
+        let config = fs::read_to_string(&path).map_err(|error| {
+            WorkloadError::new(format!("Cannot read {}", path.display()), error)
+        })?;
         let needs = Needs {
             config,
             resident: facts.resident,
@@ -115,13 +121,22 @@ impl Backend for ContainerBackend {
             .map_err(|error| WorkloadError::new("Cannot read the manifest's spec", error))?;
         let mut spec = ContainerSpec::from_json(&spec)?;
         let [bundle] = trees else {
-            return Err(WorkloadError::plain(format!("A container has one bundle, not {}", trees.len())));
+            return Err(WorkloadError::plain(format!(
+                "A container has one bundle, not {}",
+                trees.len()
+            )));
         };
         spec.bundle = bundle.path.clone();
-        serde_json::to_value(spec).map_err(|error| WorkloadError::new("Cannot write the spec", error))
+        serde_json::to_value(spec)
+            .map_err(|error| WorkloadError::new("Cannot write the spec", error))
     }
 
-    fn prepare(&self, manifest: &Manifest, spec: &Value, place: &Place) -> Result<Box<dyn DestinationWorkload>> {
+    fn prepare(
+        &self,
+        manifest: &Manifest,
+        spec: &Value,
+        place: &Place,
+    ) -> Result<Box<dyn DestinationWorkload>> {
         let needs: Needs = serde_json::from_slice(&manifest.needs)
             .map_err(|error| WorkloadError::new("Cannot read the manifest's needs", error))?;
         write_config(&oci_directory(place), "original.json", needs.config.as_bytes())?;
@@ -149,7 +164,9 @@ impl Backend for ContainerBackend {
             let path = place.dir.join(left);
             match fs::remove_dir_all(&path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(ContainerError::io(format!("remove {}", path.display()))(error).into());
+                    return Err(
+                        ContainerError::io(format!("remove {}", path.display()))(error).into()
+                    );
                 }
                 _ => {}
             }
@@ -172,5 +189,6 @@ fn bytes_below(directory: &Path) -> u64 {
 }
 
 fn json(value: &impl serde::Serialize) -> Result<Vec<u8>> {
-    serde_json::to_vec(value).map_err(|error| WorkloadError::new("Cannot write the manifest", error))
+    serde_json::to_vec(value)
+        .map_err(|error| WorkloadError::new("Cannot write the manifest", error))
 }

@@ -42,7 +42,8 @@ impl Bundle {
         if length > CONFIG_CAP {
             return Err(ContainerError::malformed(path, "is longer than any configuration"));
         }
-        let text = fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
+        let text =
+            fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
         Self::parse(directory, &text)
     }
 
@@ -87,7 +88,10 @@ impl Bundle {
     /// Whether it mounts the cgroup hierarchies.
     pub(crate) fn mounts_cgroups(&self) -> bool {
         let mounts = self.config.get("mounts").and_then(Value::as_array);
-        mounts.into_iter().flatten().any(|mount| mount.get("type").and_then(Value::as_str) == Some("cgroup"))
+        mounts
+            .into_iter()
+            .flatten()
+            .any(|mount| mount.get("type").and_then(Value::as_str) == Some("cgroup"))
     }
 
     /// Paths that are hidden in the container.
@@ -119,9 +123,15 @@ impl Bundle {
         }
         for needed in NEEDED_NAMESPACES {
             match self.namespace(needed) {
-                None => found.push(unsupported(&format!("The container has no {needed} namespace of its own"))),
-                Some(namespace) if namespace.get("path").is_some_and(|path| path.as_str() != Some("")) => {
-                    found.push(unsupported(&format!("The container joins a {needed} namespace by its path")));
+                None => found.push(unsupported(&format!(
+                    "The container has no {needed} namespace of its own"
+                ))),
+                Some(namespace)
+                    if namespace.get("path").is_some_and(|path| path.as_str() != Some("")) =>
+                {
+                    found.push(unsupported(&format!(
+                        "The container joins a {needed} namespace by its path"
+                    )));
                 }
                 Some(_) => {}
             }
@@ -129,7 +139,12 @@ impl Bundle {
         if self.namespace("user").is_some() {
             found.push(unsupported("The container has a user namespace"));
         }
-        if self.config.get("hooks").and_then(Value::as_object).is_some_and(|hooks| !hooks.is_empty()) {
+        if self
+            .config
+            .get("hooks")
+            .and_then(Value::as_object)
+            .is_some_and(|hooks| !hooks.is_empty())
+        {
             found.push(unsupported("The configuration has hooks"));
         }
         found
@@ -139,7 +154,8 @@ impl Bundle {
     pub(crate) fn move_obstacles(&self) -> Vec<String> {
         let mut found = Vec::new();
         if self.namespace("cgroup").is_some() {
-            found.push("The container has a cgroup namespace, which CRIU cannot rebuild".to_owned());
+            found
+                .push("The container has a cgroup namespace, which CRIU cannot rebuild".to_owned());
         }
         for bind in self.binds() {
             let known = HOST_FILES.iter().any(|file| Path::new(file) == bind.source);
@@ -195,7 +211,9 @@ impl Bundle {
 
     fn namespace(&self, kind: &str) -> Option<&Value> {
         let namespaces = self.config.pointer("/linux/namespaces")?.as_array()?;
-        namespaces.iter().find(|namespace| namespace.get("type").and_then(Value::as_str) == Some(kind))
+        namespaces
+            .iter()
+            .find(|namespace| namespace.get("type").and_then(Value::as_str) == Some(kind))
     }
 }
 
@@ -208,11 +226,17 @@ fn is_inside(path: &Path, directory: &Path) -> bool {
 fn is_bind(mount: &Value) -> bool {
     let options = mount.get("options").and_then(Value::as_array);
     mount.get("type").and_then(Value::as_str) == Some("bind")
-        || options.into_iter().flatten().any(|option| matches!(option.as_str(), Some("bind" | "rbind")))
+        || options
+            .into_iter()
+            .flatten()
+            .any(|option| matches!(option.as_str(), Some("bind" | "rbind")))
 }
 
 fn unsupported(what: &str) -> Refusal {
-    Refusal::new(RefusalCode::Unsupported, format!("{what}, which is not supported in this version"))
+    Refusal::new(
+        RefusalCode::Unsupported,
+        format!("{what}, which is not supported in this version"),
+    )
 }
 
 #[cfg(test)]
@@ -237,7 +261,8 @@ mod tests {
 
     #[test]
     fn a_bundle_without_namespaces_is_refused_with_every_reason() {
-        let refusals = bundle(json!({"process": {"terminal": true}, "hooks": {"poststop": []}})).run_refusals();
+        let refusals = bundle(json!({"process": {"terminal": true}, "hooks": {"poststop": []}}))
+            .run_refusals();
         assert_eq!(refusals.len(), 1 + 1 + NEEDED_NAMESPACES.len() + 1);
     }
 

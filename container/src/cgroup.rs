@@ -80,7 +80,9 @@ impl Cgroups {
             .map_err(ContainerError::io("read /proc/self/mountinfo"))?;
         let below = |mount_point: &str| Path::new(mount_point).join(PARENT).join(id);
         let mounts = cgroup_mounts(&mountinfo).into_iter();
-        Ok(Self { paths: mounts.map(|mount_point| (mount_point.to_owned(), below(mount_point))).collect() })
+        Ok(Self {
+            paths: mounts.map(|mount_point| (mount_point.to_owned(), below(mount_point))).collect(),
+        })
     }
 
     fn is_v2(&self) -> bool {
@@ -304,7 +306,9 @@ fn beside(directory: &Path) -> PathBuf {
 
 fn remove_tree(directory: &Path, begun: Instant) -> Result<()> {
     if let Ok(entries) = fs::read_dir(directory) {
-        for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        for entry in
+            entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        {
             remove_tree(&entry.path(), begun)?;
         }
     }
@@ -312,7 +316,9 @@ fn remove_tree(directory: &Path, begun: Instant) -> Result<()> {
         match fs::remove_dir(directory) {
             Ok(()) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(_) if begun.elapsed() < EMPTY_WITHIN => std::thread::sleep(Duration::from_millis(1)),
+            Err(_) if begun.elapsed() < EMPTY_WITHIN => {
+                std::thread::sleep(Duration::from_millis(1))
+            }
             Err(error) => {
                 return Err(ContainerError::io(format!("remove {}", directory.display()))(error));
             }
@@ -363,7 +369,8 @@ mod tests {
 
     #[test]
     fn a_peer_sets_nothing_but_limits() {
-        let cgroups = Cgroups { paths: BTreeMap::from([("pids".to_owned(), PathBuf::from("/nowhere"))]) };
+        let cgroups =
+            Cgroups { paths: BTreeMap::from([("pids".to_owned(), PathBuf::from("/nowhere"))]) };
         let setting = |file: &str| Setting {
             controller: "pids".to_owned(),
             file: file.to_owned(),

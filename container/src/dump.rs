@@ -80,7 +80,8 @@ impl Dump {
     fn run(self) -> Result<()> {
         let begun = Instant::now();
         let images = &self.images;
-        let directory = File::open(images).map_err(ContainerError::io(format!("open {}", images.display())))?;
+        let directory =
+            File::open(images).map_err(ContainerError::io(format!("open {}", images.display())))?;
         let options = self.options(&directory)?;
         let dumped = self.criu(options);
         tell_log(&images.join(LOG));
@@ -127,15 +128,19 @@ impl Dump {
 impl ContainerState {
     /// As a section.
     pub(crate) fn to_section(&self) -> Result<Section> {
-        let bytes = serde_json::to_vec(self)
-            .map_err(|error| ContainerError::section(STATE, format!("cannot be written: {error}")))?;
+        let bytes = serde_json::to_vec(self).map_err(|error| {
+            ContainerError::section(STATE, format!("cannot be written: {error}"))
+        })?;
         Ok(Section { kind: STATE.to_owned(), version: STATE_VERSION, bytes })
     }
 
     /// From a section.
     pub(crate) fn from_section(section: &Section) -> Result<Self> {
         if section.version != STATE_VERSION {
-            return Err(ContainerError::section(STATE, "has a version that this build does not know"));
+            return Err(ContainerError::section(
+                STATE,
+                "has a version that this build does not know",
+            ));
         }
         serde_json::from_slice(&section.bytes)
             .map_err(|error| ContainerError::section(STATE, format!("makes no sense: {error}")))
@@ -177,7 +182,9 @@ pub(crate) fn with_log(error: ContainerError, log: &Path) -> ContainerError {
         ContainerError::Criu { what, number, said } => {
             ContainerError::Criu { what, number, said: format!("{said}; {last}") }
         }
-        ContainerError::CriuProtocol(what) => ContainerError::CriuProtocol(format!("{what}: {last}")),
+        ContainerError::CriuProtocol(what) => {
+            ContainerError::CriuProtocol(format!("{what}: {last}"))
+        }
         other => other,
     }
 }

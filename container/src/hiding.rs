@@ -60,7 +60,8 @@ impl Supervisor {
     /// Puts the calling thread under the filter (it never leaves it: use a thread of its own that
     /// does nothing but start CRIU) and answers scans from another thread.
     pub(crate) fn install(hidden: HiddenRanges) -> Result<Self> {
-        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(ContainerError::errno("make an event"))?;
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
+            .map_err(ContainerError::errno("make an event"))?;
         let stop = Arc::new(stop);
         let answered = Arc::new(AtomicU64::new(0));
         let (sender, receiver) = std::sync::mpsc::channel::<OwnedFd>();
@@ -100,12 +101,16 @@ impl Drop for Supervisor {
 /// another process, scan pages. Tried on a thread that ends.
 pub(crate) fn probe() -> std::result::Result<(), String> {
     let tried = std::thread::spawn(|| -> Result<()> {
-        let pagemap = fs::File::open("/proc/self/pagemap").map_err(ContainerError::io("open /proc/self/pagemap"))?;
-        let mut argument = PmScanArg { end: 4096, category_anyof_mask: 8, return_mask: 8, ..PmScanArg::default() };
+        let pagemap = fs::File::open("/proc/self/pagemap")
+            .map_err(ContainerError::io("open /proc/self/pagemap"))?;
+        let mut argument =
+            PmScanArg { end: 4096, category_anyof_mask: 8, return_mask: 8, ..PmScanArg::default() };
         sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut [PageRegion::default()])
             .map_err(ContainerError::io("scan pages (Linux 6.7 or newer is needed)"))?;
-        sys::filter_page_scans().map_err(ContainerError::io("put a thread under a seccomp filter"))?;
-        let us = sys::pidfd_open(std::process::id() as i32).map_err(ContainerError::io("open a process"))?;
+        sys::filter_page_scans()
+            .map_err(ContainerError::io("put a thread under a seccomp filter"))?;
+        let us = sys::pidfd_open(std::process::id() as i32)
+            .map_err(ContainerError::io("open a process"))?;
         sys::pidfd_getfd(us.as_fd(), pagemap.as_raw_fd())
             .map_err(ContainerError::io("take a descriptor from a process"))?;
         Ok(())
@@ -156,13 +161,18 @@ fn supervise(listener: &OwnedFd, stop: &EventFd, hidden: &HiddenRanges, answered
     }
 }
 
-fn decide(listener: &OwnedFd, notification: &Notification, hidden: &HiddenRanges) -> io::Result<Verdict> {
+fn decide(
+    listener: &OwnedFd,
+    notification: &Notification,
+    hidden: &HiddenRanges,
+) -> io::Result<Verdict> {
     let [fd, _, address, ..] = notification.arguments;
     let argument = PmScanArg::read_from(notification.pid, address)?;
     if !is_page_dump(&argument) {
         return Ok(Verdict::Continue);
     }
-    let process = sys::pidfd_open(notification.pid).or_else(|_| sys::pidfd_open(leader(notification.pid)?))?;
+    let process = sys::pidfd_open(notification.pid)
+        .or_else(|_| sys::pidfd_open(leader(notification.pid)?))?;
     let pagemap = sys::pidfd_getfd(process.as_fd(), fd as i32)?;
     if !sys::still_waits(listener.as_fd(), notification) {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
@@ -325,7 +335,13 @@ mod tests {
 
     #[test]
     fn scans_for_guard_pages_and_unknown_scans_pass() {
-        let dump = PmScanArg { start: 0, end: 4096, vec_len: 10, category_anyof_mask: 24, ..PmScanArg::default() };
+        let dump = PmScanArg {
+            start: 0,
+            end: 4096,
+            vec_len: 10,
+            category_anyof_mask: 24,
+            ..PmScanArg::default()
+        };
         assert!(is_page_dump(&dump));
         assert!(!is_page_dump(&PmScanArg { category_mask: PAGE_IS_GUARD, ..dump }));
         assert!(!is_page_dump(&PmScanArg { flags: 1, ..dump }));
@@ -339,7 +355,8 @@ mod tests {
         let start = (buffer.as_ptr() as u64).next_multiple_of(4096);
         let end = start + (buffer.len() as u64 / 4096 - 1) * 4096;
         let middle = start + 64 * 4096;
-        let hidden = HiddenRanges::from([(std::process::id() as i32, vec![start..middle])]);
+        let hidden =
+            HiddenRanges::from([(std::process::id() as i32, Vec::from_iter([start..middle]))]);
         let scanned = std::thread::spawn(move || {
             let supervisor = match Supervisor::install(hidden) {
                 Ok(supervisor) => supervisor,
@@ -349,10 +366,16 @@ mod tests {
                 }
             };
             let pagemap = fs::File::open("/proc/self/pagemap").expect("pagemap");
-            let mut argument =
-                PmScanArg { start, end, category_anyof_mask: 24, return_mask: 24, ..PmScanArg::default() };
+            let mut argument = PmScanArg {
+                start,
+                end,
+                category_anyof_mask: 24,
+                return_mask: 24,
+                ..PmScanArg::default()
+            };
             let mut regions = vec![PageRegion::default(); 600];
-            let found = sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut regions).expect("scan");
+            let found =
+                sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut regions).expect("scan");
             assert_eq!(supervisor.answered(), 1);
             Some((regions[..found].to_vec(), argument.walk_end))
         });
@@ -360,6 +383,9 @@ mod tests {
         drop(buffer);
         assert_eq!(walk_end, end);
         assert_eq!(regions.first().map(|region| region.start), Some(middle));
-        assert_eq!(regions.iter().map(|region| region.end - region.start).sum::<u64>(), end - middle);
+        assert_eq!(
+            regions.iter().map(|region| region.end - region.start).sum::<u64>(),
+            end - middle
+        );
     }
 }

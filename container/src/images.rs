@@ -80,7 +80,7 @@ impl PagemapEntry {
     fn range(&self) -> Option<Range<u64>> {
         let first = self.address / PAGE_SIZE as u64;
         let end = first.checked_add(self.wide_pages.unwrap_or(self.pages.into()))?;
-        (self.address % PAGE_SIZE as u64 == 0 && end <= PAGE_LIMIT).then_some(first..end)
+        (self.address.is_multiple_of(PAGE_SIZE as u64) && end <= PAGE_LIMIT).then_some(first..end)
     }
 }
 
@@ -131,17 +131,21 @@ pub(crate) fn read_hidden(section: &Section) -> Result<HiddenPages> {
         return Err(bad("has a version that this build does not know"));
     }
     let mut rest = &section.bytes[..];
-    let processes = take::<4>(&mut rest).map(u32::from_le_bytes).ok_or_else(|| bad("is cut short"))?;
+    let processes =
+        take::<4>(&mut rest).map(u32::from_le_bytes).ok_or_else(|| bad("is cut short"))?;
     let mut found = HiddenPages::new();
     for _ in 0..processes {
-        let inner = take::<4>(&mut rest).map(i32::from_le_bytes).ok_or_else(|| bad("is cut short"))?;
-        let count = take::<8>(&mut rest).map(u64::from_le_bytes).ok_or_else(|| bad("is cut short"))?;
+        let inner =
+            take::<4>(&mut rest).map(i32::from_le_bytes).ok_or_else(|| bad("is cut short"))?;
+        let count =
+            take::<8>(&mut rest).map(u64::from_le_bytes).ok_or_else(|| bad("is cut short"))?;
         if count > rest.len() as u64 / 16 {
             return Err(bad("is cut short"));
         }
         let mut ranges: Vec<Range<u64>> = Vec::with_capacity(count as usize);
         for _ in 0..count {
-            let mut number = || take::<8>(&mut rest).map(u64::from_le_bytes).ok_or_else(|| bad("is cut short"));
+            let mut number =
+                || take::<8>(&mut rest).map(u64::from_le_bytes).ok_or_else(|| bad("is cut short"));
             let range = number()?..number()?;
             let after_last = ranges.last().is_none_or(|last| last.end <= range.start);
             if range.start >= range.end || range.end > PAGE_LIMIT || !after_last {
@@ -163,12 +167,16 @@ pub(crate) fn unpack(sections: Vec<Section>, directory: &Path) -> Result<Vec<Sec
     }
     let mut others = Vec::new();
     for section in sections {
-        let Some(name) = section.kind.strip_prefix(PREFIX).filter(|_| section.kind != HIDDEN) else {
+        let Some(name) = section.kind.strip_prefix(PREFIX).filter(|_| section.kind != HIDDEN)
+        else {
             others.push(section);
             continue;
         };
         if section.version != VERSION {
-            return Err(ContainerError::section(section.kind, "has a version that this build does not know"));
+            return Err(ContainerError::section(
+                section.kind,
+                "has a version that this build does not know",
+            ));
         }
         if !is_image_name(name) {
             return Err(ContainerError::section(section.kind, "is named as no image is"));
@@ -187,19 +195,26 @@ pub(crate) fn unpack(sections: Vec<Section>, directory: &Path) -> Result<Vec<Sec
 
 /// Enters the hidden pages of process `inner` into its pagemap in `images`, and makes `parent` the
 /// image that holds them; the pages file itself is `parent/pages_name(inner)`, the store.
-pub(crate) fn complete(images: &Path, parent: &Path, inner: i32, hidden: &[Range<u64>]) -> Result<()> {
+pub(crate) fn complete(
+    images: &Path,
+    parent: &Path,
+    inner: i32,
+    hidden: &[Range<u64>],
+) -> Result<()> {
     let name = pagemap_name(inner);
     let path = images.join(&name);
     let bytes = fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
-    let mut pagemap =
-        Pagemap::parse(&bytes).map_err(|what| ContainerError::section(format!("{PREFIX}{name}"), what))?;
+    let mut pagemap = Pagemap::parse(&bytes)
+        .map_err(|what| ContainerError::section(format!("{PREFIX}{name}"), what))?;
     pagemap
         .add_hidden(hidden)
         .map_err(|what| ContainerError::section(format!("{PREFIX}{name}"), what))?;
-    fs::write(&path, pagemap.to_bytes()).map_err(ContainerError::io(format!("write {}", path.display())))?;
+    fs::write(&path, pagemap.to_bytes())
+        .map_err(ContainerError::io(format!("write {}", path.display())))?;
     let path = parent.join(&name);
     let whole = Pagemap::of_store(pages_id(inner));
-    fs::write(&path, whole.to_bytes()).map_err(ContainerError::io(format!("write {}", path.display())))
+    fs::write(&path, whole.to_bytes())
+        .map_err(ContainerError::io(format!("write {}", path.display())))
 }
 
 /// Name of the pages file that the parent's pagemap of process `inner` points at.
@@ -310,7 +325,9 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
     Some(*first)
 }
 
-fn take_message<M: Message + Default>(rest: &mut &[u8]) -> std::result::Result<Option<M>, &'static str> {
+fn take_message<M: Message + Default>(
+    rest: &mut &[u8],
+) -> std::result::Result<Option<M>, &'static str> {
     if rest.is_empty() {
         return Ok(None);
     }
@@ -351,8 +368,8 @@ mod tests {
     fn the_bytes_are_those_that_criu_writes() {
         // As `criu dump` 4.1.1 wrote it: pages 1, one entry of 3 pages at 0x400000, flags 6.
         let image = [
-            0x19, 0x43, 0x56, 0x54, 0x25, 0x40, 0x08, 0x56, 2, 0, 0, 0, 0x08, 0x01, 9, 0, 0, 0, 0x08, 0x80, 0x80,
-            0x80, 0x02, 0x10, 0x03, 0x20, 0x06,
+            0x19, 0x43, 0x56, 0x54, 0x25, 0x40, 0x08, 0x56, 2, 0, 0, 0, 0x08, 0x01, 9, 0, 0, 0,
+            0x08, 0x80, 0x80, 0x80, 0x02, 0x10, 0x03, 0x20, 0x06,
         ];
         let pagemap = Pagemap::parse(&image).expect("an image");
         assert_eq!(pagemap.entries, [own(0x400..0x403, 6)]);
@@ -409,7 +426,8 @@ mod tests {
             let mut image = COMMON_MAGIC.to_le_bytes().to_vec();
             image.extend_from_slice(&PAGEMAP_MAGIC.to_le_bytes());
             image.extend_from_slice(&bytes);
-            let _ = Pagemap::parse(&image).map(|mut pagemap| pagemap.add_hidden(&[0..PAGE_LIMIT]));
+            let everything = std::iter::once(0..PAGE_LIMIT).collect::<Vec<_>>();
+            let _ = Pagemap::parse(&image).map(|mut pagemap| pagemap.add_hidden(&everything));
             let _ = read_hidden(&Section { kind: HIDDEN.into(), version: VERSION, bytes });
         }
 

@@ -71,7 +71,8 @@ fn record(how: std::result::Result<i32, i32>) -> ExitRecord {
     match how {
         Ok(code) => ExitRecord { status: code, text: format!("exited with {code}") },
         Err(signal) => {
-            let name = Signal::try_from(signal).map_or_else(|_| format!("signal {signal}"), |name| name.to_string());
+            let name = Signal::try_from(signal)
+                .map_or_else(|_| format!("signal {signal}"), |name| name.to_string());
             ExitRecord { status: 128 + signal, text: format!("killed by {name}") }
         }
     }

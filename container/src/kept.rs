@@ -9,9 +9,11 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use decamp_shared::keeper::{Beginning, ExitSignal, Kept, KeeperConfig};
+use decamp_shared::keeper::{Beginning, ExitSignal, KeeperConfig, Kept};
 use decamp_shared::pages::{PageSet, SpaceId};
-use decamp_shared::workload::{Liveness, Place, Result as WorkloadResult, Section, SpaceInfo, WorkloadError};
+use decamp_shared::workload::{
+    Liveness, Place, Result as WorkloadResult, Section, SpaceInfo, WorkloadError,
+};
 use serde_json::Value;
 
 use crate::bundle::Bundle;
@@ -100,14 +102,16 @@ impl Container {
         let cgroups = runtime::cgroups(&runtime.state()?)?;
         undo.runtime = None;
         tracing::debug!(ms = ms(begun), pid = init.pid(), "The runtime started the container");
-        Ok(Self::of(config, exit, spec, bundle, runtime.clone(), network, streams, store, cgroups).with_init(init))
+        Ok(Self::of(config, exit, spec, bundle, runtime.clone(), network, streams, store, cgroups)
+            .with_init(init))
     }
 
     fn incoming(config: &KeeperConfig, exit: &ExitSignal) -> Result<Self> {
         let spec = ContainerSpec::from_json(&config.spec)?;
         let place = &config.place;
         let path = oci_directory(place).join("original.json");
-        let text = fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
+        let text =
+            fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
         let bundle = Bundle::parse(&spec.bundle, &text)?;
         let runtime = fresh_runtime(config)?;
         let network = Network::make(interface(&spec, place), &veth_name(place), false)?;
@@ -117,8 +121,17 @@ impl Container {
         let mut undo = Undo { place, runtime: Some(&runtime) };
         let shell = Shell::make(&runtime, &bundle, &network, &cgroups_path, &streams, &store)?;
         undo.runtime = None;
-        let mut container =
-            Self::of(config, exit, spec, bundle, runtime.clone(), network, streams, store, shell.cgroups);
+        let mut container = Self::of(
+            config,
+            exit,
+            spec,
+            bundle,
+            runtime.clone(),
+            network,
+            streams,
+            store,
+            shell.cgroups,
+        );
         container.stand_in = Some(shell.state);
         container.criu = Some(container.restoring().begin()?);
         Ok(container)
@@ -165,7 +178,9 @@ impl Container {
     }
 
     fn init(&self) -> Result<&Init> {
-        self.init.as_ref().ok_or_else(|| ContainerError::State("The container has no process yet".to_owned()))
+        self.init
+            .as_ref()
+            .ok_or_else(|| ContainerError::State("The container has no process yet".to_owned()))
     }
 
     fn processes(&self) -> Result<Vec<Process>> {
@@ -255,7 +270,8 @@ impl Container {
             settings: self.cgroups.settings(),
         };
         let images = self.store.images();
-        let sections = dump::sections(&images, paused.hidden.as_deref().unwrap_or_default(), &state);
+        let sections =
+            dump::sections(&images, paused.hidden.as_deref().unwrap_or_default(), &state);
         // The images are in the sections now; twice would be twice the memory.
         let _ = fs::remove_dir_all(&images);
         tracing::debug!(ms = ms(begun), "Saved");
@@ -265,8 +281,8 @@ impl Container {
     fn restore(&mut self, sections: Vec<Section>) -> Result<()> {
         let begun = Instant::now();
         let stand_in = self.stand_in.as_ref();
-        let stand_in =
-            stand_in.ok_or_else(|| ContainerError::State("The container was restored before".to_owned()))?;
+        let stand_in = stand_in
+            .ok_or_else(|| ContainerError::State("The container was restored before".to_owned()))?;
         let gone = || ContainerError::State("The CRIU that waited was used before".to_owned());
         let criu = self.criu.take().ok_or_else(gone)?;
         let init = Init::watch(self.restoring().run(criu, sections)?, &self.exit)?;
@@ -342,7 +358,9 @@ impl Container {
 
 impl Kept for Container {
     fn liveness(&self) -> Liveness {
-        Liveness::StopOnly { reason: "Containers are copied while they stand still in this version".to_owned() }
+        Liveness::StopOnly {
+            reason: "Containers are copied while they stand still in this version".to_owned(),
+        }
     }
 
     fn facts(&mut self) -> WorkloadResult<Value> {
@@ -370,9 +388,11 @@ impl Kept for Container {
         }
         let processes = self.processes()?;
         let process = processes.iter().find(|process| process.space() == space);
-        let process = process.ok_or_else(|| WorkloadError::plain(format!("There is no {space}")))?;
+        let process =
+            process.ok_or_else(|| WorkloadError::plain(format!("There is no {space}")))?;
         let path = format!("/proc/{}/mem", process.pid);
-        let file = fs::File::open(&path).map_err(|error| WorkloadError::new(format!("Cannot open {path}"), error))?;
+        let file = fs::File::open(&path)
+            .map_err(|error| WorkloadError::new(format!("Cannot open {path}"), error))?;
         Ok(file.into())
     }
 
@@ -398,10 +418,16 @@ impl Kept for Container {
     }
 
     fn pause(&mut self) -> WorkloadResult<()> {
+        fail::fail_point!("container-pause", |_| Err(WorkloadError::plain(
+            "Failed on purpose (container-pause)"
+        )));
         Ok(self.freeze()?)
     }
 
     fn save(&mut self) -> WorkloadResult<Vec<Section>> {
+        fail::fail_point!("container-save", |_| Err(WorkloadError::plain(
+            "Failed on purpose (container-save)"
+        )));
         Ok(self.dump()?)
     }
 
@@ -413,10 +439,16 @@ impl Kept for Container {
     }
 
     fn load(&mut self, sections: Vec<Section>) -> WorkloadResult<()> {
+        fail::fail_point!("container-load", |_| Err(WorkloadError::plain(
+            "Failed on purpose (container-load)"
+        )));
         Ok(self.restore(sections)?)
     }
 
     fn activate(&mut self) -> WorkloadResult<()> {
+        fail::fail_point!("container-activate", |_| Err(WorkloadError::plain(
+            "Failed on purpose (container-activate)"
+        )));
         let begun = Instant::now();
         self.network.connect()?;
         if let Err(error) = self.cgroups.thaw() {
@@ -430,6 +462,9 @@ impl Kept for Container {
     }
 
     fn release(&mut self) -> WorkloadResult<()> {
+        fail::fail_point!("container-release", |_| Err(WorkloadError::plain(
+            "Failed on purpose (container-release)"
+        )));
         Ok(self.take_away()?)
     }
 
@@ -478,18 +513,25 @@ impl Drop for Undo<'_> {
 fn fresh_runtime(config: &KeeperConfig) -> Result<Runtime> {
     let runtime = Runtime::new(&config.tools.runc, runtime_id(&config.place)?);
     if runtime.exists() {
-        return Err(ContainerError::State(format!("runc has a container {} already", config.place.name)));
+        return Err(ContainerError::State(format!(
+            "runc has a container {} already",
+            config.place.name
+        )));
     }
     Ok(runtime)
 }
 
-fn interface<'a>(spec: &'a ContainerSpec, place: &Place) -> Option<(&'a crate::spec::Net, crate::spec::Mac)> {
+fn interface<'a>(
+    spec: &'a ContainerSpec,
+    place: &Place,
+) -> Option<(&'a crate::spec::Net, crate::spec::Mac)> {
     spec.net.as_ref().map(|net| (net, net.mac_of(&place.uuid)))
 }
 
 /// Writes a configuration where the runtime, the next session or the next keeper looks for it.
 pub(crate) fn write_config(directory: &Path, name: &str, text: &[u8]) -> Result<()> {
-    fs::create_dir_all(directory).map_err(ContainerError::io(format!("make {}", directory.display())))?;
+    fs::create_dir_all(directory)
+        .map_err(ContainerError::io(format!("make {}", directory.display())))?;
     let path = directory.join(name);
     fs::write(&path, text).map_err(ContainerError::io(format!("write {}", path.display())))
 }

@@ -6,8 +6,8 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
 use std::ops::Range;
+use std::os::fd::AsFd;
 
 use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet, SpaceId};
 
@@ -82,7 +82,10 @@ pub(crate) fn processes(pids: &[i32], init: i32) -> Result<Vec<Process>> {
     for pid in pids {
         let Some(numbers) = namespace_numbers(*pid)? else { continue };
         let inner = numbers.get(depth - 1).copied().ok_or_else(|| {
-            ContainerError::malformed(format!("/proc/{pid}/status"), "is of no process of the container")
+            ContainerError::malformed(
+                format!("/proc/{pid}/status"),
+                "is of no process of the container",
+            )
         })?;
         if has_memory(*pid)? {
             found.push(Process { pid: *pid, inner });
@@ -122,7 +125,12 @@ fn namespace_numbers(pid: i32) -> Result<Option<Vec<i32>>> {
 fn read_of_process(path: &str) -> Result<Option<String>> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound
+                || error.raw_os_error() == Some(libc::ESRCH) =>
+        {
+            Ok(None)
+        }
         Err(error) => Err(ContainerError::io(format!("read {path}"))(error)),
     }
 }
@@ -130,8 +138,8 @@ fn read_of_process(path: &str) -> Result<Option<String>> {
 /// Mappings of a process that CRIU need not see.
 fn hideable_mappings(pid: i32) -> Result<Vec<Range<u64>>> {
     let status_path = format!("/proc/{pid}/status");
-    let status =
-        fs::read_to_string(&status_path).map_err(ContainerError::io(format!("read {status_path}")))?;
+    let status = fs::read_to_string(&status_path)
+        .map_err(ContainerError::io(format!("read {status_path}")))?;
     // Reading smaps walks all page tables (12 ms a GiB), maps does not: look there only when some
     // mapping may have a flag that matters.
     let plain = status_number(&status, "VmLck:") == Some(0)
@@ -139,7 +147,8 @@ fn hideable_mappings(pid: i32) -> Result<Vec<Range<u64>>> {
         && !status.contains("shstk");
     let path = format!("/proc/{pid}/{}", if plain { "maps" } else { "smaps" });
     let text = fs::read_to_string(&path).map_err(ContainerError::io(format!("read {path}")))?;
-    parse_mappings(&text).ok_or_else(|| ContainerError::malformed(path, "has a line of no known form"))
+    parse_mappings(&text)
+        .ok_or_else(|| ContainerError::malformed(path, "has a line of no known form"))
 }
 
 /// Hideable mappings in the text of maps or smaps; none when a line makes no sense.
@@ -149,7 +158,10 @@ fn parse_mappings(text: &str) -> Option<Vec<Range<u64>>> {
     for line in text.lines() {
         let word = line.split(' ').next()?;
         if let Some(name) = word.strip_suffix(':') {
-            if name == "VmFlags" && last_is_ours && line.split(' ').any(|flag| LEFT_TO_CRIU.contains(&flag)) {
+            if name == "VmFlags"
+                && last_is_ours
+                && line.split(' ').any(|flag| LEFT_TO_CRIU.contains(&flag))
+            {
                 found.pop();
                 last_is_ours = false;
             }
@@ -174,7 +186,8 @@ fn parse_mapping(line: &str) -> Option<(Range<u64>, bool)> {
     let (_offset, _device, inode) = (words.next()?, words.next()?, words.next()?);
     let name = words.next().unwrap_or("");
     // The first thread's stack stays with CRIU, as do the kernel's own mappings.
-    let anonymous = inode == "0" && (name.is_empty() || name == "[heap]" || name.starts_with("[anon:"));
+    let anonymous =
+        inode == "0" && (name.is_empty() || name == "[heap]" || name.starts_with("[anon:"));
     let sane = start < end && start % PAGE_SIZE as u64 == 0 && end % PAGE_SIZE as u64 == 0;
     sane.then_some((start..end, anonymous && permissions.ends_with('p')))
 }
@@ -202,14 +215,18 @@ fn present_pages(pid: i32, mappings: &[Range<u64>]) -> Result<Vec<Range<u64>>> {
             };
             let count = sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut regions)
                 .map_err(ContainerError::io(what()))?;
-            for region in regions[..count].iter().filter(|region| region.categories & PAGE_IS_GUARD == 0) {
+            for region in
+                regions[..count].iter().filter(|region| region.categories & PAGE_IS_GUARD == 0)
+            {
                 match found.last_mut() {
                     Some(last) if last.end == region.start => last.end = region.end,
                     _ => found.push(region.start..region.end),
                 }
             }
             if argument.walk_end <= at {
-                return Err(ContainerError::io(what())(io::Error::other("the scan does not advance")));
+                return Err(ContainerError::io(what())(io::Error::other(
+                    "the scan does not advance",
+                )));
             }
             at = argument.walk_end;
         }
@@ -264,7 +281,7 @@ VmFlags: rd wr mr mw me ac
 7f0000000000-7f0000021000 rw-p 00000000 00:00 0 
 VmFlags: rd wr mr mw me lo ac 
 ";
-        assert_eq!(parse_mappings(smaps), Some(vec![0xe03000..0xe24000]));
+        assert_eq!(parse_mappings(smaps), Some(Vec::from_iter([0xe03000..0xe24000])));
     }
 
     #[test]

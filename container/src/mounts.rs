@@ -33,7 +33,8 @@ pub(crate) enum ExternalKind {
 /// The mounts from outside of the container whose first process is `init`.
 pub(crate) fn external(bundle: &Bundle, init: i32) -> Result<Vec<ExternalMount>> {
     let path = format!("/proc/{init}/mountinfo");
-    let mountinfo = fs::read_to_string(&path).map_err(ContainerError::io(format!("read {path}")))?;
+    let mountinfo =
+        fs::read_to_string(&path).map_err(ContainerError::io(format!("read {path}")))?;
     let mut found: Vec<ExternalMount> = Vec::new();
     for bind in bundle.binds() {
         found.push(ExternalMount { destination: bind.destination, kind: ExternalKind::Bind });
@@ -41,7 +42,7 @@ pub(crate) fn external(bundle: &Bundle, init: i32) -> Result<Vec<ExternalMount>>
     let mounted = mounts(&mountinfo);
     for masked in bundle.masked_paths() {
         // A masked directory is a tmpfs, which CRIU dumps like any other.
-        if mounted.iter().any(|mount| mount.destination == masked && mount.kind == "devtmpfs" || mount.destination == masked && mount.root == "/null") {
+        if mounted.iter().any(|mount| mount.destination == masked && mount.root == "/null") {
             found.push(ExternalMount { destination: masked, kind: ExternalKind::Masked });
         }
     }
@@ -124,11 +125,15 @@ mod tests {
     fn a_peer_names_only_mounts_of_the_configuration() {
         let config = br#"{"mounts": [{"destination": "/data", "type": "bind", "source": "data"}]}"#;
         let bundle = Bundle::parse(Path::new("/b"), config).expect("a bundle");
-        let cgroups = Cgroups::from_state(&serde_json::json!({"": "/sys/fs/cgroup/x"})).expect("cgroups");
-        let mount = |destination: &str, kind| ExternalMount { destination: destination.into(), kind };
+        let cgroups =
+            Cgroups::from_state(&serde_json::json!({"": "/sys/fs/cgroup/x"})).expect("cgroups");
+        let mount =
+            |destination: &str, kind| ExternalMount { destination: destination.into(), kind };
         let good = mount("/data", ExternalKind::Bind).at_restore(&bundle, &cgroups);
         assert_eq!(good.expect("known"), "mnt[/data]:/b/data");
-        for kind in [ExternalKind::Bind, ExternalKind::Masked, ExternalKind::Cgroup("memory".into())] {
+        for kind in
+            [ExternalKind::Bind, ExternalKind::Masked, ExternalKind::Cgroup("memory".into())]
+        {
             assert!(mount("/etc", kind).at_restore(&bundle, &cgroups).is_err());
         }
     }

@@ -112,7 +112,10 @@ impl Network {
         delete_link(outside);
         let mac_text = mac.to_string();
         let path = self.path();
-        ip(&["link", "add", outside, "type", "veth", "peer", "name", INSIDE, "address", &mac_text, "netns", &path])?;
+        ip(&[
+            "link", "add", outside, "type", "veth", "peer", "name", INSIDE, "address", &mac_text,
+            "netns", &path,
+        ])?;
         // The bridge is the host's; the end that hangs on it has no business with addresses.
         let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{outside}/disable_ipv6"), "1");
         ip(&["link", "set", outside, "master", &net.bridge])?;
@@ -121,11 +124,13 @@ impl Network {
             ip(&["link", "set", "lo", "up"])?;
             ip(&["link", "set", INSIDE, "up"])?;
             let index = sys::interface_index(INSIDE).map_err(ContainerError::io("find eth0"))?;
-            let socket = sys::packet_socket(index).map_err(ContainerError::io("open a packet socket"))?;
+            let socket =
+                sys::packet_socket(index).map_err(ContainerError::io("open a packet socket"))?;
             Ok(Announcer::new(socket, mac, address))
         })?;
         ip(&["link", "set", outside, "up"])?;
-        let index = sys::interface_index(outside).map_err(ContainerError::io(format!("find {outside}")))?;
+        let index =
+            sys::interface_index(outside).map_err(ContainerError::io(format!("find {outside}")))?;
         self.link = Some(Link { outside: outside.to_owned(), index, by_port: true, announcer });
         if !connected {
             // Before it has an address: an answer to ARP from here would turn the workload's peers
@@ -165,7 +170,9 @@ impl Drop for Network {
 
 /// Removes the host end `outside`, and with it the pair. What is not there is no error.
 pub(crate) fn delete_link(outside: &str) {
-    if link_exists(outside) && let Err(error) = ip(&["link", "delete", outside]) {
+    if link_exists(outside)
+        && let Err(error) = ip(&["link", "delete", outside])
+    {
         tracing::warn!(%error, "Cannot remove an interface");
     }
 }
@@ -187,14 +194,16 @@ pub(crate) fn bridge_exists(name: &str) -> bool {
 
 fn fresh_namespace() -> Result<OwnedFd> {
     let made = thread::spawn(|| -> Result<OwnedFd> {
-        unshare(CloneFlags::CLONE_NEWNET).map_err(ContainerError::errno("make a network namespace"))?;
+        unshare(CloneFlags::CLONE_NEWNET)
+            .map_err(ContainerError::errno("make a network namespace"))?;
         let file = File::open("/proc/thread-self/ns/net")
             .map_err(ContainerError::io("open a network namespace"))?;
         ip(&["link", "set", "lo", "up"])?;
         Ok(file.into())
     });
-    made.join()
-        .unwrap_or_else(|_| Err(ContainerError::State("A thread that makes a namespace panicked".to_owned())))
+    made.join().unwrap_or_else(|_| {
+        Err(ContainerError::State("A thread that makes a namespace panicked".to_owned()))
+    })
 }
 
 /// Waits until the kernel has noticed that both ends are up: what the bridge then does to the port
@@ -207,7 +216,10 @@ fn await_carrier(outside: &str) -> Result<()> {
             return Ok(());
         }
         if begun.elapsed() > CARRIER_WITHIN {
-            return Err(ContainerError::State(format!("{outside} did not come up: {}", said.trim())));
+            return Err(ContainerError::State(format!(
+                "{outside} did not come up: {}",
+                said.trim()
+            )));
         }
         thread::sleep(Duration::from_millis(1));
     }

@@ -68,12 +68,15 @@ fn request(index: u32, state: PortState) -> Vec<u8> {
 
 /// What the kernel answered: an error message whose number is 0 when all is well.
 fn outcome(answer: &[u8]) -> io::Result<()> {
-    let bad = || io::Error::new(io::ErrorKind::InvalidData, "The kernel's netlink answer makes no sense");
+    let bad =
+        || io::Error::new(io::ErrorKind::InvalidData, "The kernel's netlink answer makes no sense");
     let kind = answer.get(4..6).and_then(|bytes| bytes.try_into().ok()).map(u16::from_ne_bytes);
     let number = answer.get(16..20).and_then(|bytes| bytes.try_into().ok()).map(i32::from_ne_bytes);
     match (kind, number) {
         (Some(NLMSG_ERROR), Some(0)) => Ok(()),
-        (Some(NLMSG_ERROR), Some(number)) => Err(io::Error::from_raw_os_error(number.wrapping_neg())),
+        (Some(NLMSG_ERROR), Some(number)) => {
+            Err(io::Error::from_raw_os_error(number.wrapping_neg()))
+        }
         _ => Err(bad()),
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use decamp_shared::workload::{HostTools, Kind, Manifest, PlacedTree, Place, Refusal, RefusalCode};
+use decamp_shared::workload::{HostTools, Kind, Manifest, Place, PlacedTree, Refusal, RefusalCode};
 
 use crate::bundle::Bundle;
 use crate::facts::Needs;
@@ -33,7 +33,11 @@ pub(crate) fn for_run(tools: &HostTools, spec: &serde_json::Value) -> Vec<Refusa
 }
 
 /// Why the container of `manifest` cannot come here.
-pub(crate) fn for_move(tools: &HostTools, manifest: &Manifest, trees: &[PlacedTree]) -> Vec<Refusal> {
+pub(crate) fn for_move(
+    tools: &HostTools,
+    manifest: &Manifest,
+    trees: &[PlacedTree],
+) -> Vec<Refusal> {
     let mut found = Vec::new();
     let mut refuse = |code, text: String| found.push(Refusal::new(code, text));
     if manifest.kind != i32::from(Kind::Container) {
@@ -68,7 +72,11 @@ pub(crate) fn for_move(tools: &HostTools, manifest: &Manifest, trees: &[PlacedTr
             if let Some(free) = available_memory().filter(|free| *free < wanted) {
                 refuse(
                     RefusalCode::Memory,
-                    format!("It takes {} MiB of memory there, and {} MiB are available", wanted >> 20, free >> 20),
+                    format!(
+                        "It takes {} MiB of memory there, and {} MiB are available",
+                        wanted >> 20,
+                        free >> 20
+                    ),
                 );
             }
             match swrk::version(&tools.criu) {
@@ -82,7 +90,9 @@ pub(crate) fn for_move(tools: &HostTools, manifest: &Manifest, trees: &[PlacedTr
                 _ => {}
             }
         }
-        Err(error) => refuse(RefusalCode::Request, format!("The manifest's needs make no sense: {error}")),
+        Err(error) => {
+            refuse(RefusalCode::Request, format!("The manifest's needs make no sense: {error}"))
+        }
     }
     match spec {
         Ok(spec) => {

@@ -31,7 +31,8 @@ impl ProcessReader {
         for info in spaces {
             let space = SpaceId(info.id);
             let pid = facts.processes.get(&info.process).copied();
-            let pid = pid.ok_or_else(|| WorkloadError::plain(format!("The process of {space} is gone")))?;
+            let pid =
+                pid.ok_or_else(|| WorkloadError::plain(format!("The process of {space} is gone")))?;
             processes.insert(space, (pid, File::from(client.memory(space)?)));
         }
         Ok(Arc::new(Self { processes }))
@@ -44,7 +45,8 @@ impl PageReader for ProcessReader {
             return Err(WorkloadError::plain(format!("{} bytes are not {range}", into.len())));
         }
         let process = self.processes.get(&range.space);
-        let (pid, file) = process.ok_or_else(|| WorkloadError::plain(format!("There is no {}", range.space)))?;
+        let (pid, file) =
+            process.ok_or_else(|| WorkloadError::plain(format!("There is no {}", range.space)))?;
         sys::read_memory(*pid, range.address(), into)
             // What was copied until then is copied once more; the process stands still or is read again.
             .or_else(|_| file.read_exact_at(into, range.address()))

@@ -92,7 +92,8 @@ impl Restore<'_> {
     /// born in the container's cgroups, because it is in them itself.
     pub(crate) fn begin(&self) -> Result<Swrk> {
         let begun = Instant::now();
-        let criu = Swrk::start(self.criu, &[self.network.namespace().as_fd(), self.streams.write_end()?])?;
+        let criu =
+            Swrk::start(self.criu, &[self.network.namespace().as_fd(), self.streams.write_end()?])?;
         self.cgroups.enter(criu.pid())?;
         tracing::debug!(ms = ms(begun), "CRIU waits");
         Ok(criu)
@@ -134,7 +135,10 @@ impl Restore<'_> {
                 STATE if state.is_none() => state = Some(ContainerState::from_section(&section)?),
                 images::HIDDEN if hidden.is_none() => hidden = Some(images::read_hidden(&section)?),
                 _ => {
-                    return Err(ContainerError::section(section.kind, "is not known here, or came twice"));
+                    return Err(ContainerError::section(
+                        section.kind,
+                        "is not known here, or came twice",
+                    ));
                 }
             }
         }
@@ -155,8 +159,15 @@ impl Restore<'_> {
         state.ok_or_else(|| missing(STATE))
     }
 
-    fn request(&self, criu: Swrk, images: &Path, root: &Path, state: &ContainerState) -> Result<i32> {
-        let directory = File::open(images).map_err(ContainerError::io(format!("open {}", images.display())))?;
+    fn request(
+        &self,
+        criu: Swrk,
+        images: &Path,
+        root: &Path,
+        state: &ContainerState,
+    ) -> Result<i32> {
+        let directory =
+            File::open(images).map_err(ContainerError::io(format!("open {}", images.display())))?;
         let mut options = self.options(&directory, root, state)?;
         options.inherit_fd.push(inherit(NETWORK_KEY, self.network.namespace().as_raw_fd()));
         options.inherit_fd.push(inherit(&state.output, self.streams.write_end()?.as_raw_fd()));
@@ -173,7 +184,11 @@ impl Restore<'_> {
         });
         held?;
         let init = outcome?.pid;
-        if init > 0 { Ok(init) } else { Err(ContainerError::CriuProtocol("restored no process".to_owned())) }
+        if init > 0 {
+            Ok(init)
+        } else {
+            Err(ContainerError::CriuProtocol("restored no process".to_owned()))
+        }
     }
 
     fn await_stillness(&self) -> Result<()> {
@@ -229,9 +244,12 @@ impl Holding<'_> {
     /// CRIU does not heed a refusal at this step. So on an error everything is killed while it is
     /// still held: killed tasks run nothing.
     fn hold(&mut self) -> Result<()> {
-        let never = || ContainerError::CriuProtocol("never said that it made namespaces".to_owned());
+        let never =
+            || ContainerError::CriuProtocol("never said that it made namespaces".to_owned());
         let aside = self.aside.take().ok_or_else(never).and_then(|aside| {
-            aside.join().unwrap_or_else(|_| Err(ContainerError::State("A thread panicked".to_owned())))
+            aside
+                .join()
+                .unwrap_or_else(|_| Err(ContainerError::State("A thread panicked".to_owned())))
         });
         let held = aside.and_then(|()| self.cgroups.freeze_when_free());
         if held.is_err() {

@@ -93,28 +93,41 @@ impl Runtime {
         }
         let text = fs::read_to_string(&pid_file)
             .map_err(ContainerError::io(format!("read {}", pid_file.display())))?;
-        text.trim().parse().map_err(|_| ContainerError::malformed(pid_file, "holds no process number"))
+        text.trim()
+            .parse()
+            .map_err(|_| ContainerError::malformed(pid_file, "holds no process number"))
     }
 
     /// What runc has written down about the container.
     pub(crate) fn state(&self) -> Result<Value> {
         let path = self.directory().join("state.json");
-        let text = fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
+        let text =
+            fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
         serde_json::from_slice(&text)
             .map_err(|error| ContainerError::malformed(path, format!("is no JSON: {error}")))
     }
 
     /// Writes down that the container runs: `state` of a stand-in made here, with the process, root
     /// and bundle of the real one.
-    pub(crate) fn adopt(&self, state: &Value, init: i32, rootfs: &Path, bundle: &Path) -> Result<()> {
+    pub(crate) fn adopt(
+        &self,
+        state: &Value,
+        init: i32,
+        rootfs: &Path,
+        bundle: &Path,
+    ) -> Result<()> {
         let state = adopted(state.clone(), init, start_time(init)?, rootfs, bundle);
         let directory = self.directory();
         fs::create_dir_all(&directory)
             .map_err(ContainerError::io(format!("make {}", directory.display())))?;
         let (path, fresh) = (directory.join("state.json"), directory.join("state.json.new"));
         let write = || -> std::io::Result<()> {
-            let mut file =
-                fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+            let mut file = fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&fresh)?;
             file.write_all(&serde_json::to_vec(&state)?)?;
             fs::rename(&fresh, &path)
         };
@@ -169,7 +182,10 @@ fn adopted(mut state: Value, init: i32, started: u64, rootfs: &Path, bundle: &Pa
         }
     }
     if let Some(labels) = state["config"]["labels"].as_array_mut() {
-        for label in labels.iter_mut().filter(|label| label.as_str().is_some_and(|text| text.starts_with("bundle="))) {
+        for label in labels
+            .iter_mut()
+            .filter(|label| label.as_str().is_some_and(|text| text.starts_with("bundle=")))
+        {
             *label = json!(format!("bundle={}", bundle.display()));
         }
     }
@@ -211,7 +227,10 @@ mod tests {
         let state = adopted(state, 77, 88, Path::new("/srv/web/rootfs"), Path::new("/srv/web"));
         assert_eq!(state["namespace_paths"]["NEWPID"], "/proc/77/ns/pid");
         assert_eq!(state["config"]["labels"], json!(["a=b", "bundle=/srv/web"]));
-        assert_eq!((state["init_process_pid"].as_i64(), state["init_process_start"].as_i64()), (Some(77), Some(88)));
+        assert_eq!(
+            (state["init_process_pid"].as_i64(), state["init_process_start"].as_i64()),
+            (Some(77), Some(88))
+        );
     }
 
     #[test]

@@ -96,7 +96,10 @@ impl ContainerSpec {
                 );
             }
             if net.mac.is_some_and(|Mac(bytes)| bytes[0] & 1 == 1 || bytes == [0; 6]) {
-                refuse(RefusalCode::Request, "The hardware address is not one of a single interface".to_owned());
+                refuse(
+                    RefusalCode::Request,
+                    "The hardware address is not one of a single interface".to_owned(),
+                );
             }
             if !is_interface_name(&net.bridge) {
                 refuse(RefusalCode::Bridge, format!("{:?} is no name of a bridge", net.bridge));
@@ -112,11 +115,20 @@ impl Net {
     /// # Errors
     /// When the text is neither.
     pub fn address(&self) -> Result<(Ipv4Addr, u8)> {
-        let bad = || ContainerError::Spec(format!("{:?} is no IPv4 address with a prefix length, as 10.77.1.5/16", self.ip));
+        let bad = || {
+            ContainerError::Spec(format!(
+                "{:?} is no IPv4 address with a prefix length, as 10.77.1.5/16",
+                self.ip
+            ))
+        };
         let (address, prefix) = self.ip.split_once('/').ok_or_else(bad)?;
         let address: Ipv4Addr = address.parse().map_err(|_| bad())?;
         let prefix: u8 = prefix.parse().map_err(|_| bad())?;
-        if prefix > 32 || address.is_unspecified() || address.is_multicast() || address.is_loopback() {
+        if prefix > 32
+            || address.is_unspecified()
+            || address.is_multicast()
+            || address.is_loopback()
+        {
             return Err(bad());
         }
         Ok((address, prefix))
@@ -229,7 +241,13 @@ mod tests {
 
     #[test]
     fn mac_follows_from_the_identity_and_is_local() {
-        let net = Net { bridge: "br0".into(), ip: "10.0.0.1/8".into(), ip6: None, gateway: None, mac: None };
+        let net = Net {
+            bridge: "br0".into(),
+            ip: "10.0.0.1/8".into(),
+            ip6: None,
+            gateway: None,
+            mac: None,
+        };
         assert_eq!(net.mac_of("a"), net.mac_of("a"));
         assert_ne!(net.mac_of("a"), net.mac_of("b"));
         assert_eq!(net.mac_of("a").0[0] & 3, 2);
@@ -239,7 +257,11 @@ mod tests {
 
     #[test]
     fn a_name_of_an_interface_fits_the_kernel() {
-        let place = Place { name: "x".repeat(60), uuid: "u".into(), dir: "/var/lib/decamp/workloads/x".into() };
+        let place = Place {
+            name: "x".repeat(60),
+            uuid: "u".into(),
+            dir: "/var/lib/decamp/workloads/x".into(),
+        };
         assert_eq!(veth_name(&place).len(), 14);
         assert!(runtime_id(&place).is_ok());
         assert!(runtime_id(&Place { name: "../x".into(), ..place }).is_err());

@@ -39,15 +39,18 @@ impl Store {
         fs::create_dir_all(directory)
             .map_err(ContainerError::io(format!("make {}", directory.display())))?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        let tmpfs = |options: &str| mount(Some("decamp"), directory, Some("tmpfs"), flags, Some(options));
+        let tmpfs =
+            |options: &str| mount(Some("decamp"), directory, Some("tmpfs"), flags, Some(options));
         let mounted = match large_folios() {
             true => tmpfs(LARGE).or_else(|_| tmpfs(PLAIN)),
             false => tmpfs(PLAIN),
         };
-        mounted.map_err(ContainerError::errno(format!("mount a tmpfs on {}", directory.display())))?;
+        mounted
+            .map_err(ContainerError::errno(format!("mount a tmpfs on {}", directory.display())))?;
         let store = Self { directory: directory.to_owned(), spaces: BTreeMap::new() };
-        mount(None::<&str>, directory, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)
-            .map_err(ContainerError::errno(format!("make the mount on {} private", directory.display())))?;
+        mount(None::<&str>, directory, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>).map_err(
+            ContainerError::errno(format!("make the mount on {} private", directory.display())),
+        )?;
         fs::create_dir(store.parent()).map_err(ContainerError::io("make a directory for pages"))?;
         Ok(store)
     }
@@ -109,7 +112,8 @@ impl Store {
     /// A descriptor of a space: a sparse file whose offset is the address.
     pub(crate) fn memory(&self, space: SpaceId) -> Result<OwnedFd> {
         let process = self.spaces.get(&space);
-        let process = process.ok_or_else(|| ContainerError::State(format!("There is no {space}")))?;
+        let process =
+            process.ok_or_else(|| ContainerError::State(format!("There is no {space}")))?;
         Ok(self.open(*process)?.into())
     }
 
@@ -128,9 +132,19 @@ impl Store {
     pub(crate) fn mount_root(&self, rootfs: &Path) -> Result<PathBuf> {
         let root = self.scratch("root")?;
         mount(Some(rootfs), &root, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
-            .map_err(ContainerError::errno(format!("mount {} on {}", rootfs.display(), root.display())))?;
-        mount(None::<&str>, &root, None::<&str>, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None::<&str>)
-            .map_err(ContainerError::errno("make the root's mount private"))?;
+            .map_err(ContainerError::errno(format!(
+                "mount {} on {}",
+                rootfs.display(),
+                root.display()
+            )))?;
+        mount(
+            None::<&str>,
+            &root,
+            None::<&str>,
+            MsFlags::MS_PRIVATE | MsFlags::MS_REC,
+            None::<&str>,
+        )
+        .map_err(ContainerError::errno("make the root's mount private"))?;
         Ok(root)
     }
 

@@ -28,7 +28,8 @@ pub(crate) struct Streams {
 impl Streams {
     /// Makes the pipe and appends what comes out of it to `log` until the last writer is gone.
     pub(crate) fn open(log: &Path) -> Result<Self> {
-        let (read_end, write_end) = pipe2(OFlag::O_CLOEXEC).map_err(ContainerError::errno("make a pipe"))?;
+        let (read_end, write_end) =
+            pipe2(OFlag::O_CLOEXEC).map_err(ContainerError::errno("make a pipe"))?;
         let file = OpenOptions::new()
             .append(true)
             .create(true)
@@ -71,7 +72,8 @@ impl Streams {
 
     /// Owner of the pipe: the user of the container, who may open `/dev/stdout` again.
     pub(crate) fn owner(&self) -> Result<(u32, u32)> {
-        let found = nix::sys::stat::fstat(self.write_end()?).map_err(ContainerError::errno("look at a pipe"))?;
+        let found = nix::sys::stat::fstat(self.write_end()?)
+            .map_err(ContainerError::errno("look at a pipe"))?;
         Ok((found.st_uid, found.st_gid))
     }
 

@@ -56,9 +56,8 @@ impl Swrk {
         let mut inherited = vec![theirs.as_fd()];
         inherited.extend_from_slice(descriptors);
         sys::inherit(&mut command, &inherited);
-        let child = command
-            .spawn()
-            .map_err(ContainerError::io(format!("start {}", criu.display())))?;
+        let child =
+            command.spawn().map_err(ContainerError::io(format!("start {}", criu.display())))?;
         Ok(Self { child, socket: ours })
     }
 
@@ -106,12 +105,15 @@ impl Swrk {
     }
 
     fn finish(&mut self) -> Result<()> {
-        let _ = nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Write);
+        let _ =
+            nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Write);
         let status = self.child.wait().map_err(ContainerError::io("wait for CRIU"))?;
         if status.success() {
             Ok(())
         } else {
-            Err(ContainerError::CriuProtocol(format!("ended with {status} after it had said that it succeeded")))
+            Err(ContainerError::CriuProtocol(format!(
+                "ended with {status} after it had said that it succeeded"
+            )))
         }
     }
 
@@ -137,8 +139,9 @@ impl Swrk {
         let mut bytes = vec![0; length];
         receive(&self.socket, &mut bytes, MsgFlags::empty())
             .map_err(ContainerError::io("receive CRIU's answer"))?;
-        Criu_resp::parse_from_bytes(&bytes)
-            .map_err(|error| ContainerError::CriuProtocol(format!("answered what makes no sense: {error}")))
+        Criu_resp::parse_from_bytes(&bytes).map_err(|error| {
+            ContainerError::CriuProtocol(format!("answered what makes no sense: {error}"))
+        })
     }
 }
 

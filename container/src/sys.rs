@@ -101,8 +101,12 @@ pub(crate) fn pagemap_scan(
 /// that sends `ioctl(_, PAGEMAP_SCAN, _)` to the descriptor returned and lets all else through.
 pub(crate) fn filter_page_scans() -> io::Result<OwnedFd> {
     let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
-    let unless_equal =
-        |k: u32, jf: u8| libc::sock_filter { code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16, jt: 0, jf, k };
+    let unless_equal = |k: u32, jf: u8| libc::sock_filter {
+        code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
+        jt: 0,
+        jf,
+        k,
+    };
     let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
     let give = libc::BPF_RET | libc::BPF_K;
     let mut program = [
@@ -115,8 +119,7 @@ pub(crate) fn filter_page_scans() -> io::Result<OwnedFd> {
         statement(give, libc::SECCOMP_RET_USER_NOTIF),
         statement(give, libc::SECCOMP_RET_ALLOW),
     ];
-    let filter =
-        libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
     // SAFETY: `filter` points at a program that lives until the call returns; the kernel copies it.
     let listener = unsafe {
         libc::syscall(
@@ -159,8 +162,7 @@ pub(crate) fn next_notification(listener: BorrowedFd<'_>) -> io::Result<Notifica
 pub(crate) fn still_waits(listener: BorrowedFd<'_>, notification: &Notification) -> bool {
     let id = notification.id;
     // SAFETY: the kernel reads one u64.
-    let done =
-        unsafe { libc::ioctl(listener.as_raw_fd(), SECCOMP_IOCTL_NOTIF_ID_VALID as _, &id) };
+    let done = unsafe { libc::ioctl(listener.as_raw_fd(), SECCOMP_IOCTL_NOTIF_ID_VALID as _, &id) };
     done == 0
 }
 
@@ -170,8 +172,7 @@ pub(crate) fn answer(
     notification: &Notification,
     verdict: Verdict,
 ) -> io::Result<()> {
-    let mut response =
-        libc::seccomp_notif_resp { id: notification.id, val: 0, error: 0, flags: 0 };
+    let mut response = libc::seccomp_notif_resp { id: notification.id, val: 0, error: 0, flags: 0 };
     match verdict {
         Verdict::Continue => response.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
         Verdict::Return(value) => response.val = value,

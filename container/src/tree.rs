@@ -14,7 +14,10 @@ pub(crate) fn obstacles(pids: &[i32], init: i32) -> Vec<String> {
     for pid in pids {
         for (kind, ours) in SHARED_NAMESPACES.iter().zip(&ours) {
             if namespace(*pid, kind).is_some_and(|theirs| Some(&theirs) != ours.as_ref()) {
-                found.push(format!("Process {} is in another {kind} namespace than the container", label(*pid)));
+                found.push(format!(
+                    "Process {} is in another {kind} namespace than the container",
+                    label(*pid)
+                ));
             }
         }
         if tracer(*pid).is_some_and(|tracer| tracer != 0) {
@@ -46,8 +49,11 @@ fn label(pid: i32) -> String {
 /// What among the open descriptors of a process is in the way.
 fn descriptors(pid: i32) -> Vec<&'static str> {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
-    let mut found: Vec<&'static str> =
-        entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok()).filter_map(|link| in_the_way(&link)).collect();
+    let mut found: Vec<&'static str> = entries
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .filter_map(|link| in_the_way(&link))
+        .collect();
     found.sort_unstable();
     found.dedup();
     found
@@ -61,7 +67,9 @@ fn in_the_way(link: &Path) -> Option<&'static str> {
         "anon_inode:[perf_event]" => Some("a performance counter"),
         "anon_inode:bpf-map" | "anon_inode:bpf-prog" => Some("BPF"),
         "anon_inode:[fanotify]" => Some("fanotify"),
-        path if path.starts_with("/dev/dri/") || path.starts_with("/dev/nvidia") => Some("a graphics device"),
+        path if path.starts_with("/dev/dri/") || path.starts_with("/dev/nvidia") => {
+            Some("a graphics device")
+        }
         _ => None,
     }
 }

@@ -9,6 +9,7 @@ use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use decamp_shared::keeper::{KeeperClient, Phase};
+use decamp_shared::pages::{PageRange, PageSet};
 use decamp_shared::workload::Backend;
 
 use support::redis::Redis;
@@ -20,7 +21,12 @@ fn main() {
         Case { name: "counter_moves_back_and_forth", run: counter_moves_back_and_forth },
         Case { name: "rolled_back_it_runs_on", run: rolled_back_it_runs_on },
         Case { name: "failed_load_leaves_nothing", run: failed_load_leaves_nothing },
-        Case { name: "redis_keeps_its_connection_and_memory", run: redis_keeps_its_connection_and_memory },
+        Case {
+            name: "redis_keeps_its_connection_and_memory",
+            run: redis_keeps_its_connection_and_memory,
+        },
+        Case { name: "every_kind_of_memory_survives", run: every_kind_of_memory_survives },
+        Case { name: "withheld_page_is_noticed", run: withheld_page_is_noticed },
         Case { name: "exit_is_told_and_nothing_stays", run: exit_is_told_and_nothing_stays },
         Case { name: "stop_and_sweep_leave_nothing", run: stop_and_sweep_leave_nothing },
         Case { name: "refusals_come_all_at_once", run: refusals_come_all_at_once },
@@ -44,7 +50,9 @@ fn counter_goes_on_elsewhere(host: &Host) {
     host.assert_nothing_left("a");
     let said = host.runc(&["exec", "b", "/bin/busybox", "cat", "/data/count"]);
     assert!(said.trim().parse::<u64>().expect("a number") >= before);
-    assert!(host.runc(&["list"]).lines().any(|line| line.starts_with("b ") && line.contains("running")));
+    assert!(
+        host.runc(&["list"]).lines().any(|line| line.starts_with("b ") && line.contains("running"))
+    );
     host.runc(&["kill", "b", "KILL"]);
     destination.await_exit();
     assert_eq!(destination.exit_record()["status"], 137);
@@ -95,12 +103,20 @@ fn failed_load_leaves_nothing(host: &Host) {
     place.await_count(2);
     type Damage = fn(&mut Vec<decamp_shared::workload::Section>);
     let damages: [(&str, Damage); 5] = [
-        ("a missing image", |sections| sections.retain(|section| section.kind != "criu/core-1.img")),
+        ("a missing image", |sections| {
+            sections.retain(|section| section.kind != "criu/core-1.img")
+        }),
         ("an unknown section", |sections| {
-            let extra = decamp_shared::workload::Section { kind: "vcpu/0".into(), version: 1, bytes: vec![] };
+            let extra = decamp_shared::workload::Section {
+                kind: "vcpu/0".into(),
+                version: 1,
+                bytes: vec![],
+            };
             sections.push(extra);
         }),
-        ("a name that leaves the directory", |sections| sections[0].kind = "criu/../../x.img".into()),
+        ("a name that leaves the directory", |sections| {
+            sections[0].kind = "criu/../../x.img".into()
+        }),
         ("another version", |sections| sections[0].version = 9),
         ("a torn pagemap", |sections| {
             let pagemap = sections.iter_mut().find(|section| section.kind == "criu/pagemap-1.img");
@@ -147,6 +163,50 @@ fn redis_keeps_its_connection_and_memory(host: &Host) {
     assert_eq!(Redis::connect("10.99.0.5:6379").ask(&["DBSIZE"]), redis.ask(&["DBSIZE"]));
     here.stop();
     host.assert_nothing_left("red3");
+}
+
+fn every_kind_of_memory_survives(host: &Host) {
+    let Some(mut here) = host.memory("k0") else {
+        eprintln!("    skipped: needs cc (tests/setup)");
+        return;
+    };
+    here.run();
+    here.await_rounds(3);
+    for turn in 1..=6 {
+        let there = here.twin(&format!("k{turn}"));
+        here.move_to(&there);
+        let before = here.rounds();
+        // The child and the second thread go on as well as the first.
+        there.await_rounds(before + 3);
+        here = there;
+    }
+    here.stop();
+    host.assert_nothing_left("k6");
+}
+
+/// The test above can fail: without one page of many the program says which.
+fn withheld_page_is_noticed(host: &Host) {
+    let Some(here) = host.memory("w") else {
+        eprintln!("    skipped: needs cc (tests/setup)");
+        return;
+    };
+    here.run();
+    here.await_rounds(3);
+    let there = here.twin("w2");
+    let mut source = here.source();
+    let mut destination = there.prepare(&mut *source);
+    source.pause().expect("pause");
+    let mut dirty = PageSet::new();
+    source.harvest(&mut dirty).expect("harvest");
+    let largest = dirty.ranges().max_by_key(|range| range.count).expect("pages");
+    dirty.remove(PageRange::new(largest.space, largest.first + 1000, 1));
+    support::copy(&dirty, &mut *source, &mut *destination);
+    destination.load(source.save().expect("save")).expect("load");
+    destination.activate(1).expect("activate");
+    there.await_log("BAD");
+    source.resume().expect("resume");
+    there.stop();
+    here.stop();
 }
 
 fn exit_is_told_and_nothing_stays(host: &Host) {
@@ -226,7 +286,12 @@ fn measure_redis(host: &Host) {
     for step in ["prepare", "pause", "harvest", "copy", "save", "load", "activate", "release"] {
         let mut times: Vec<f64> = rows.iter().map(|row| row[step]).collect();
         times.sort_by(f64::total_cmp);
-        let line = format!("    {step:9} min {:7.1}  median {:7.1}  max {:7.1} ms", times[0], times[times.len() / 2], times[times.len() - 1]);
+        let line = format!(
+            "    {step:9} min {:7.1}  median {:7.1}  max {:7.1} ms",
+            times[0],
+            times[times.len() / 2],
+            times[times.len() - 1]
+        );
         writeln!(std::io::stderr(), "{line}").expect("stderr");
     }
 }

@@ -53,8 +53,11 @@ pub(crate) fn main_with(cases: &[Case]) {
     if arguments.first().is_some_and(|first| first == "keeper") {
         std::process::exit(keep(Path::new(&arguments[2])));
     }
-    let wanted: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
-    let cases = cases.iter().filter(|case| wanted.is_empty() || wanted.iter().any(|part| case.name.contains(part.as_str())));
+    let wanted: Vec<&String> =
+        arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
+    let cases = cases.iter().filter(|case| {
+        wanted.is_empty() || wanted.iter().any(|part| case.name.contains(part.as_str()))
+    });
     if arguments.iter().any(|argument| argument == "--list") {
         cases.for_each(|case| println!("{}: test", case.name));
         return;
@@ -82,9 +85,14 @@ pub(crate) fn main_with(cases: &[Case]) {
 
 fn keep(config: &Path) -> i32 {
     let filter = std::env::var("DECAMP_LOG").unwrap_or_else(|_| "debug".to_owned());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
     decamp_shared::keeper::spawn::detach();
-    let config: KeeperConfig = serde_json::from_slice(&fs::read(config).expect("a configuration")).expect("JSON");
+    let config: KeeperConfig =
+        serde_json::from_slice(&fs::read(config).expect("a configuration")).expect("JSON");
     match decamp_container::keeper_main(&config) {
         Ok(()) => 0,
         Err(error) => {
@@ -96,7 +104,8 @@ fn keep(config: &Path) -> i32 {
 }
 
 fn criu() -> PathBuf {
-    std::env::var_os("DECAMP_CRIU").map_or_else(|| "/opt/decamp-criu/bin/criu".into(), PathBuf::from)
+    std::env::var_os("DECAMP_CRIU")
+        .map_or_else(|| "/opt/decamp-criu/bin/criu".into(), PathBuf::from)
 }
 
 fn program(name: &str) -> Option<PathBuf> {
@@ -113,20 +122,37 @@ fn lacking() -> Option<String> {
         return Some(format!("needs CRIU 4.1 or newer at {} (tests/setup)", criu().display()));
     }
     let programs = ["runc", "ip", "redis-server", "busybox"];
-    programs.iter().find(|name| program(name).is_none()).map(|name| format!("needs {name} (tests/setup)"))
+    programs
+        .iter()
+        .find(|name| program(name).is_none())
+        .map(|name| format!("needs {name} (tests/setup)"))
 }
 
 impl Host {
     fn make() -> Self {
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("namespaces");
-        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None::<&str>).expect("private mounts");
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None::<&str>)
+            .expect("private mounts");
         mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("a /run");
         if std::env::var_os("DECAMP_TEST_CGROUP2").is_some() {
             // Without controllers, which v1 has here, but with the freezer, which is all we use.
-            mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), None::<&str>).expect("cgroup2");
+            mount(
+                Some("cgroup2"),
+                "/sys/fs/cgroup",
+                Some("cgroup2"),
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .expect("cgroup2");
         }
-        let directory = tempfile::Builder::new().prefix("decamp-container-").tempdir().expect("a directory");
-        for line in ["link set lo up", "link add br0 type bridge", "address add 10.99.0.1/24 dev br0", "link set br0 up"] {
+        let directory =
+            tempfile::Builder::new().prefix("decamp-container-").tempdir().expect("a directory");
+        for line in [
+            "link set lo up",
+            "link add br0 type bridge",
+            "address add 10.99.0.1/24 dev br0",
+            "link set br0 up",
+        ] {
             let status = Command::new("ip").args(line.split(' ')).status().expect("ip");
             assert!(status.success(), "ip {line}");
         }
@@ -144,7 +170,11 @@ impl Host {
 
     pub(crate) fn runc(&self, arguments: &[&str]) -> String {
         let said = Command::new("runc").args(arguments).output().expect("runc");
-        assert!(said.status.success(), "runc {arguments:?}: {}", String::from_utf8_lossy(&said.stderr));
+        assert!(
+            said.status.success(),
+            "runc {arguments:?}: {}",
+            String::from_utf8_lossy(&said.stderr)
+        );
         String::from_utf8_lossy(&said.stdout).into_owned()
     }
 
@@ -158,10 +188,24 @@ impl Host {
     pub(crate) fn shell(&self, name: &str, line: &str) -> Spot<'_> {
         let bundle = self.bundle(name, "counter-bundle", &[]);
         let path = bundle.join("config.json");
-        let mut config: Value = serde_json::from_slice(&fs::read(&path).expect("a config")).expect("JSON");
+        let mut config: Value =
+            serde_json::from_slice(&fs::read(&path).expect("a config")).expect("JSON");
         config["process"]["args"] = json!(["/bin/sh", "-c", line]);
         fs::write(&path, config.to_string()).expect("a config");
         self.spot(name, json!({"bundle": bundle}))
+    }
+
+    /// A container that knows all its memory; nothing without a C compiler.
+    pub(crate) fn memory(&self, name: &str) -> Option<Spot<'_>> {
+        let spot = self.shell(name, "exec /bin/memory");
+        let bundle = self.directory.path().join("bundles").join(name);
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/memory.c");
+        let made = Command::new("cc")
+            .args(["-static", "-pthread", "-O1", "-o"])
+            .arg(bundle.join("rootfs/bin/memory"))
+            .arg(source)
+            .status();
+        made.is_ok_and(|status| status.success()).then_some(spot)
     }
 
     /// A container that runs Redis at an address.
@@ -174,7 +218,8 @@ impl Host {
     fn bundle(&self, name: &str, maker: &str, options: &[&str]) -> PathBuf {
         let bundle = self.directory.path().join("bundles").join(name);
         let maker = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(maker);
-        let status = Command::new(maker).arg(&bundle).args(options).status().expect("the bundle's maker");
+        let status =
+            Command::new(maker).arg(&bundle).args(options).status().expect("the bundle's maker");
         assert!(status.success());
         bundle
     }
@@ -208,13 +253,19 @@ impl Host {
             left.extend(path.exists().then(|| path.display().to_string()));
         }
         let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
-        left.extend(mounts.lines().filter(|line| line.contains(directory.to_str().expect("UTF-8"))).map(str::to_owned));
+        left.extend(
+            mounts
+                .lines()
+                .filter(|line| line.contains(directory.to_str().expect("UTF-8")))
+                .map(str::to_owned),
+        );
         assert!(left.is_empty(), "left behind: {left:#?}");
     }
 
     /// Interfaces of containers that exist now.
     pub(crate) fn links(&self) -> usize {
-        let said = Command::new("ip").args(["-o", "link", "show", "type", "veth"]).output().expect("ip");
+        let said =
+            Command::new("ip").args(["-o", "link", "show", "type", "veth"]).output().expect("ip");
         said.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).count()
     }
 
@@ -327,13 +378,16 @@ impl Spot<'_> {
     }
 
     pub(crate) fn stop(&self) {
-        KeeperClient::connect(&self.place).and_then(|mut client| client.stop(Duration::from_millis(100))).expect("stop");
+        KeeperClient::connect(&self.place)
+            .and_then(|mut client| client.stop(Duration::from_millis(100)))
+            .expect("stop");
     }
 
     pub(crate) fn kill_keeper(&self) {
         for pid in keepers_of(&self.place.dir) {
             let pid = nix::unistd::Pid::from_raw(pid);
-            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("kill the keeper");
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)
+                .expect("kill the keeper");
         }
         await_that("the keeper's end", || keepers_of(&self.place.dir).is_empty());
     }
@@ -348,7 +402,29 @@ impl Spot<'_> {
     }
 
     pub(crate) fn await_count(&self, count: u64) {
-        await_that(&format!("{} to count to {count}", self.place.name), || self.last_count() >= count);
+        await_that(&format!("{} to count to {count}", self.place.name), || {
+            self.last_count() >= count
+        });
+    }
+
+    /// The smallest of the counts that the memory program says last: rounds, its child's, its thread's.
+    pub(crate) fn rounds(&self) -> u64 {
+        let text = fs::read_to_string(self.place.log()).unwrap_or_default();
+        assert!(!text.contains("BAD") && !text.contains("no mlock"), "{text}");
+        let last = text.lines().rfind(|line| line.starts_with("ok ")).unwrap_or("ok 0");
+        last[3..].split(' ').map(|number| number.parse().expect("a number")).min().unwrap_or(0)
+    }
+
+    pub(crate) fn await_rounds(&self, rounds: u64) {
+        await_that(&format!("{} to check {rounds} rounds", self.place.name), || {
+            self.rounds() >= rounds
+        });
+    }
+
+    pub(crate) fn await_log(&self, text: &str) {
+        await_that(&format!("{} to say {text}", self.place.name), || {
+            fs::read_to_string(self.place.log()).is_ok_and(|log| log.contains(text))
+        });
     }
 
     pub(crate) fn await_exit(&self) {
@@ -357,18 +433,27 @@ impl Spot<'_> {
     }
 
     pub(crate) fn exit_record(&self) -> Value {
-        serde_json::from_slice(&fs::read(self.place.exit_record()).expect("a record")).expect("JSON")
+        serde_json::from_slice(&fs::read(self.place.exit_record()).expect("a record"))
+            .expect("JSON")
     }
 }
 
 /// Every page that exists at the source goes to the destination.
-pub(crate) fn copy_pages(source: &mut dyn SourceWorkload, destination: &mut dyn DestinationWorkload) {
+pub(crate) fn copy_pages(
+    source: &mut dyn SourceWorkload,
+    destination: &mut dyn DestinationWorkload,
+) {
     let mut dirty = PageSet::new();
     source.harvest(&mut dirty).expect("harvest");
     copy(&dirty, source, destination);
 }
 
-fn copy(dirty: &PageSet, source: &mut dyn SourceWorkload, destination: &mut dyn DestinationWorkload) {
+/// The pages of `dirty` go to the destination.
+pub(crate) fn copy(
+    dirty: &PageSet,
+    source: &mut dyn SourceWorkload,
+    destination: &mut dyn DestinationWorkload,
+) {
     let spaces = source.spaces().expect("spaces");
     let writer = destination.writer(&spaces).expect("a writer");
     let reader = source.reader().expect("a reader");
@@ -394,7 +479,9 @@ fn keepers_of(directory: &Path) -> Vec<i32> {
     let config = directory.join("keeper.json");
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").expect("/proc").flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
         let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
         if line.split(|byte| *byte == 0).any(|word| word == config.as_os_str().as_encoded_bytes()) {
             found.push(pid);

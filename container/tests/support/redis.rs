@@ -16,7 +16,9 @@ impl Redis {
         let stream = loop {
             match TcpStream::connect(address) {
                 Ok(stream) => break stream,
-                Err(error) => assert!(begun.elapsed() < Duration::from_secs(20), "{address}: {error}"),
+                Err(error) => {
+                    assert!(begun.elapsed() < Duration::from_secs(20), "{address}: {error}")
+                }
             }
             std::thread::sleep(Duration::from_millis(10));
         };
@@ -62,7 +64,8 @@ impl Redis {
         let length = self.stream.read_line(&mut line).expect("the connection lives");
         assert!(length > 0, "the connection was closed");
         let line = line.trim_end();
-        let Some(length) = line.strip_prefix('$').and_then(|length| length.parse::<usize>().ok()) else {
+        let Some(length) = line.strip_prefix('$').and_then(|length| length.parse::<usize>().ok())
+        else {
             assert!(!line.starts_with('-'), "{line}");
             return line[1..].to_owned();
         };
