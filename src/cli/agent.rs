@@ -34,6 +34,9 @@ pub(crate) struct Agent {
 impl Agent {
     pub(crate) fn run(self, socket: Option<PathBuf>, json: bool) -> Result<u8, Failure> {
         log_to_stderr(json);
+        // Named places where a test holds or breaks a move, from FAILPOINTS; torn down with the agent.
+        #[cfg(feature = "failpoints")]
+        let _failpoints = fail::FailScenario::setup();
         let overrides = Overrides { listen: self.listen, socket, state_dir: self.state_dir };
         let config = Config::load(&self.config, overrides)
             .map_err(|error| Failure::usage(super::failure::chain(&error)))?;

@@ -113,6 +113,8 @@ macro_rules! fail_here {
         {
             // Sleeping points block a thread, which is why they run on a blocking one.
             let broken = tokio::task::spawn_blocking(|| {
+                // What a test waits for before it breaks something else.
+                tracing::debug!(target: "decamp_shared::failpoint", "At {}", $name);
                 fail::fail_point!($name, |_| true);
                 false
             })
