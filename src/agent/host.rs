@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use decamp_shared::files::{check_place, free_bytes};
 use decamp_shared::session::DestinationHost;
@@ -23,6 +24,9 @@ use crate::messages::{FileEntry, State, is_workload_name};
 /// A workload with more trees than this is not believed.
 const TREES_MAX: usize = 64;
 
+/// How long an arrival that was given up may take to be gone.
+const GONE_WITHIN: Duration = Duration::from_secs(5);
+
 /// This host as sessions see it.
 pub(crate) struct ArrivalHost {
     agent: Arc<Agent>,
@@ -40,6 +44,18 @@ impl ArrivalHost {
         (found.state == State::Moved && found.name == manifest.name).then_some(found)
     }
 
+    /// An arrival of this very workload that came to nothing may still be on its way out.
+    fn let_it_go(&self, manifest: &Manifest) {
+        let deadline = Instant::now() + GONE_WITHIN;
+        let is_going = || {
+            let found = self.agent.registry.by_uuid(&manifest.uuid).ok().flatten();
+            found.is_some_and(|found| found.state == State::Incoming)
+        };
+        while is_going() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     fn check_identity(&self, manifest: &Manifest, refusals: &mut Vec<Refusal>) {
         let name = &manifest.name;
         if !is_workload_name(name) || uuid::Uuid::parse_str(&manifest.uuid).is_err() {
@@ -49,6 +65,7 @@ impl ArrivalHost {
             ));
             return;
         }
+        self.let_it_go(manifest);
         if self.earlier_stay(manifest).is_some() && !self.agent.claims.is_taken(name) {
             return;
         }

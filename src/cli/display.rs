@@ -101,6 +101,7 @@ impl Plain {
                 self.last = None;
                 Some(format!("{}: {}", word(*phase), doing(*phase)))
             }
+            Progress::Files { total_bytes: 0, .. } => None,
             Progress::Files { sent_bytes, total_bytes } => {
                 let due = self.is_due(now) || sent_bytes == total_bytes;
                 due.then(|| format!("files: {}", files(*sent_bytes, *total_bytes)))
@@ -148,6 +149,7 @@ impl Live {
                 self.bar.set_prefix(word(*phase));
                 self.bar.set_message(doing(*phase));
             }
+            Progress::Files { total_bytes: 0, .. } => {}
             Progress::Files { sent_bytes, total_bytes } => {
                 self.draw(*sent_bytes, *total_bytes, files(*sent_bytes, *total_bytes));
             }

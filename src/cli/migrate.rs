@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use decamp_shared::session::report::{DowntimeParts, PageCounts, Predicted};
 use decamp_shared::session::{Compress, Mode, MoveOptions, Outcome, Progress, Report};
 use hyper::Method;
 use serde_json::{Value, json};
@@ -165,23 +166,28 @@ impl Migrate {
     fn as_json(&self, name: &str, end: &Ended) -> Value {
         match end {
             Ended::Report(report) => json!(report),
-            Ended::Failed(failure) => json!({
-                "migration": null,
-                "workload": name,
-                "to": self.to,
-                "outcome": if failure.exit == 3 { "refused" } else { "failed" },
-                "reason": with_reasons(&failure.body.message, &failure.body.refusals),
-                "refusals": failure.body.refusals,
-                "code": failure.body.code,
-            }),
-            Ended::Unseen(aftermath) => json!({
-                "migration": null,
-                "workload": name,
-                "to": self.to,
-                "outcome": aftermath.outcome,
-                "reason": aftermath.text,
-            }),
+            Ended::Failed(failure) => {
+                let outcome = if failure.exit == 3 { Outcome::Refused } else { Outcome::Failed };
+                let reason = with_reasons(&failure.body.message, &failure.body.refusals);
+                let mut object = self.bare_json(name, outcome, &reason);
+                object["refusals"] = json!(failure.body.refusals);
+                object["code"] = json!(failure.body.code);
+                object
+            }
+            Ended::Unseen(aftermath) => self.bare_json(name, aftermath.outcome, &aftermath.text),
         }
+    }
+
+    /// An object with every key of a report, for a move that left none.
+    fn bare_json(&self, name: &str, outcome: Outcome, reason: &str) -> Value {
+        json!({
+            "migration": null, "workload": name, "kind": null, "from": null, "to": self.to,
+            "outcome": outcome, "reason": reason, "mode": null, "tracker": null,
+            "total_ms": null, "downtime_ms": null, "downtime": DowntimeParts::default(),
+            "rounds": [], "memory_bytes": null, "wire_bytes": 0, "file_bytes": 0,
+            "pages": PageCounts::default(), "streams": null, "encrypted": null,
+            "predicted": Predicted::default(), "source_stall_ms": 0.0,
+        })
     }
 }
 

@@ -11,6 +11,11 @@ pub(crate) fn headline(report: &Report, dry_run: bool) -> String {
     let Report { workload, from, to, .. } = report;
     let reason =
         with_reasons(report.reason.as_deref().unwrap_or("no reason was given"), &report.refusals);
+    // The session says where it runs as a rule; a refusal of the agent's own may not.
+    let runs_on = match reason.contains("runs on at") {
+        true => String::new(),
+        false => format!("\n{workload} runs on at {from}."),
+    };
     match report.outcome {
         Outcome::Completed if dry_run => {
             format!("{workload} can move from {from} to {to}; nothing was touched")
@@ -22,14 +27,12 @@ pub(crate) fn headline(report: &Report, dry_run: bool) -> String {
             let total = units::milliseconds(report.total_ms);
             format!("{workload} moved from {from} to {to} in {total}{stop}")
         }
-        Outcome::Refused => format!(
-            "{workload} was not moved to {to}: {reason}\nIt runs on at {from}; nothing was touched."
-        ),
-        Outcome::Failed => {
-            format!("{workload} did not move to {to}: {reason}\nIt runs on at {from}.")
+        Outcome::Refused | Outcome::Failed => {
+            format!("{workload} did not move to {to}: {reason}{runs_on}")
         }
         Outcome::Cancelled => {
-            format!("The move of {workload} to {to} was cancelled: {reason}\nIt runs on at {from}.")
+            let reason = reason.strip_prefix("Cancelled. ").unwrap_or(&reason);
+            format!("The move of {workload} to {to} was cancelled: {reason}{runs_on}")
         }
         Outcome::Unresolved => format!(
             "Nobody knows whether {workload} runs at {to}: {reason}\n\
@@ -231,10 +234,10 @@ web moved from alpha to beta in 1.42 s, stopped for 12.3 ms
             ..report()
         };
         let expected = "\
-web was not moved to beta: beta refuses it
+web did not move to beta: beta refuses it
   - Not enough memory: 1 GiB needed, 200 MiB free
   - There is no bridge br0
-It runs on at alpha; nothing was touched.";
+web runs on at alpha.";
         assert_eq!(text(&refused, false), expected);
     }
 
@@ -263,9 +266,22 @@ It runs on at alpha; nothing was touched.";
                 ..report()
             };
             let text = text(&ended, false);
-            assert!(text.contains("connection cut\nIt runs on at alpha."), "{text}");
+            assert!(text.contains("connection cut\nweb runs on at alpha."), "{text}");
             assert!(!text.contains("downtime "), "{text}");
         }
+    }
+
+    #[test]
+    fn what_the_reason_says_is_not_said_twice() {
+        let cancelled = Report {
+            outcome: Outcome::Cancelled,
+            reason: Some("Cancelled. web was not touched and runs on at alpha".into()),
+            ..report()
+        };
+        assert_eq!(
+            headline(&cancelled, false),
+            "The move of web to beta was cancelled: web was not touched and runs on at alpha"
+        );
     }
 
     #[test]
