@@ -355,8 +355,10 @@ mod tests {
         let start = (buffer.as_ptr() as u64).next_multiple_of(4096);
         let end = start + (buffer.len() as u64 / 4096 - 1) * 4096;
         let middle = start + 64 * 4096;
-        let hidden =
-            HiddenRanges::from([(std::process::id() as i32, Vec::from_iter([start..middle]))]);
+        let hidden = HiddenRanges::from([(
+            std::process::id() as i32,
+            std::iter::once(start..middle).collect(),
+        )]);
         let scanned = std::thread::spawn(move || {
             let supervisor = match Supervisor::install(hidden) {
                 Ok(supervisor) => supervisor,

@@ -281,7 +281,8 @@ VmFlags: rd wr mr mw me ac
 7f0000000000-7f0000021000 rw-p 00000000 00:00 0 
 VmFlags: rd wr mr mw me lo ac 
 ";
-        assert_eq!(parse_mappings(smaps), Some(Vec::from_iter([0xe03000..0xe24000])));
+        let left = std::iter::once(0xe03000..0xe24000).collect();
+        assert_eq!(parse_mappings(smaps), Some(left));
     }
 
     #[test]
