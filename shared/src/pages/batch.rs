@@ -355,6 +355,32 @@ mod tests {
         assert_eq!(BatchHeader::decode(&golden), Ok(barrier));
     }
 
+    /// As the document prints bytes.
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn the_document_says_the_same() {
+        let document = include_str!("../../PROTOCOL.md");
+        let example = BatchHeader { round: 1, space: SpaceId(7), ..HEADER };
+        let (kind, space) = (BatchKind::Barrier, SpaceId(0));
+        let barrier = BatchHeader { kind, entries: 0, round: 1, space, pages: 9, payload: 0 };
+        let lines = [hex(&example.encode()), hex(&GOLDEN_TABLE[..16]), hex(&GOLDEN_TABLE[16..])];
+        for line in lines.iter().chain([&hex(&barrier.encode())]) {
+            assert!(document.contains(line), "PROTOCOL.md lacks {line}");
+        }
+        for (field, words) in [
+            (u64::from(MAX_ENTRIES), "entries: 1 to 1024"),
+            (u64::from(MAX_PAYLOAD), "at most 4,194,304; 0 in other kinds"),
+            (u64::from(MAX_RUN), "at most 64 if there is a payload"),
+            (PAGE_SIZE as u64, "A page is 4096 bytes"),
+        ] {
+            assert!(document.contains(words), "PROTOCOL.md lacks {words}");
+            assert!(words.replace(',', "").contains(&field.to_string()), "{field} is not {words}");
+        }
+    }
+
     #[test]
     fn each_lie_in_a_header_is_named() {
         let with = |change: fn(&mut BatchHeader)| {

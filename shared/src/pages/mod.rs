@@ -8,7 +8,9 @@ pub mod batch;
 mod choose;
 mod encode;
 pub mod receive;
+mod receiver;
 pub mod send;
+mod sender;
 pub mod set;
 #[cfg(test)]
 mod tests;

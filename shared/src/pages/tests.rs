@@ -356,17 +356,29 @@ fn batches_that_lie_are_refused() {
 }
 
 #[test]
-fn pages_before_any_space_are_refused() {
+fn a_stream_ahead_of_the_destination_waits_until_the_round_is_let_in() {
     let (mut ours, theirs) = ends(false, 1);
+    let notes = Arc::new(Notes::default());
     let pool = ReceivePool::new(1);
     theirs.into_iter().for_each(|stream| pool.add_stream(stream).expect("room"));
-    ours[0].write_all(&zero_batch(1, 1)).expect("written");
-    match pool.wait_round(1, LIMIT) {
-        Err(ReceiveError::Stream { source, .. }) => {
-            assert!(matches!(*source, StreamError::UnknownSpace(A)));
-        }
-        other => panic!("{other:?}"),
-    }
+    let early = [zero_batch(1, 1), mark(BatchKind::Barrier, 1, 1), zero_batch(2, 7)].concat();
+    ours[0].write_all(&[early, mark(BatchKind::Barrier, 2, 1)].concat()).expect("written");
+    let little = Duration::from_millis(100);
+    assert!(matches!(pool.wait_round(1, little), Err(ReceiveError::Deadline { .. })));
+    assert!(notes.0.lock().expect("notes").is_empty());
+    let spaces = Memory::new(&[(A, 10)]).infos();
+    pool.open_round(1, &spaces, notes.clone());
+    pool.wait_round(1, LIMIT).expect("received");
+    assert!(matches!(pool.wait_round(2, little), Err(ReceiveError::Deadline { .. })));
+    assert_eq!(*notes.0.lock().expect("notes"), [1]);
+    pool.open_round(2, &spaces, notes.clone());
+    pool.wait_round(2, LIMIT).expect("received");
+    assert_eq!(*notes.0.lock().expect("notes"), [1, 7]);
+    // A pool that is given up does not leave a stream waiting.
+    ours[0].write_all(&zero_batch(3, 1)).expect("written");
+    let start = Instant::now();
+    drop(pool);
+    assert!(start.elapsed() < Duration::from_secs(1));
 }
 
 #[test]

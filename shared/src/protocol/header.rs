@@ -245,6 +245,17 @@ mod tests {
     }
 
     #[test]
+    fn the_document_says_the_same() {
+        let document = include_str!("../../PROTOCOL.md");
+        let versions = Versions { min: 1, max: 3 };
+        let answer = Answer { versions, role: 2, verdict: Ok(2) }.encode();
+        for bytes in [GOLDEN_HELLO, answer] {
+            let line = bytes.map(|byte| format!("{byte:02x}")).join(" ");
+            assert!(document.contains(&line), "PROTOCOL.md lacks {line}");
+        }
+    }
+
+    #[test]
     fn lies_are_named() {
         let mut bytes = GOLDEN_HELLO;
         bytes[0] = b'D';

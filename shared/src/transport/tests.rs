@@ -339,7 +339,8 @@ async fn oversized_and_senseless_messages_are_refused() {
     assert!(matches!(refused, TransportError::TooLong { .. }));
     client.send(&Refusal::default()).await.expect("nothing was sent of the long one");
 
-    let frames: [(Vec<u8>, fn(&TransportError) -> bool); 2] = [
+    type Is = fn(&TransportError) -> bool;
+    let frames: [(Vec<u8>, Is); 2] = [
         (vec![0xff; 4], |e| matches!(e, TransportError::TooLong { .. })),
         (vec![2, 0, 0, 0, 0xff, 0xff], |e| matches!(e, TransportError::Message { .. })),
     ];
@@ -397,13 +398,53 @@ async fn a_stream_must_prove_that_it_belongs_to_the_session() {
     }
 }
 
+#[tokio::test]
+async fn leaving_tls_tolerates_no_byte_too_many() {
+    let authority = Authority::new();
+    let secret = Secret::random().expect("randomness");
+    let alpha = dialer(authority.identity("alpha"));
+    let beta = acceptor(authority.identity("beta"));
+    let mut join = vec![1; 16];
+    join.extend_from_slice(secret.as_bytes());
+    join.extend_from_slice(&[0, 0, 0, 0, 2]);
+    join.resize(join::JOIN_LEN, 0);
+    // In the join's own TLS record, in one after it, or bare bytes that are not the right ones.
+    for case in 0..3 {
+        let (client, server) = meet(&alpha, &beta, "beta", Role::Page).await;
+        let (mut client, server) = (client.expect("client"), server.expect("server"));
+        let early = async {
+            let stream = &mut client.stream;
+            let mut first = join.clone();
+            first.resize(join::JOIN_LEN + usize::from(case == 0), 0);
+            stream.write_all(&first).await.expect("join");
+            stream.flush().await.expect("flushed");
+            if case == 1 {
+                stream.write_all(&[0; 32]).await.expect("too early");
+                stream.flush().await.expect("flushed");
+            }
+            if case == 2 {
+                stream.read_exact(&mut [0; join::JOIN_ANSWER_LEN]).await.expect("an answer");
+                stream.get_mut().0.write_all(&[0; 16]).await.expect("bare bytes");
+            }
+            let _ = stream.read(&mut [0; 64]).await;
+        };
+        let admit = async {
+            let joining = server.joining().await.expect("a join");
+            let peer = joining.peer().clone();
+            joining.admit(&secret, &peer, false).await.expect_err("bytes too many")
+        };
+        let (refused, ()) = tokio::join!(admit, early);
+        assert!(matches!(refused, TransportError::JoinBroken { .. }), "case {case}: {refused:?}");
+    }
+}
+
 #[test]
 fn streams_carry_bytes_both_ways_with_and_without_tls() {
     for encrypted in [true, false] {
         for (mut client, mut server) in stream_pairs(Role::Page, encrypted, 2) {
             assert_eq!(client.is_encrypted(), encrypted);
             assert_eq!(client.index(), server.index());
-            let data: Vec<u8> = (0..3_000_001u32).map(|i| (i * 7 >> 3) as u8).collect();
+            let data: Vec<u8> = (0..3_000_001u32).map(|i| ((i * 7) >> 3) as u8).collect();
             let sent = data.clone();
             let writer = std::thread::spawn(move || {
                 let (left, right) = sent.split_at(1_234_567);
