@@ -1,0 +1,183 @@
+//! Questions about places on this host's disks, asked before anything is touched: how much a tree
+//! holds, how much room there is, whether a tree can stand somewhere, and whether two hosts mean the
+//! very same place.
+
+use std::fs::{self as std_fs, OpenOptions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{self, StatVfsMountFlags};
+use sha2::{Digest, Sha256};
+
+use super::beneath::Root;
+use super::error::Result;
+use super::scan::guard_device;
+use crate::workload::{FileRole, FileTree, is_plain_absolute};
+
+/// Begins every probe's name.
+const PREFIX: &str = ".decamp-probe-";
+/// Random hexadecimal digits in a probe's name.
+const RANDOM: usize = 32;
+/// Hexadecimal digits of the tree's own name, hashed, in a probe's name.
+const NAME: usize = 16;
+
+/// Bytes of content in the tree at `path`: the sizes of its files, each counted once however many
+/// names it has.
+///
+/// # Errors
+/// When the tree cannot be read, or holds what cannot travel.
+pub fn tree_bytes(path: &Path) -> Result<u64> {
+    let mut total = 0;
+    let mut counted = std::collections::HashSet::new();
+    Root::open(path)?.walk(|visit| {
+        guard_device(visit)?;
+        let file = fs::FileType::from_raw_mode(visit.stat.st_mode) == fs::FileType::RegularFile;
+        let identity = (visit.stat.st_dev, visit.stat.st_ino);
+        if file && (visit.stat.st_nlink == 1 || counted.insert(identity)) {
+            total += visit.stat.st_size as u64;
+        }
+        Ok(())
+    })?;
+    Ok(total)
+}
+
+/// Bytes that can still be written at `path`, or where it would be made.
+///
+/// # Errors
+/// When the file system cannot be asked.
+pub fn free_bytes(path: &Path) -> io::Result<u64> {
+    let stat = fs::statvfs(nearest(path))?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Why `tree` cannot land at `path` on this host; `None` when it can. `keep_equal`: what stands
+/// there is an earlier copy of it. A single file that stands there already is no reason, because
+/// its content may be the same.
+pub fn check_place(tree: &FileTree, path: &Path, keep_equal: bool) -> Option<String> {
+    if !is_plain_absolute(path) || path.file_name().is_none() {
+        return Some(format!("{} is not a plain absolute path", path.display()));
+    }
+    let wants_file = matches!(tree.role(), FileRole::Kernel | FileRole::Initrd);
+    let there = std_fs::symlink_metadata(path).ok();
+    let Some(there) = there else {
+        return check_around(path);
+    };
+    if wants_file {
+        let file = std_fs::metadata(path).is_ok_and(|meta| meta.is_file());
+        return (!file).then(|| format!("{} exists and is not a file", path.display()));
+    }
+    if !there.is_dir() {
+        return Some(format!("{} exists and is not a directory", path.display()));
+    }
+    if !keep_equal {
+        match std_fs::read_dir(path).map(|mut entries| entries.next().is_some()) {
+            Ok(false) => {}
+            Ok(true) => {
+                return Some(format!(
+                    "{} exists, is not empty, and is no earlier copy of this workload's files",
+                    path.display()
+                ));
+            }
+            Err(error) => return Some(format!("{} cannot be read: {error}", path.display())),
+        }
+    }
+    check_writable(path)
+}
+
+fn check_around(path: &Path) -> Option<String> {
+    let around = nearest(path);
+    if !std_fs::metadata(around).is_ok_and(|meta| meta.is_dir()) {
+        return Some(format!(
+            "{} cannot be made: {} is not a directory",
+            path.display(),
+            around.display()
+        ));
+    }
+    check_writable(around)
+}
+
+fn check_writable(path: &Path) -> Option<String> {
+    match fs::statvfs(path) {
+        Ok(stat) if stat.f_flag.contains(StatVfsMountFlags::RDONLY) => {
+            Some(format!("{} is on a read-only file system", path.display()))
+        }
+        Ok(_) => None,
+        Err(error) => {
+            Some(format!("The file system of {} does not answer: {error}", path.display()))
+        }
+    }
+}
+
+/// `path` or the nearest directory around it that exists.
+fn nearest(path: &Path) -> &Path {
+    path.ancestors().find(|ancestor| ancestor.symlink_metadata().is_ok()).unwrap_or(Path::new("/"))
+}
+
+/// An empty hidden file beside a tree, for as long as this lives: the other host looks for it to
+/// find out whether both mean the very same place.
+#[derive(Debug)]
+pub struct Probe {
+    path: PathBuf,
+    name: String,
+}
+
+impl Probe {
+    /// Leaves a probe beside the tree at `path`.
+    ///
+    /// # Errors
+    /// When nothing can be written there: then go without.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let path = path.canonicalize()?;
+        let (Some(parent), Some(mark)) = (path.parent(), mark(&path)) else {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "It has no directory around it",
+            ));
+        };
+        let name = format!("{PREFIX}{:032x}-{mark}", rand::random::<u128>());
+        let path = parent.join(&name);
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+        Ok(Self { path, name })
+    }
+
+    /// What the other host must look for.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        if let Err(error) = std_fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "Cannot remove a probe");
+        }
+    }
+}
+
+/// Whether the tree at `tree_path` on this host is the very one that a peer left a probe beside.
+/// False for a name that is no probe's.
+pub fn is_same_place(tree_path: &Path, probe_name: &str) -> bool {
+    // The probe stands beside what the path leads to, on either side.
+    let real = tree_path.canonicalize();
+    let path = real.as_deref().unwrap_or(tree_path);
+    let Some(rest) = probe_name.strip_prefix(PREFIX) else { return false };
+    let Some((random, name)) = rest.split_once('-') else { return false };
+    let hex = |text: &str, digits| {
+        text.len() == digits && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    if !hex(random, RANDOM) || !hex(name, NAME) || mark(path).as_deref() != Some(name) {
+        return false;
+    }
+    let probe = path.parent().map(|parent| parent.join(probe_name));
+    probe
+        .and_then(|probe| probe.symlink_metadata().ok())
+        .is_some_and(|meta| meta.is_file() && meta.size() == 0)
+}
+
+/// Tells trees in one directory apart without saying their names.
+fn mark(path: &Path) -> Option<String> {
+    let sum = Sha256::digest(path.file_name()?.as_bytes());
+    Some(sum.iter().take(NAME / 2).map(|byte| format!("{byte:02x}")).collect())
+}

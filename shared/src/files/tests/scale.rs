@@ -1,0 +1,45 @@
+//! How long the tail's scan takes; run by hand: `cargo test -p decamp-shared tail_scan -- --ignored --nocapture`.
+
+use std::time::Instant;
+
+use super::trees::Room;
+use super::*;
+
+#[test]
+#[ignore = "a measurement"]
+fn tail_scan_of_unchanged_files() {
+    for files in [5_000_u64, 20_000] {
+        let room = Room::new();
+        for number in 0..files {
+            let path = format!("source/usr/lib/dir{}/file{number}", number % (files / 20));
+            room.write(&path, &noise(number, 300 + number as usize % 3000));
+        }
+        settle();
+        let tree = bundle(&room.path("source"));
+        let landing = Landing::new();
+        stream(vec![incoming(&tree, &room.path("destination"), false)], &landing, |sender| {
+            let begun = Instant::now();
+            sender.send(&tree)?;
+            println!("{files} files: first pass {:?}", begun.elapsed());
+            for _ in 0..3 {
+                let begun = Instant::now();
+                sender.send_changes(&tree)?;
+                println!("{files} files: unchanged tail {:?}", begun.elapsed());
+            }
+            room.write("source/usr/lib/dir1/log", b"one line more");
+            let begun = Instant::now();
+            sender.send_changes(&tree)?;
+            println!("{files} files: tail with one new file {:?}", begun.elapsed());
+            Ok(())
+        })
+        .well();
+        landing.keep();
+        let back = bundle(&room.path("destination"));
+        let begun = Instant::now();
+        stream(vec![incoming(&back, &room.path("source"), true)], &Landing::new(), |sender| {
+            sender.send(&back)
+        })
+        .well();
+        println!("{files} files: way back, nothing changed {:?}", begun.elapsed());
+    }
+}
