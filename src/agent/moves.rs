@@ -199,7 +199,7 @@ impl Agent {
         if known.state != State::Running {
             return Err(Answer::Conflict(not_in_state(&known, "moved", "running")));
         }
-        let claim = self.claim(name, DOING)?;
+        let claim = self.claim(name, DOING).await?;
         let workload = self.find(name)?;
         if workload.state != State::Running {
             return Err(Answer::Conflict(not_in_state(&workload, "moved", "running")));

@@ -20,6 +20,8 @@ use super::registry::Workload;
 use super::workloads::blocking;
 use crate::messages::State;
 
+/// What a claim says while an end is noted.
+pub(crate) const NOTING: &str = "ending";
 /// How often keepers are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A keeper that wrote how its workload ended is gone soon after.
@@ -126,7 +128,13 @@ pub(crate) async fn watch(agent: Arc<Agent>) {
         let workloads = agent.registry.list().unwrap_or_default();
         for workload in workloads.into_iter().filter(|one| one.state == State::Running) {
             let name = workload.name.clone();
-            let Ok(_claim) = agent.claims.take(&name, "being looked at") else { continue };
+            let place = agent.place(&workload);
+            // Claimed only when there is something to note, so as not to be in anybody's way.
+            let lives = blocking(move || exit_record(&place).is_none() && is_kept(&place)).await;
+            if lives.unwrap_or(true) {
+                continue;
+            }
+            let Ok(_claim) = agent.claims.take(&name, NOTING) else { continue };
             // It may have changed hands since the list was made.
             let same = agent.registry.get(&name).ok().flatten().as_ref() == Some(&workload);
             if same && let Err(answer) = settle_if_ended(&agent, workload).await {

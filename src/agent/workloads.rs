@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use decamp_shared::keeper::{ExitRecord, KeeperClient};
 use decamp_shared::workload::{Backend, Kind, Place};
@@ -16,12 +16,15 @@ use super::answer::{Answer, Result, chain};
 use super::claims::Claim;
 use super::leftovers;
 use super::registry::Workload;
+use super::supervise::NOTING;
 use crate::messages::{
     LeftFile, RemoveAnswer, RunRequest, State, WorkloadDetail, WorkloadView, is_workload_name,
 };
 
 /// A keeper that does not answer `inspect` within this is not waited for.
 const FACTS_WITHIN: Duration = Duration::from_secs(3);
+/// How long it may take to note that a workload ended.
+const ENDED_WITHIN: Duration = Duration::from_secs(10);
 
 impl Agent {
     /// The workloads of this host; those that moved away only with `all`.
@@ -49,7 +52,7 @@ impl Agent {
         if !is_workload_name(&name) {
             return Err(Answer::Request(format!("{name:?} cannot be the name of a workload")));
         }
-        let _claim = self.claim(&name, "being started")?;
+        let _claim = self.claim(&name, "being started").await?;
         if let Some(taken) = self.registry.get(&name)? {
             return Err(Answer::Conflict(taken_by(&taken)));
         }
@@ -72,7 +75,7 @@ impl Agent {
 
     /// Runs a stopped workload again and returns when it runs.
     pub(crate) async fn start(&self, name: &str) -> Result<WorkloadView> {
-        let _claim = self.claim(name, "being started")?;
+        let _claim = self.claim(name, "being started").await?;
         let workload = self.find(name)?;
         if workload.state != State::Stopped {
             return Err(Answer::Conflict(not_in_state(&workload, "started", "stopped")));
@@ -93,7 +96,7 @@ impl Agent {
 
     /// Ends a running workload and returns when it is gone.
     pub(crate) async fn stop(&self, name: &str) -> Result<WorkloadView> {
-        let _claim = self.claim(name, "being stopped")?;
+        let _claim = self.claim(name, "being stopped").await?;
         let workload = self.find(name)?;
         if workload.state != State::Running {
             return Err(Answer::Conflict(not_in_state(&workload, "stopped", "running")));
@@ -119,7 +122,7 @@ impl Agent {
     /// Forgets a workload that does not run here. The files that one which moved away left are
     /// removed unless `keep_files`.
     pub(crate) async fn remove(&self, name: &str, keep_files: bool) -> Result<RemoveAnswer> {
-        let _claim = self.claim(name, "being removed")?;
+        let _claim = self.claim(name, "being removed").await?;
         let workload = self.find(name)?;
         let answer = match workload.state {
             State::Stopped => stays(&workload, "files of a stopped workload are never removed"),
@@ -157,15 +160,23 @@ impl Agent {
         self.state_dir.place(&workload.name, &workload.uuid)
     }
 
-    /// The right to do something to a workload.
-    pub(crate) fn claim(&self, name: &str, doing: &'static str) -> Result<Claim> {
-        self.claims.take(name, doing).map_err(|already| {
-            let hint = match already {
-                super::moves::DOING => format!("; `decamp cancel {name}` calls the move off"),
-                _ => String::new(),
+    /// The right to do something to a workload. One that is just ending is waited for.
+    pub(crate) async fn claim(&self, name: &str, doing: &'static str) -> Result<Claim> {
+        let deadline = Instant::now() + ENDED_WITHIN;
+        loop {
+            let already = match self.claims.take(name, doing) {
+                Ok(claim) => return Ok(claim),
+                Err(already) => already,
             };
-            Answer::Conflict(format!("{name} is {already} right now{hint}"))
-        })
+            if already != NOTING || Instant::now() >= deadline {
+                let hint = match already {
+                    super::moves::DOING => format!("; `decamp cancel {name}` calls the move off"),
+                    _ => String::new(),
+                };
+                return Err(Answer::Conflict(format!("{name} is {already} right now{hint}")));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     async fn check(&self, backend: &Arc<dyn Backend>, name: &str, spec: &Value) -> Result<()> {

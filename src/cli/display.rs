@@ -14,6 +14,12 @@ const PAGE: f64 = 4096.0;
 /// Plain lines tell of pages at most so often.
 const PLAIN_EVERY: Duration = Duration::from_secs(1);
 
+/// While there is nothing to count.
+const WAITING: &str = "  {spinner} {prefix:10} {elapsed:>9}  {wide_msg}";
+/// While there is; the figures have a line of their own.
+const FILLING: &str =
+    "  {spinner} {prefix:10} {elapsed:>9}  [{bar:36}] {percent:>3} %\n      {wide_msg}";
+
 /// Where progress is shown.
 pub(crate) enum Display {
     /// Nowhere.
@@ -132,7 +138,6 @@ impl Live {
     fn new() -> Self {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stdout_with_hz(20));
         bar.set_style(waiting_style());
-        bar.enable_steady_tick(Duration::from_millis(100));
         Self { bar, phase: None, round: None }
     }
 
@@ -140,6 +145,8 @@ impl Live {
         match event {
             Progress::Started { migration, workload, to } => {
                 self.bar.println(format!("Moving {workload} to {to} (migration {migration})"));
+                // Not before: what is refused at once leaves no trace of a display.
+                self.bar.enable_steady_tick(Duration::from_millis(100));
             }
             Progress::Phase { phase } => {
                 self.end_round();
@@ -174,7 +181,8 @@ impl Live {
         self.bar.set_message(text);
     }
 
-    fn enter_round(&mut self, round: u32, pages: u64, wire_now: u64) {
+    /// The round of that number; what it had to send is what was told of it first.
+    fn enter_round(&mut self, round: u32, pages: u64, wire_now: u64) -> &RoundShown {
         if self.round.as_ref().is_some_and(|shown| shown.round != round) {
             self.end_round();
         }
@@ -185,13 +193,13 @@ impl Live {
             wire_before: wire_now,
             wire_now,
         });
-        shown.pages = pages;
         shown.wire_now = wire_now;
+        shown
     }
 
     /// A round that is over leaves a line behind.
     fn end_round(&mut self) {
-        let Some(shown) = self.round.take() else { return };
+        let Some(shown) = self.round.take().filter(|shown| shown.pages > 0) else { return };
         self.bar.println(format!(
             "    round {:<3} {:>12} pages   {:>10}   {}",
             shown.round,
@@ -211,11 +219,11 @@ impl Live {
 }
 
 fn waiting_style() -> ProgressStyle {
-    styled("  {spinner} {prefix:10} {elapsed:>9}  {wide_msg}")
+    styled(WAITING)
 }
 
 fn filling_style() -> ProgressStyle {
-    styled("  {spinner} {prefix:10} {elapsed:>9}  [{bar:24}] {percent:>3} %  {wide_msg}")
+    styled(FILLING)
 }
 
 fn styled(template: &str) -> ProgressStyle {
@@ -303,10 +311,7 @@ mod tests {
 
     #[test]
     fn templates_parse() {
-        for template in [
-            "  {spinner} {prefix:10} {elapsed:>9}  {wide_msg}",
-            "  {spinner} {prefix:10} {elapsed:>9}  [{bar:24}] {percent:>3} %  {wide_msg}",
-        ] {
+        for template in [WAITING, FILLING] {
             ProgressStyle::with_template(template).expect("a template");
         }
     }
