@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::io::Write;
 use std::net::Ipv4Addr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
 use std::time::Duration;
 
 use crate::spec::Mac;
+use crate::sys;
 
 /// Waits between rounds, as QEMU has them: the first after 50 ms, then 100 ms more each.
 const WAITS_MS: [u64; 5] = [50, 150, 250, 350, 450];
@@ -15,13 +16,30 @@ const WAITS_MS: [u64; 5] = [50, 150, 250, 350, 450];
 /// Announces one address from one interface.
 pub(crate) struct Announcer {
     socket: OwnedFd,
+    interface: &'static str,
+    mac: Mac,
     frames: [Vec<u8>; 2],
 }
 
 impl Announcer {
-    /// Frames go out through `socket`, a packet socket bound to the interface.
-    pub(crate) fn new(socket: OwnedFd, mac: Mac, address: Ipv4Addr) -> Self {
-        Self { socket, frames: [frame(mac, address, 1), frame(mac, address, 2)] }
+    /// Frames go out through `socket`, a packet socket bound to `interface`.
+    pub(crate) fn new(
+        socket: OwnedFd,
+        interface: &'static str,
+        mac: Mac,
+        address: Ipv4Addr,
+    ) -> Self {
+        Self { socket, interface, mac, frames: [frame(mac, address, 1), frame(mac, address, 2)] }
+    }
+
+    /// Forgets the neighbours that were asked for while nothing could pass: restored connections
+    /// speak at once, and the kernel would ask again only a second after a question that was lost.
+    pub(crate) fn forget_neighbours(&self) {
+        if let Err(error) =
+            sys::set_hardware_address(self.socket.as_fd(), self.interface, self.mac.0)
+        {
+            tracing::warn!(%error, "Cannot forget the neighbours; first answers may take a second");
+        }
     }
 
     /// Sends the first round now and the others from a thread of their own.

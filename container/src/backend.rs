@@ -12,10 +12,10 @@ use decamp_shared::workload::{
 };
 use serde_json::Value;
 
+use crate::begin::write_config;
 use crate::cgroup::Cgroups;
 use crate::error::ContainerError;
 use crate::facts::{Facts, Needs};
-use crate::kept::write_config;
 use crate::network::delete_link;
 use crate::preflight;
 use crate::reader::ProcessReader;

@@ -6,18 +6,18 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use decamp_shared::keeper::{Beginning, ExitSignal, KeeperConfig, Kept};
+use decamp_shared::keeper::{ExitSignal, KeeperConfig, Kept};
 use decamp_shared::pages::{PageSet, SpaceId};
 use decamp_shared::workload::{
-    Liveness, Place, Result as WorkloadResult, Section, SpaceInfo, WorkloadError,
+    Liveness, Result as WorkloadResult, Section, SpaceInfo, WorkloadError,
 };
 use serde_json::Value;
 
 use crate::bundle::Bundle;
-use crate::cgroup::{Cgroups, cgroups_path};
+use crate::cgroup::Cgroups;
 use crate::dump::{self, ContainerState, Dump, Dumping, ms};
 use crate::error::{ContainerError, Result};
 use crate::facts::Facts;
@@ -27,43 +27,48 @@ use crate::init::Init;
 use crate::memory::{self, HiddenProcess, Process};
 use crate::mounts::{self, ExternalMount};
 use crate::network::Network;
-use crate::restore::{Restore, Shell, oci_directory};
-use crate::runtime::{self, Runtime};
-use crate::spec::{ContainerSpec, runtime_id, veth_name};
+use crate::restore::{Restore, oci_directory};
+use crate::runtime::Runtime;
+use crate::spec::{ContainerSpec, runtime_id};
 use crate::store::Store;
 use crate::streams::Streams;
 use crate::swrk::Swrk;
 use crate::tree;
 
+/// How long the interface stays on the network after the tasks were frozen. What peers send at that
+/// moment is acknowledged by the kernel and moves in the sockets' queues; were it lost, they would
+/// send it again only after 200 ms, or 600. Longer than a round trip in a data centre; the pages that
+/// exist are looked for meanwhile.
+const LINGER: Duration = Duration::from_millis(4);
 /// A killed tree is gone within this.
 const DEAD_WITHIN: Duration = Duration::from_secs(10);
 
 /// A container and all that it has on this host. When it is dropped, nothing of it is left.
 pub struct Container {
-    config: KeeperConfig,
-    exit: ExitSignal,
-    spec: ContainerSpec,
-    bundle: Bundle,
-    runtime: Runtime,
-    network: Network,
-    streams: Streams,
-    store: Store,
-    cgroups: Cgroups,
+    pub(crate) config: KeeperConfig,
+    pub(crate) exit: ExitSignal,
+    pub(crate) spec: ContainerSpec,
+    pub(crate) bundle: Bundle,
+    pub(crate) runtime: Runtime,
+    pub(crate) network: Network,
+    pub(crate) streams: Streams,
+    pub(crate) store: Store,
+    pub(crate) cgroups: Cgroups,
     /// The runtime's state of the stand-in, until the real container has taken its place.
-    stand_in: Option<Value>,
+    pub(crate) stand_in: Option<Value>,
     /// A CRIU that waits in the container's cgroups to restore it.
-    criu: Option<Swrk>,
+    pub(crate) criu: Option<Swrk>,
     /// Nothing before a restore.
-    init: Option<Init>,
+    pub(crate) init: Option<Init>,
     /// Why memory cannot be hidden from CRIU here, when it cannot.
-    unhidden: Option<String>,
-    paused: Option<Pause>,
-    over: bool,
+    pub(crate) unhidden: Option<String>,
+    pub(crate) paused: Option<Pause>,
+    pub(crate) over: bool,
 }
 
 /// What is known of a tree while it stands still.
 #[derive(Default)]
-struct Pause {
+pub(crate) struct Pause {
     hidden: Option<Vec<HiddenProcess>>,
     harvested: bool,
     mounts: Vec<ExternalMount>,
@@ -71,112 +76,6 @@ struct Pause {
 }
 
 impl Container {
-    /// Starts the container of `config`, or builds its empty shell, as `config` says.
-    ///
-    /// # Errors
-    /// When any part cannot be made; what was made until then is taken away again.
-    pub fn begin(config: &KeeperConfig, exit: &ExitSignal) -> Result<Self> {
-        match config.beginning {
-            Beginning::Run => Self::run(config, exit),
-            Beginning::Incoming => Self::incoming(config, exit),
-        }
-    }
-
-    fn run(config: &KeeperConfig, exit: &ExitSignal) -> Result<Self> {
-        let spec = ContainerSpec::from_json(&config.spec)?;
-        let place = &config.place;
-        let bundle = Bundle::read(&spec.bundle)?;
-        let runtime = fresh_runtime(config)?;
-        let directory = oci_directory(place);
-        write_config(&directory, "original.json", &bundle.config_text())?;
-        let network = Network::make(interface(&spec, place), &veth_name(place), true)?;
-        let cgroups_path = cgroups_path(place)?;
-        let patched = bundle.for_runtime(&network.path(), &cgroups_path).to_string();
-        write_config(&directory, "config.json", patched.as_bytes())?;
-        let streams = Streams::open(&place.log())?;
-        let store = Store::mount(&place.dir.join("store"))?;
-        let begun = Instant::now();
-        let started = runtime.run(&directory, streams.write_end()?);
-        let mut undo = Undo { place, runtime: Some(&runtime) };
-        let init = Init::watch(started?, exit)?;
-        let cgroups = runtime::cgroups(&runtime.state()?)?;
-        undo.runtime = None;
-        tracing::debug!(ms = ms(begun), pid = init.pid(), "The runtime started the container");
-        Ok(Self::of(config, exit, spec, bundle, runtime.clone(), network, streams, store, cgroups)
-            .with_init(init))
-    }
-
-    fn incoming(config: &KeeperConfig, exit: &ExitSignal) -> Result<Self> {
-        let spec = ContainerSpec::from_json(&config.spec)?;
-        let place = &config.place;
-        let path = oci_directory(place).join("original.json");
-        let text =
-            fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
-        let bundle = Bundle::parse(&spec.bundle, &text)?;
-        let runtime = fresh_runtime(config)?;
-        let network = Network::make(interface(&spec, place), &veth_name(place), false)?;
-        let streams = Streams::open(&place.log())?;
-        let store = Store::mount(&place.dir.join("store"))?;
-        let cgroups_path = cgroups_path(place)?;
-        let mut undo = Undo { place, runtime: Some(&runtime) };
-        let shell = Shell::make(&runtime, &bundle, &network, &cgroups_path, &streams, &store)?;
-        undo.runtime = None;
-        let mut container = Self::of(
-            config,
-            exit,
-            spec,
-            bundle,
-            runtime.clone(),
-            network,
-            streams,
-            store,
-            shell.cgroups,
-        );
-        container.stand_in = Some(shell.state);
-        container.criu = Some(container.restoring().begin()?);
-        Ok(container)
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn of(
-        config: &KeeperConfig,
-        exit: &ExitSignal,
-        spec: ContainerSpec,
-        bundle: Bundle,
-        runtime: Runtime,
-        network: Network,
-        streams: Streams,
-        store: Store,
-        cgroups: Cgroups,
-    ) -> Self {
-        let unhidden = hiding::probe().err();
-        if let Some(reason) = &unhidden {
-            tracing::warn!(reason, "CRIU will dump all memory by itself");
-        }
-        Self {
-            config: config.clone(),
-            exit: exit.clone(),
-            spec,
-            bundle,
-            runtime,
-            network,
-            streams,
-            store,
-            cgroups,
-            stand_in: None,
-            criu: None,
-            init: None,
-            unhidden,
-            paused: None,
-            over: false,
-        }
-    }
-
-    fn with_init(mut self, init: Init) -> Self {
-        self.init = Some(init);
-        self
-    }
-
     fn init(&self) -> Result<&Init> {
         self.init
             .as_ref()
@@ -204,16 +103,19 @@ impl Container {
     }
 
     fn freeze(&mut self) -> Result<()> {
-        let begun = Instant::now();
+        let frozen = Instant::now();
         self.cgroups.freeze()?;
-        tracing::debug!(ms = ms(begun), "Frozen");
-        let begun = Instant::now();
-        if let Err(error) = self.network.disconnect() {
+        tracing::debug!(ms = ms(frozen), "Frozen");
+        self.paused = Some(Pause::default());
+        let quiet = self.hidden().map(|_| ()).and_then(|()| {
+            thread::sleep(LINGER.saturating_sub(frozen.elapsed()));
+            self.network.disconnect()
+        });
+        if let Err(error) = quiet {
             self.thaw()?;
             return Err(error);
         }
-        tracing::debug!(ms = ms(begun), "Taken off the network");
-        self.paused = Some(Pause::default());
+        tracing::debug!(ms = ms(frozen), "Frozen and off the network");
         Ok(())
     }
 
@@ -293,7 +195,7 @@ impl Container {
         Ok(())
     }
 
-    fn restoring(&self) -> Restore<'_> {
+    pub(crate) fn restoring(&self) -> Restore<'_> {
         Restore {
             criu: &self.config.tools.criu,
             bundle: &self.bundle,
@@ -451,6 +353,7 @@ impl Kept for Container {
         )));
         let begun = Instant::now();
         self.network.connect()?;
+        self.network.forget_neighbours();
         if let Err(error) = self.cgroups.thaw() {
             self.network.disconnect()?;
             return Err(error.into());
@@ -491,47 +394,4 @@ impl Drop for Container {
             tracing::error!(%error, "Cannot take the container away");
         }
     }
-}
-
-/// Takes away what a runtime has made, when the next step fails before a [`Container`] exists.
-struct Undo<'a> {
-    place: &'a Place,
-    runtime: Option<&'a Runtime>,
-}
-
-impl Drop for Undo<'_> {
-    fn drop(&mut self) {
-        let Some(runtime) = self.runtime else { return };
-        let undone = Cgroups::of_place(self.place).and_then(|cgroups| cgroups.sweep());
-        if let Err(error) = undone.and_then(|()| runtime.forget()) {
-            tracing::error!(%error, "Cannot take a half made container away");
-        }
-    }
-}
-
-/// The runtime for a container that does not exist yet.
-fn fresh_runtime(config: &KeeperConfig) -> Result<Runtime> {
-    let runtime = Runtime::new(&config.tools.runc, runtime_id(&config.place)?);
-    if runtime.exists() {
-        return Err(ContainerError::State(format!(
-            "runc has a container {} already",
-            config.place.name
-        )));
-    }
-    Ok(runtime)
-}
-
-fn interface<'a>(
-    spec: &'a ContainerSpec,
-    place: &Place,
-) -> Option<(&'a crate::spec::Net, crate::spec::Mac)> {
-    spec.net.as_ref().map(|net| (net, net.mac_of(&place.uuid)))
-}
-
-/// Writes a configuration where the runtime, the next session or the next keeper looks for it.
-pub(crate) fn write_config(directory: &Path, name: &str, text: &[u8]) -> Result<()> {
-    fs::create_dir_all(directory)
-        .map_err(ContainerError::io(format!("make {}", directory.display())))?;
-    let path = directory.join(name);
-    fs::write(&path, text).map_err(ContainerError::io(format!("write {}", path.display())))
 }

@@ -10,6 +10,7 @@
 
 mod announce;
 pub mod backend;
+mod begin;
 mod bundle;
 mod cgroup;
 mod dump;

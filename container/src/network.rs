@@ -93,6 +93,13 @@ impl Network {
             .map_err(ContainerError::io(format!("let {} forward again", link.outside)))
     }
 
+    /// Forgets whom the namespace asked for in vain while it was off the network.
+    pub(crate) fn forget_neighbours(&self) {
+        if let Some(link) = &self.link {
+            link.announcer.forget_neighbours();
+        }
+    }
+
     /// Tells the network where the address is now: at once, and several times more from a thread.
     pub(crate) fn announce(&self) {
         if let Some(link) = &self.link {
@@ -126,7 +133,7 @@ impl Network {
             let index = sys::interface_index(INSIDE).map_err(ContainerError::io("find eth0"))?;
             let socket =
                 sys::packet_socket(index).map_err(ContainerError::io("open a packet socket"))?;
-            Ok(Announcer::new(socket, mac, address))
+            Ok(Announcer::new(socket, INSIDE, mac, address))
         })?;
         ip(&["link", "set", outside, "up"])?;
         let index =

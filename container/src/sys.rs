@@ -304,6 +304,33 @@ pub(crate) fn packet_socket(index: u32) -> io::Result<OwnedFd> {
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
 }
 
+/// Sets the hardware address of interface `name` in the network namespace that `socket` was made in.
+/// Setting the one that it has makes the kernel forget the neighbours behind it.
+pub(crate) fn set_hardware_address(
+    socket: BorrowedFd<'_>,
+    name: &str,
+    mac: [u8; 6],
+) -> io::Result<()> {
+    // SAFETY: all-zero is a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    // SAFETY: as above.
+    let mut address: libc::sockaddr = unsafe { zeroed() };
+    address.sa_family = libc::ARPHRD_ETHER;
+    for (to, from) in address.sa_data.iter_mut().zip(mac) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_hwaddr = address;
+    // SAFETY: the kernel reads one `ifreq`, whose name ends with a zero.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFHWADDR as _, &request) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Orphaned descendants of this process become its children.
 pub(crate) fn children_come_back_to_us() -> io::Result<()> {
     // SAFETY: takes integers only.

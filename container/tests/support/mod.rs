@@ -47,6 +47,16 @@ pub(crate) struct Moved {
     pub(crate) pages: u64,
 }
 
+impl Moved {
+    /// Milliseconds from the beginning of the pause to the end of the activation.
+    pub(crate) fn downtime(&self) -> f64 {
+        ["pause", "harvest", "copy", "save", "load", "activate"]
+            .iter()
+            .map(|step| self.times[step])
+            .sum()
+    }
+}
+
 /// Runs the cases whose names the arguments are part of; as `keeper`, is a keeper.
 pub(crate) fn main_with(cases: &[Case]) {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

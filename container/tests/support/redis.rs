@@ -2,6 +2,9 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// One connection, never opened again.
@@ -73,5 +76,41 @@ impl Redis {
         self.stream.read_exact(&mut bytes).expect("the connection lives");
         bytes.truncate(length);
         String::from_utf8(bytes).expect("text")
+    }
+}
+
+/// A client that writes and reads without a pause, and panics when a write was lost.
+pub(crate) struct Busy {
+    enough: Arc<AtomicBool>,
+    thread: JoinHandle<(u64, Duration)>,
+}
+
+impl Busy {
+    /// Connects, and begins once the first write was acknowledged.
+    pub(crate) fn begin(address: &str) -> Self {
+        let mut redis = Redis::connect(address);
+        assert_eq!(redis.ask(&["SET", "busy", "0"]), "OK");
+        let enough = Arc::new(AtomicBool::new(false));
+        let stop = enough.clone();
+        let thread = std::thread::spawn(move || {
+            let (mut writes, mut longest, mut last) = (0u64, Duration::ZERO, Instant::now());
+            while !stop.load(Ordering::Relaxed) {
+                writes += 1;
+                assert_eq!(redis.ask(&["INCR", "busy"]), writes.to_string());
+                assert_eq!(redis.ask(&["GET", "busy"]), writes.to_string());
+                longest = longest.max(last.elapsed());
+                last = Instant::now();
+            }
+            (writes, longest)
+        });
+        Self { enough, thread }
+    }
+
+    /// How many writes there were, and the longest that one took.
+    pub(crate) fn end(self) -> (u64, Duration) {
+        // So that some of them are after the move, whatever happened in it.
+        std::thread::sleep(Duration::from_millis(300));
+        self.enough.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the busy client saw no error")
     }
 }
