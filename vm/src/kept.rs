@@ -8,6 +8,7 @@ use std::time::Duration;
 use decamp_shared::keeper::{Beginning, ExitRecord, ExitSignal, KeeperConfig, Kept, serve};
 use decamp_shared::pages::{PageSet, SpaceId};
 use decamp_shared::workload::{Liveness, Place, Result, Section, SpaceInfo, WorkloadError};
+use fail::fail_point;
 
 use crate::backend::console_socket;
 use crate::host;
@@ -126,10 +127,12 @@ impl Kept for VmKept {
     }
 
     fn pause(&mut self) -> Result<()> {
+        fail_point!("vm-pause", |_| Err(WorkloadError::plain("Failpoint vm-pause")));
         Ok(self.machine()?.pause()?)
     }
 
     fn save(&mut self) -> Result<Vec<Section>> {
+        fail_point!("vm-save", |_| Err(WorkloadError::plain("Failpoint vm-save")));
         Ok(self.machine()?.save()?)
     }
 
@@ -138,10 +141,12 @@ impl Kept for VmKept {
     }
 
     fn load(&mut self, sections: Vec<Section>) -> Result<()> {
+        fail_point!("vm-load", |_| Err(WorkloadError::plain("Failpoint vm-load")));
         Ok(self.machine()?.load(&sections)?)
     }
 
     fn activate(&mut self) -> Result<()> {
+        fail_point!("vm-activate", |_| Err(WorkloadError::plain("Failpoint vm-activate")));
         self.machine()?.run()?;
         self.incoming = false;
         Ok(())

@@ -205,7 +205,9 @@ impl VcpuState {
         found.extend((self.xsave != other.xsave).then(|| "XSAVE2".to_owned()));
         found.extend((self.tsc_khz != other.tsc_khz).then(|| "TSC_KHZ".to_owned()));
         found.extend((self.cpuid != other.cpuid).then(|| "CPUID2".to_owned()));
-        let timeless = |msr: &&Msr| msr.index != msrs::TSC;
+        // The counter, and Hyper-V's two clocks, which KVM lists.
+        let clocks = [msrs::TSC, 0x4000_0010, 0x4000_0020];
+        let timeless = |msr: &&Msr| !clocks.contains(&msr.index);
         let ours: Vec<_> = self.msrs.iter().filter(timeless).collect();
         let theirs: Vec<_> = other.msrs.iter().filter(timeless).collect();
         let differs = ours.iter().zip(&theirs).filter(|(a, b)| a != b);
