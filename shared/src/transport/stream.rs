@@ -239,9 +239,12 @@ impl DataStream {
         if let Some(tls) = &mut self.tls {
             tls.connection.send_close_notify();
         }
-        self.flush_tls()
-            .and_then(|()| self.socket.shutdown(Shutdown::Write))
-            .map_err(|e| self.named(e, "closing"))
+        let shut = self.flush_tls().and_then(|()| match self.socket.shutdown(Shutdown::Write) {
+            // The peer has read our end and closed its side too: nothing is left to shut.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+            shut => shut,
+        });
+        shut.map_err(|e| self.named(e, "closing"))
     }
 
     #[cfg(test)]
