@@ -110,7 +110,7 @@ impl ArrivalHost {
             } else if let Some(why) =
                 check_place(&placed.tree, &placed.path, self.known_copy(manifest, placed))
             {
-                format!("{} cannot go to {path} on {host}: {why}", placed.tree.path)
+                format!("On {host}, {why}")
             } else {
                 continue;
             };
