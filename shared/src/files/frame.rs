@@ -236,7 +236,11 @@ impl<S: FileChannel> Frames<S> {
     pub(super) fn end(&mut self) -> Result<()> {
         self.send(FrameKind::End, &[])?;
         self.flush()?;
-        self.stream.end().map_err(|source| FileError::Stream { doing: "ending", source })
+        // The peer may have read that already and hung up.
+        if let Err(error) = self.stream.end() {
+            tracing::debug!(%error, "The file stream ended before it was closed");
+        }
+        Ok(())
     }
 }
 

@@ -178,7 +178,7 @@ impl<'a> Placing<'a> {
                 return Ok(());
             }
         }
-        let temporary = Temporary::new(dir.clone());
+        let temporary = self.temporary(entry, &dir)?;
         let kind = match entry.kind() {
             Type::Fifo => FileType::Fifo,
             Type::CharacterDevice => FileType::CharacterDevice,
@@ -201,7 +201,7 @@ impl<'a> Placing<'a> {
         let entry = &index.entries[number];
         let shown = self.root.shown(&entry.path);
         let (dir, name) = self.place_of(entry)?;
-        let temporary = Temporary::new(dir.clone());
+        let temporary = self.temporary(entry, &dir)?;
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
@@ -246,6 +246,12 @@ impl<'a> Placing<'a> {
         file.set_len(size).doing("write", shown)
     }
 
+    /// A name in `dir` for what is to become `entry`; the directory counts as touched from here on.
+    fn temporary(&mut self, entry: &Entry, dir: &Rc<OwnedFd>) -> Result<Temporary> {
+        self.touch(self.root.locate(&entry.path).0, dir)?;
+        Ok(Temporary::new(dir.clone()))
+    }
+
     /// Gives what stands under a temporary name its attributes and its place.
     fn install(
         &mut self,
@@ -255,7 +261,6 @@ impl<'a> Placing<'a> {
         name: &[u8],
     ) -> Result<()> {
         let shown = self.root.shown(&entry.path);
-        self.touch(self.root.locate(&entry.path).0, dir)?;
         apply(entry, dir.as_fd(), temporary.name()).doing("set the attributes of", &shown)?;
         if stat_at(dir.as_fd(), name).is_ok_and(|stat| is_dir(&stat)) {
             remove_all(dir.as_fd(), name, &shown)?;
@@ -318,7 +323,7 @@ impl<'a> Placing<'a> {
                 return Ok(());
             }
         }
-        let temporary = Temporary::new(dir.clone());
+        let temporary = self.temporary(entry, &dir)?;
         fs::linkat(&*from, from_name, &*dir, temporary.name(), AtFlags::empty())
             .doing("link", &shown)?;
         self.install(leader, &dir, temporary, name)

@@ -16,6 +16,7 @@ use super::*;
 struct Liar {
     room: Room,
     frames: Frames<UnixStream>,
+    socket: UnixStream,
     receiving: std::thread::JoinHandle<Result<()>>,
     outside: Picture,
 }
@@ -35,7 +36,8 @@ impl Liar {
             vec![incoming(&bundle(&room.path("source")), &room.path("trees/tree"), false)];
         let receiving = std::thread::spawn(move || receive(there, expected, &Landing::new()));
         let outside = Picture::of(&room.path("outside"));
-        Self { room, frames: Frames::new(here, None), receiving, outside }
+        let socket = here.try_clone().expect("a descriptor");
+        Self { room, frames: Frames::new(here, None), socket, receiving, outside }
     }
 
     fn say(&mut self, kind: FrameKind, payload: &[u8]) -> &mut Self {
@@ -77,8 +79,9 @@ impl Liar {
     /// The receiver's error, once it is over. Nothing outside was touched, and nothing is left.
     #[track_caller]
     fn caught(self) -> FileError {
-        let Self { room, frames, receiving, outside } = self;
-        drop(frames);
+        let Self { room, frames: _frames, socket, receiving, outside } = self;
+        // It may still have something to say, which nobody reads.
+        socket.shutdown(std::net::Shutdown::Write).expect("the end");
         let error = receiving.join().expect("no panic").expect_err("a lie is an error");
         assert_eq!(Picture::of(&room.path("outside")), outside);
         let left: Vec<_> = fs::read_dir(room.path("trees")).expect("the trees").collect();
@@ -605,8 +608,8 @@ fn root_that_became_a_symbolic_link_is_refused() {
         symlink(room.path("outside"), room.path("trees/tree")).expect("a link");
     });
     liar.first(vec![]);
-    let Liar { room, frames, receiving, outside } = liar;
-    drop(frames);
+    let Liar { room, frames: _frames, socket, receiving, outside } = liar;
+    socket.shutdown(std::net::Shutdown::Write).expect("the end");
     let error = receiving.join().expect("no panic").expect_err("a link in the way");
     assert!(matches!(error, FileError::PathTaken { .. }), "{error}");
     assert_eq!(Picture::of(&room.path("outside")), outside);

@@ -46,6 +46,19 @@ impl Picture {
     }
 }
 
+/// Asserts that two trees are the same, and names only what differs when they are not.
+#[track_caller]
+pub(super) fn assert_same(one: &Path, other: &Path, when: &str) {
+    let (one, other) = (Picture::of(one).0, Picture::of(other).0);
+    let paths: std::collections::BTreeSet<_> = one.keys().chain(other.keys()).collect();
+    let differ: Vec<_> = paths
+        .into_iter()
+        .filter(|path| one.get(*path) != other.get(*path))
+        .map(|path| format!("{}: {:?}\n against {:?}", path.display(), one.get(path), other.get(path)))
+        .collect();
+    assert!(differ.is_empty(), "{when}, {} differ:\n{}", differ.len(), differ.join("\n"));
+}
+
 fn look(
     root: &Path,
     below: &Path,

@@ -162,15 +162,15 @@ proptest! {
         let landing = Landing::new();
         stream(vec![incoming(&tree, &destination, false)], &landing, |sender| {
             sender.send(&tree)?;
-            assert_eq!(Picture::of(&source), Picture::of(&destination), "after the first pass");
+            assert_same(&source, &destination, "after the first pass");
             perform_all(&source, &meanwhile);
             sender.send_changes(&tree)?;
-            assert_eq!(Picture::of(&source), Picture::of(&destination), "after the changes");
+            assert_same(&source, &destination, "after the changes");
             perform_all(&source, &later);
             sender.send_changes(&tree)
         })
         .well();
-        prop_assert_eq!(Picture::of(&source), Picture::of(&destination));
+        assert_same(&source, &destination, "at the end");
         landing.keep();
         drop(landing);
 
@@ -184,6 +184,6 @@ proptest! {
         })
         .well();
         drop(landing);
-        prop_assert_eq!(Picture::of(&destination), Picture::of(&source), "after the return");
+        assert_same(&destination, &source, "after the return");
     }
 }
