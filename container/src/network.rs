@@ -21,6 +21,9 @@ use crate::sys;
 
 /// Name of the interface in the container.
 const INSIDE: &str = "eth0";
+/// How a container asks for a neighbour: after 50 ms again instead of a second, and as long as ever.
+/// A question that is lost at the switch would hold up every connection for that second.
+const ASKING: [(&str, &str); 2] = [("retrans_time_ms", "50"), ("mcast_solicit", "40")];
 /// The kernel tells a bridge of a new carrier within this.
 const CARRIER_WITHIN: Duration = Duration::from_secs(2);
 
@@ -128,6 +131,9 @@ impl Network {
         ip(&["link", "set", outside, "master", &net.bridge])?;
         let announcer = self.inside(|| {
             let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{INSIDE}/disable_ipv6"), "1");
+            for (name, value) in ASKING {
+                let _ = fs::write(format!("/proc/sys/net/ipv4/neigh/{INSIDE}/{name}"), value);
+            }
             ip(&["link", "set", "lo", "up"])?;
             ip(&["link", "set", INSIDE, "up"])?;
             let index = sys::interface_index(INSIDE).map_err(ContainerError::io("find eth0"))?;
