@@ -83,6 +83,7 @@ impl Kept for VmKept {
         Ok(serde_json::json!({
             "pid": std::process::id(),
             "memory_bytes": memory_bytes,
+            "vcpu_threads": machine.vcpu_threads(),
             "console_lost_bytes": machine.console_losses(),
             "needs": needs,
         }))

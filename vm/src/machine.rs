@@ -137,6 +137,11 @@ impl Machine {
         self.tsc_khz
     }
 
+    /// Thread numbers of the vCPUs, for who wants to pin or watch them.
+    pub(crate) fn vcpu_threads(&self) -> Vec<i32> {
+        self.vcpus.iter().map(Vcpu::thread_id).collect()
+    }
+
     /// Console output that a log or a client could not take.
     pub(crate) fn console_losses(&self) -> u64 {
         self.output.lost()

@@ -65,6 +65,7 @@ pub(crate) struct Vcpu {
     fd: Arc<Mutex<VcpuFd>>,
     control: Arc<Control>,
     thread: Option<JoinHandle<()>>,
+    thread_id: i32,
 }
 
 impl Vcpu {
@@ -89,11 +90,22 @@ impl Vcpu {
             entered: false,
             _guest: guest,
         };
+        let (tell, told) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{number}"))
-            .spawn(move || runner.run())
+            .spawn(move || {
+                // Whoever waits for it is there until it comes.
+                let _ = tell.send(nix::unistd::gettid().as_raw());
+                runner.run();
+            })
             .map_err(failed)?;
-        Ok(Self { number, fd, control, thread: Some(thread) })
+        let thread_id = told.recv().map_err(|error| failed(std::io::Error::other(error)))?;
+        Ok(Self { number, fd, control, thread: Some(thread), thread_id })
+    }
+
+    /// Number of its thread.
+    pub(crate) fn thread_id(&self) -> i32 {
+        self.thread_id
     }
 
     /// Number of the vCPU.
