@@ -73,6 +73,9 @@ pub trait DestinationHost: Send + Sync + 'static {
 pub(super) struct Accepted {
     pub(super) manifest: Manifest,
     pub(super) trees: Vec<PlacedTree>,
+    /// For each tree: what stands there is an earlier copy of this very workload. Asked before
+    /// the workload is entered as incoming, while the host still remembers its earlier stay.
+    pub(super) known: Vec<bool>,
     pub(super) streams: u32,
 }
 
@@ -184,7 +187,8 @@ pub(super) fn judge(
         refusals = host.preflight(&manifest, &trees);
     }
     if refusals.is_empty() {
-        Ok(Accepted { manifest, trees, streams: offer.streams.clamp(1, 64) })
+        let known = trees.iter().map(|tree| host.known_copy(&manifest, tree)).collect();
+        Ok(Accepted { manifest, trees, known, streams: offer.streams.clamp(1, 64) })
     } else {
         Err(refusals)
     }
@@ -283,13 +287,12 @@ impl Receiving {
             pool.add_stream(stream)
                 .map_err(|error| SessionError::Pages { round: 0, source: Box::new(error) })?;
         }
+        let known = accepted.known.iter();
         let incoming = accepted
             .trees
             .iter()
-            .map(|tree| Incoming {
-                keep_equal: live.host.known_copy(&accepted.manifest, tree),
-                tree: tree.clone(),
-            })
+            .zip(known)
+            .map(|(tree, known)| Incoming { tree: tree.clone(), keep_equal: *known })
             .collect();
         let landing = live.landing.clone();
         let files = tokio::task::spawn_blocking(move || {
