@@ -176,8 +176,7 @@ fn redis_keeps_its_connection_and_memory(host: &Host) {
 
 fn every_kind_of_memory_survives(host: &Host) {
     let Some(mut here) = host.memory("k0") else {
-        eprintln!("    skipped: needs cc (tests/setup)");
-        return;
+        return host.skip("needs cc (tests/setup)");
     };
     here.run();
     here.await_rounds(3);
@@ -196,8 +195,7 @@ fn every_kind_of_memory_survives(host: &Host) {
 /// The test above can fail: without one page of many the program says which.
 fn withheld_page_is_noticed(host: &Host) {
     let Some(here) = host.memory("w") else {
-        eprintln!("    skipped: needs cc (tests/setup)");
-        return;
+        return host.skip("needs cc (tests/setup)");
     };
     here.run();
     here.await_rounds(3);
@@ -278,10 +276,7 @@ fn refusals_come_all_at_once(host: &Host) {
 fn measure_redis(host: &Host) {
     let megabytes: usize = match std::env::var("DECAMP_MEASURE_MIB").map(|text| text.parse()) {
         Ok(Ok(megabytes)) => megabytes,
-        _ => {
-            eprintln!("    skipped: set DECAMP_MEASURE_MIB to measure");
-            return;
-        }
+        _ => return host.skip("set DECAMP_MEASURE_MIB to measure"),
     };
     let mut here = host.redis("m", "10.99.0.6/24", &[]);
     here.run();

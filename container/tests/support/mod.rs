@@ -3,6 +3,7 @@
 
 pub(crate) mod redis;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -32,6 +33,8 @@ pub(crate) struct Case {
 /// Namespaces with a bridge, a `/run` of its own, and a directory for all files.
 pub(crate) struct Host {
     directory: tempfile::TempDir,
+    /// Why the test at hand could not be run.
+    skipped: Cell<Option<&'static str>>,
 }
 
 /// A workload's place on the host, and what runs there.
@@ -81,7 +84,11 @@ pub(crate) fn main_with(cases: &[Case]) {
     for case in cases {
         let begun = Instant::now();
         let outcome = catch_unwind(AssertUnwindSafe(|| (case.run)(&host)));
-        let word = if outcome.is_ok() { "ok" } else { "FAILED" };
+        let word = match (&outcome, host.skipped.take()) {
+            (Err(_), _) => "FAILED".to_owned(),
+            (Ok(()), Some(reason)) => format!("skipped: {reason}"),
+            (Ok(()), None) => "ok".to_owned(),
+        };
         failed += usize::from(outcome.is_err());
         println!("test {} ... {word} ({:.1} s)", case.name, begun.elapsed().as_secs_f64());
         if outcome.is_err() || std::env::var_os("DECAMP_SHOW_LOGS").is_some() {
@@ -166,7 +173,12 @@ impl Host {
             let status = Command::new("ip").args(line.split(' ')).status().expect("ip");
             assert!(status.success(), "ip {line}");
         }
-        Self { directory }
+        Self { directory, skipped: Cell::default() }
+    }
+
+    /// Says that the test at hand cannot be run, and why.
+    pub(crate) fn skip(&self, reason: &'static str) {
+        self.skipped.set(Some(reason));
     }
 
     pub(crate) fn tools(&self) -> HostTools {
