@@ -1,0 +1,155 @@
+//! Breaking a move at a named place: hold it there, break something, see how it ends.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::guest::Guest;
+use crate::hosts::{Hosts, other};
+use crate::redis::Client;
+use crate::running::{Pending, Ran};
+
+/// How long a move is held. Breaking something takes a few hundred milliseconds.
+const HOLD_MS: u32 = 3000;
+/// How long a move may take to get to a fail point.
+const ARRIVES_WITHIN: Duration = Duration::from_secs(30);
+/// How long a broken move may take to end. A silent peer is given up after 15 s; a fenced source asks for a
+/// minute.
+pub(crate) const ENDS_WITHIN: Duration = Duration::from_secs(120);
+
+/// What goes wrong.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// Packets between the agents vanish.
+    Cut,
+    /// Connections between the agents are reset, and no new ones come about.
+    Reset,
+    /// The destination's agent is killed.
+    KillDestination,
+    /// The source's agent is killed.
+    KillSource,
+    /// The user calls it off.
+    Cancel,
+    /// The step itself fails, once.
+    Error,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Failure::Cut => "cut",
+            Failure::Reset => "reset",
+            Failure::KillDestination => "destination's agent killed",
+            Failure::KillSource => "source's agent killed",
+            Failure::Cancel => "cancelled",
+            Failure::Error => "error",
+        })
+    }
+}
+
+/// Something that moves, and can be asked whether it lives.
+pub(crate) trait Living {
+    /// Its name.
+    fn name(&self) -> &str;
+    /// Panics unless it runs on `host`, with nothing lost so far.
+    fn lives(&mut self, host: &str);
+}
+
+impl Living for Guest {
+    fn name(&self) -> &str {
+        Guest::name(self)
+    }
+
+    fn lives(&mut self, host: &str) {
+        self.runs_clean(host);
+    }
+}
+
+/// A container and the client that is connected to it.
+pub(crate) struct Served {
+    pub(crate) name: &'static str,
+    pub(crate) client: Client,
+}
+
+impl Living for Served {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn lives(&mut self, _: &str) {
+        self.client.is_served();
+    }
+}
+
+/// A move that stands at a fail point.
+pub(crate) struct Held {
+    pub(crate) hosts: &'static Hosts,
+    pub(crate) from: &'static str,
+    pub(crate) to: &'static str,
+    /// Length of the source's log when the move began.
+    pub(crate) mark: usize,
+    moving: Pending,
+    name: String,
+}
+
+/// Gives both agents the fail points that a failure at `point` needs.
+#[track_caller]
+pub(crate) fn arm(hosts: &'static Hosts, from: &'static str, point: &str, failure: Failure) {
+    let holder = holder(from, point);
+    let action = match failure {
+        Failure::Error => "1*return".to_owned(),
+        _ => format!("1*sleep({HOLD_MS})"),
+    };
+    hosts.with_failpoints(holder, &format!("{point}={action}"));
+    hosts.with_failpoints(other(holder), "");
+}
+
+/// Begins a move and waits until it stands at `point`. The agents are armed.
+#[track_caller]
+pub(crate) fn hold(
+    hosts: &'static Hosts,
+    from: &'static str,
+    name: &str,
+    point: &str,
+    options: &[&str],
+) -> Held {
+    let (to, holder) = (other(from), holder(from, point));
+    let (mark, begun) = (hosts.log_mark(holder), hosts.log_mark(from));
+    let words = [&["migrate", name, "--to", to, "--json"], options].concat();
+    let moving = hosts.begin(from, &words);
+    hosts.await_log(holder, mark, &format!("At {point}"), ARRIVES_WITHIN);
+    Held { hosts, from, to, mark: begun, moving, name: name.to_owned() }
+}
+
+/// The host on which a fail point is.
+fn holder(from: &'static str, point: &str) -> &'static str {
+    if point.starts_with("source.") { from } else { other(from) }
+}
+
+impl Held {
+    /// Breaks something.
+    #[track_caller]
+    pub(crate) fn inflict(&self, failure: Failure) {
+        let Self { hosts, from, to, name, .. } = self;
+        match failure {
+            Failure::Cut => hosts.hosts(&["cut", to]).expect(0),
+            Failure::Reset => hosts.hosts(&["cut", to, "--reset"]).expect(0),
+            Failure::KillDestination => hosts.hosts(&["agent", to, "kill"]).expect(0),
+            Failure::KillSource => hosts.hosts(&["agent", from, "kill"]).expect(0),
+            Failure::Cancel => hosts.decamp(from, &["cancel", name]),
+            Failure::Error => return,
+        };
+    }
+
+    /// Waits for the end of the move.
+    #[track_caller]
+    pub(crate) fn ended(self) -> Ran {
+        self.moving.ended(ENDS_WITHIN)
+    }
+}
+
+/// The report of a move from its standard output, if it printed one.
+pub(crate) fn report(ran: &Ran) -> Option<Value> {
+    serde_json::from_str(&ran.stdout).ok()
+}
