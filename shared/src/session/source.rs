@@ -578,7 +578,9 @@ impl<'a> Departing<'a> {
             None => format!("{name} was not touched and runs on at {}", self.context.host),
             Some(_) => format!("{name} was resumed and runs on at {}", self.context.host),
         };
-        format!("{}. {state}", chain(error).trim_end_matches('.'))
+        let text = chain(error);
+        let stop = if text.ends_with(['.', '?', '!']) { "" } else { "." };
+        format!("{text}{stop} {state}")
     }
 }
 
