@@ -33,9 +33,9 @@ impl PageRange {
         Self { space, first, count }
     }
 
-    /// One page past the last.
+    /// One page past the last; the highest number there is when a hostile range goes beyond it.
     pub const fn end(&self) -> u64 {
-        self.first + self.count
+        self.first.saturating_add(self.count)
     }
 
     /// Length in bytes.

@@ -16,7 +16,9 @@ use super::report::{PageCounts, Report, Round};
 use super::source::{Wire, millis};
 use super::{Compress, MoveOptions};
 use crate::files::{FileCounters, TreeSender};
-use crate::pages::{Compression, PAGE_SIZE, PageReader, PageSet, SendCounters, SendOptions, SendPool};
+use crate::pages::{
+    Compression, PAGE_SIZE, PageReader, PageSet, SendCounters, SendOptions, SendPool,
+};
 use crate::protocol::control::{self, Load, Part, reply, request};
 use crate::transport::{Canceller, DataStream};
 use crate::workload::{FileTree, Section, SpaceInfo};
@@ -44,8 +46,8 @@ pub(super) struct Copying {
     started: Instant,
     announced: BTreeSet<u32>,
     round: u32,
-    /// Wire bytes a second, from the last round that was long enough to tell.
-    rate: f64,
+    /// Wire bytes a second, from the last round that was long enough to tell; `None` before.
+    rate: Option<f64>,
 }
 
 impl Copying {
@@ -79,7 +81,7 @@ impl Copying {
             started,
             announced: BTreeSet::new(),
             round: 0,
-            rate: 1e8,
+            rate: None,
         })
     }
 
@@ -126,7 +128,9 @@ impl Copying {
     #[allow(clippy::type_complexity)]
     fn on_files(
         &mut self,
-        send: impl Fn(&mut TreeSender<DataStream>, &FileTree) -> crate::files::Result<()> + Send + 'static,
+        send: impl Fn(&mut TreeSender<DataStream>, &FileTree) -> crate::files::Result<()>
+        + Send
+        + 'static,
         wanted: impl Fn(&FileTree) -> bool,
     ) -> Result<JoinHandle<Result<TreeSender<DataStream>>>> {
         let trees: Vec<_> = self.trees.iter().filter(|tree| wanted(tree)).cloned().collect();
@@ -163,16 +167,20 @@ impl Copying {
             let remaining = Remaining {
                 dirty_pages: dirty.len(),
                 wire_ratio: sent.wire_ratio,
-                wire_rate: self.rate,
+                wire_rate: self.rate.unwrap_or(sent.wire_rate),
                 elapsed: self.started.elapsed(),
             };
             let predicted = millis(policy.predict(&remaining));
             let dirty_rate = remaining.dirty_pages as f64 / (sent.took.as_secs_f64().max(1e-3));
-            self.tell_pages(wire, 0, remaining.dirty_pages, Some(dirty_rate), Some(predicted));
+            let rate = remaining.wire_rate;
+            let written = Some(dirty_rate);
+            self.tell_pages(wire, 0, remaining.dirty_pages, rate, written, Some(predicted));
             match policy.decide(&remaining) {
                 Decision::Another => {}
                 Decision::Throttle { percent } => {
-                    let text = format!("It writes faster than the link: taking {percent} % of its processor time");
+                    let text = format!(
+                        "It writes faster than the link: taking {percent} % of its processor time"
+                    );
                     wire.progress.tell(Progress::Note { text });
                     departure.with(move |workload| workload.throttle(percent)).await?;
                 }
@@ -198,10 +206,7 @@ impl Copying {
         let begun = Instant::now();
         let spaces = departure.with(|workload| workload.spaces()).await?;
         let reader = departure.with(|workload| workload.reader()).await?;
-        let files = self.on_files(
-            |sender, tree| sender.send_changes(tree),
-            |tree| tree.live,
-        )?;
+        let files = self.on_files(|sender, tree| sender.send_changes(tree), |tree| tree.live)?;
         let last = harvest(departure, held).await?;
         let saving = async {
             let sections = departure.with(|workload| workload.save()).await?;
@@ -223,7 +228,6 @@ impl Copying {
         self.finish_files().await?;
         send_sections(sections, wire).await;
         report.downtime.state_ms = millis(stating.elapsed());
-        self.fill_report(report);
         Ok(())
     }
 
@@ -250,7 +254,8 @@ impl Copying {
         let before = self.counters.wire_bytes.load(Ordering::Relaxed);
         let read_before = self.counters.read_bytes.load(Ordering::Relaxed);
         let dirty_pages = pages.len();
-        let fresh = spaces.iter().filter(|space| self.announced.insert(space.id)).cloned().collect();
+        let fresh =
+            spaces.iter().filter(|space| self.announced.insert(space.id)).cloned().collect();
         wire.link.send(request::Body::Round(control::Round { round, spaces: fresh })).await;
         let mut pool = self.pool.take().ok_or_else(|| gone("page"))?;
         let mut sending = spawn_blocking(move || {
@@ -284,18 +289,22 @@ impl Copying {
                 }
                 _ = ticks.tick() => {
                     let read = self.counters.read_bytes.load(Ordering::Relaxed) - read_before;
-                    self.tell_pages(wire, read / PAGE_SIZE as u64, dirty_pages, None, None);
+                    let sent = self.counters.wire_bytes.load(Ordering::Relaxed) - before;
+                    let rate = sent as f64 / begun.elapsed().as_secs_f64().max(1e-3);
+                    let done = read / PAGE_SIZE as u64;
+                    self.tell_pages(wire, done, dirty_pages, rate, None, None);
                 }
             }
         }
         let took = begun.elapsed();
         let wire_bytes = self.counters.wire_bytes.load(Ordering::Relaxed) - before;
+        let wire_rate = wire_bytes as f64 / took.as_secs_f64().max(1e-6);
         if wire_bytes >= MEASURABLE {
-            self.rate = wire_bytes as f64 / took.as_secs_f64();
+            self.rate = Some(wire_rate);
         }
         report.rounds.push(Round { round, dirty_pages, wire_bytes, ms: millis(took) });
         let memory = (dirty_pages.max(1) * PAGE_SIZE as u64) as f64;
-        Ok(Sent { took, wire_ratio: (wire_bytes as f64 / memory).min(1.05) })
+        Ok(Sent { took, wire_rate, wire_ratio: (wire_bytes as f64 / memory).min(1.05) })
     }
 
     fn cancel(&self) {
@@ -307,6 +316,7 @@ impl Copying {
         wire: &Wire<'_>,
         done: u64,
         of: u64,
+        rate: f64,
         dirty_rate: Option<f64>,
         predicted_downtime_ms: Option<f64>,
     ) {
@@ -315,13 +325,14 @@ impl Copying {
             done_pages: done,
             round_pages: of,
             wire_bytes: self.counters.wire_bytes.load(Ordering::Relaxed),
-            rate: self.rate,
+            rate,
             dirty_rate,
             predicted_downtime_ms,
         });
     }
 
-    fn fill_report(&self, report: &mut Report) {
+    /// How far it has come, in all.
+    pub(super) fn fill_report(&self, report: &mut Report) {
         let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &self.counters;
         report.pages = PageCounts {
@@ -340,6 +351,8 @@ impl Copying {
 /// What one round measured.
 struct Sent {
     took: Duration,
+    /// Bytes on the wire a second.
+    wire_rate: f64,
     /// Bytes on the wire for each byte of memory.
     wire_ratio: f64,
 }

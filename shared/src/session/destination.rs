@@ -165,8 +165,11 @@ pub(super) fn judge(
              workload: this is a late or repeated offer",
         ));
     }
-    let paths: Vec<_> =
-        offer.paths.iter().map(|path| (PathBuf::from(&path.old), PathBuf::from(&path.new))).collect();
+    let paths: Vec<_> = offer
+        .paths
+        .iter()
+        .map(|path| (PathBuf::from(&path.old), PathBuf::from(&path.new)))
+        .collect();
     let trees = host.place_trees(&manifest, &paths)?;
     let mut refusals = Vec::new();
     for (tree, probe) in trees.iter().zip(&offer.probes) {
@@ -333,9 +336,9 @@ impl Receiving {
         let pool = self.pool.clone();
         let (number, replies) = (round.round, wire.replies.clone());
         self.round = Some(tokio::task::spawn_blocking(move || {
-            let received = pool.wait_round(number, ROUND_WITHIN).map_err(|error| {
-                SessionError::Pages { round: number, source: Box::new(error) }
-            })?;
+            let received = pool
+                .wait_round(number, ROUND_WITHIN)
+                .map_err(|error| SessionError::Pages { round: number, source: Box::new(error) })?;
             let done = RoundDone { round: number, pages: received.pages };
             // A connection that is gone is noticed by its reader.
             let _ = replies.blocking_send(reply::Body::RoundDone(done).into());

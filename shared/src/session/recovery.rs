@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::asking::{ask, ask_until_settled};
-use super::commit::{Answer, Destination, DestinationAction, DestinationInput, Keep, Record, Sight, Source};
+use super::commit::{
+    Answer, Destination, DestinationAction, DestinationInput, Keep, Record, Sight, Source,
+};
 use super::departure::{Departure, Wish};
 use super::error::Result;
 use super::journal::{Journal, JournalError, Role, SessionRow};

@@ -150,16 +150,9 @@ impl DestinationSessions {
     }
 
     /// One session from its Hello to its end.
-    async fn session(
-        self: &Arc<Self>,
-        hello: Hello,
-        peer: &Peer,
-        wire: &mut Wire,
-    ) -> Result<()> {
-        let broken = |what: &str| SessionError::Protocol {
-            host: peer.name.clone(),
-            what: what.to_owned(),
-        };
+    async fn session(self: &Arc<Self>, hello: Hello, peer: &Peer, wire: &mut Wire) -> Result<()> {
+        let broken =
+            |what: &str| SessionError::Protocol { host: peer.name.clone(), what: what.to_owned() };
         if hello.host != peer.name {
             return Err(broken("its name is not the one in its certificate"));
         }

@@ -26,9 +26,7 @@ use crate::protocol::control::{
     Abort, Commit, Hello, Offer, PathMapping, Prepare, Verdict, reply, request,
 };
 use crate::transport::{Control, Dialer, Join, PeerAddress, Role as StreamRole, Secret};
-use crate::workload::{
-    FileTree, Kind, Liveness, Manifest, Refusal, RefusalCode, SourceWorkload,
-};
+use crate::workload::{FileTree, Kind, Liveness, Manifest, Refusal, RefusalCode, SourceWorkload};
 
 /// How long connecting and the first answers may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -106,7 +104,13 @@ pub async fn migrate(context: &SourceContext, request: SourceMove) -> Ending {
     let ending = match described {
         Ok((workload, Ok(manifest), liveness)) => {
             let mut departing = Departing::new(
-                context, &migration, options, progress.clone(), cancel, workload, manifest,
+                context,
+                &migration,
+                options,
+                progress.clone(),
+                cancel,
+                workload,
+                manifest,
                 liveness,
             );
             let result = departing.run().await;
@@ -217,12 +221,21 @@ impl<'a> Departing<'a> {
     /// The phases in order.
     async fn run(&mut self) -> Result<()> {
         let live = self.choose_mode()?;
-        let tracked = matches!(self.liveness, Liveness::Tracked { .. });
         let verdict = self.negotiate().await?;
         if self.options.dry_run {
             return Ok(());
         }
         let mut copying = self.prepare(&verdict).await?;
+        let copied = self.copy(&mut copying, live).await;
+        // Also of a move that failed: how far it had come.
+        copying.fill_report(&mut self.report);
+        copied?;
+        self.hand_over().await
+    }
+
+    /// From the files to a workload that is loaded at the destination.
+    async fn copy(&mut self, copying: &mut Copying, live: bool) -> Result<()> {
+        copying.send_files(&mut self.parts()?.1).await?;
         let mut held = PageSet::new();
         if live {
             self.enter(Phase::PreCopy);
@@ -230,12 +243,11 @@ impl<'a> Departing<'a> {
             let (departure, mut wire, report) = self.parts()?;
             held = copying.pre_copy(departure, &mut wire, report).await?;
         }
-        if tracked && !live {
+        if !live && matches!(self.liveness, Liveness::Tracked { .. }) {
             // What devices write while they are saved must still be seen.
             self.departure.with(|workload| workload.track()).await?;
         }
-        self.stop_and_send(&mut copying, held).await?;
-        self.hand_over().await
+        self.stop_and_send(copying, held).await
     }
 
     fn enter(&mut self, phase: Phase) {
@@ -311,7 +323,9 @@ impl<'a> Departing<'a> {
             dry_run: self.options.dry_run,
             probes: probes
                 .iter()
-                .map(|probe| probe.as_ref().map(|probe| probe.name().to_owned()).unwrap_or_default())
+                .map(|probe| {
+                    probe.as_ref().map(|probe| probe.name().to_owned()).unwrap_or_default()
+                })
                 .collect(),
         }))
         .await;
@@ -350,10 +364,7 @@ impl<'a> Departing<'a> {
             pages.push(self.join(StreamRole::Page, index, &secret).await?);
         }
         let files = self.join(StreamRole::File, 0, &secret).await?;
-        let mut copying =
-            Copying::new(pages, files, self.manifest.files.clone(), &self.options, self.started)?;
-        copying.send_files(&mut self.parts()?.1).await?;
-        Ok(copying)
+        Copying::new(pages, files, self.manifest.files.clone(), &self.options, self.started)
     }
 
     async fn begin_journal(&mut self) -> Result<()> {
@@ -467,7 +478,11 @@ impl<'a> Departing<'a> {
             Answer::Running => Ok(()),
             Answer::Aborted => Err(SessionError::Peer {
                 host: self.context.peer.name.clone(),
-                text: if reason.is_empty() { "it could not run it there".to_owned() } else { reason },
+                text: if reason.is_empty() {
+                    "it could not run it there".to_owned()
+                } else {
+                    reason
+                },
             }),
             Answer::Undecided => Err(self.unresolved(&reason)),
         }
@@ -479,9 +494,7 @@ impl<'a> Departing<'a> {
         let link = self.link()?;
         link.send(request::Body::Commit(commit)).await;
         match link.reply(COMMIT_WITHIN, "waiting for the answer to Commit").await? {
-            reply::Body::Settled(settled) => {
-                read_settlement(&settled, link.host())
-            }
+            reply::Body::Settled(settled) => read_settlement(&settled, link.host()),
             other => Err(link.unexpected(&other, "waiting for the answer to Commit")),
         }
     }
@@ -627,7 +640,9 @@ fn unresolved_advice(report: &Report, why: &str) -> String {
 
 fn probe(path: &std::path::Path) -> Option<Probe> {
     Probe::create(path)
-        .inspect_err(|error| tracing::debug!(path = %path.display(), %error, "Cannot leave a probe"))
+        .inspect_err(
+            |error| tracing::debug!(path = %path.display(), %error, "Cannot leave a probe"),
+        )
         .ok()
 }
 

@@ -150,7 +150,11 @@ impl SourceWorkload for Leaving {
 
     fn save(&mut self) -> workload::Result<Vec<Section>> {
         let writes = self.copies.writes.load(Ordering::SeqCst);
-        Ok(vec![Section { kind: "writes".to_owned(), version: 1, bytes: writes.to_le_bytes().into() }])
+        Ok(vec![Section {
+            kind: "writes".to_owned(),
+            version: 1,
+            bytes: writes.to_le_bytes().into(),
+        }])
     }
 
     fn fence(&mut self, _token: u64) -> workload::Result<()> {
@@ -270,8 +274,7 @@ impl Pair {
         let copies = Arc::new(Copies::default());
         copies.source_runs.store(true, Ordering::SeqCst);
         let (here, there) = (Memory::new(), Memory::new());
-        let host =
-            Beta { memory: there.clone(), copies: copies.clone(), refusals };
+        let host = Beta { memory: there.clone(), copies: copies.clone(), refusals };
         let sessions = DestinationSessions::new(Arc::new(host), journals.1.clone());
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address").to_string();
