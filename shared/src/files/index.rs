@@ -239,9 +239,14 @@ pub(super) struct Gathering {
 }
 
 impl Gathering {
-    /// Adds a piece that took `bytes` on the wire.
-    pub(super) fn add(&mut self, part: IndexPart, bytes: usize) -> Result<()> {
+    /// Adds a piece that took `bytes` on the wire. `root` names the tree in errors.
+    pub(super) fn add(&mut self, part: IndexPart, bytes: usize, root: &Path) -> Result<()> {
         self.bytes += bytes as u64;
+        for entry in &part.entries {
+            if let Some(fault) = entry.fault() {
+                return Err(FileError::hostile(shown(root, &entry.path), fault));
+            }
+        }
         self.index.entries.extend(part.entries);
         self.index.removed.extend(part.removed);
         let count = self.index.entries.len().max(self.index.removed.len());
@@ -251,16 +256,11 @@ impl Gathering {
         Ok(())
     }
 
-    /// Checks all of it. `changes`: entries may be the children of directories that stand already.
+    /// Checks how the entries stand to each other. `changes`: entries may be the children of directories that stand already.
     /// `root` names the tree in errors.
     pub(super) fn checked(self, changes: bool, root: &Path) -> Result<Index> {
         let mut index = self.index;
         let hostile = |path: &[u8], what: &str| FileError::hostile(shown(root, path), what);
-        for entry in &index.entries {
-            if let Some(fault) = entry.fault() {
-                return Err(hostile(&entry.path, &fault));
-            }
-        }
         let entries = &index.entries;
         index.by_path = (0..entries.len() as u32).collect();
         index

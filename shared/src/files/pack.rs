@@ -190,11 +190,12 @@ impl Content<'_> {
 
 impl Read for Content<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        if self.have.is_empty() && self.at < self.entry.size {
-            if let Err(error) = self.refill() {
-                *self.fault = Some(error);
-                return Err(io::Error::other("a file cannot be read"));
-            }
+        if self.have.is_empty()
+            && self.at < self.entry.size
+            && let Err(error) = self.refill()
+        {
+            *self.fault = Some(error);
+            return Err(io::Error::other("a file cannot be read"));
         }
         let count = self.have.len().min(into.len());
         into[..count].copy_from_slice(&self.buffer[self.have.start..self.have.start + count]);

@@ -15,7 +15,7 @@ use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Stat};
 use super::attributes::{apply, set_mtime, type_of};
 use super::beneath::{Root, is_dir, is_gone, remove_all, stat_at};
 use super::error::{Doing, FileError, Result};
-use super::index::{Bitmap, Entry, Index, Type, split};
+use super::index::{Bitmap, Entry, Index, Type, as_path, split};
 use super::landing::Landing;
 
 /// Bytes written, or left out as a hole, at once.
@@ -23,7 +23,7 @@ const BLOCK: usize = 64 << 10;
 /// A pass that touched more files and directories than this syncs the whole file system.
 const SYNCED_SINGLY: usize = 48;
 /// Begins the names of files that are being written.
-const TEMPORARY: &str = ".decamp-new-";
+pub(super) const TEMPORARY: &str = ".decamp-new-";
 
 static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
@@ -171,12 +171,12 @@ impl<'a> Placing<'a> {
     fn make_node(&mut self, entry: &Entry) -> Result<()> {
         let (dir, name) = self.place_of(entry)?;
         let shown = self.root.shown(&entry.path);
-        if let Ok(stat) = stat_at(dir.as_fd(), name) {
-            if is_same_node(entry, &stat, dir.as_fd(), name).doing("look at", &shown)? {
-                self.changed |=
-                    apply(entry, dir.as_fd(), name).doing("set the attributes of", &shown)?;
-                return Ok(());
-            }
+        if let Ok(stat) = stat_at(dir.as_fd(), name)
+            && is_same_node(entry, &stat, dir.as_fd(), name).doing("look at", &shown)?
+        {
+            self.changed |=
+                apply(entry, dir.as_fd(), name).doing("set the attributes of", &shown)?;
+            return Ok(());
         }
         let temporary = self.temporary(entry, &dir)?;
         let kind = match entry.kind() {
@@ -202,6 +202,9 @@ impl<'a> Placing<'a> {
         let shown = self.root.shown(&entry.path);
         let (dir, name) = self.place_of(entry)?;
         let temporary = self.temporary(entry, &dir)?;
+        if let Some(path) = &self.fresh_file {
+            self.landing.making_file(&path.with_file_name(as_path(temporary.name())))?;
+        }
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
@@ -214,7 +217,7 @@ impl<'a> Placing<'a> {
         self.install(entry, &dir, temporary, name)?;
         if let Some(path) = self.fresh_file.take() {
             let stat = fs::fstat(&file).doing("look at", &shown)?;
-            self.landing.made_tree(&path, (stat.st_dev, stat.st_ino));
+            self.landing.made_tree(&path, (stat.st_dev, stat.st_ino))?;
         }
         if self.written.len() <= SYNCED_SINGLY {
             self.written.push(file);
@@ -257,7 +260,7 @@ impl<'a> Placing<'a> {
         &mut self,
         entry: &Entry,
         dir: &Rc<OwnedFd>,
-        temporary: Temporary,
+        mut temporary: Temporary,
         name: &[u8],
     ) -> Result<()> {
         let shown = self.root.shown(&entry.path);
@@ -265,7 +268,9 @@ impl<'a> Placing<'a> {
         if stat_at(dir.as_fd(), name).is_ok_and(|stat| is_dir(&stat)) {
             remove_all(dir.as_fd(), name, &shown)?;
         }
-        fs::renameat(&**dir, temporary.name(), &**dir, name).doing("put into place", &shown)
+        fs::renameat(&**dir, temporary.name(), &**dir, name).doing("put into place", &shown)?;
+        temporary.renamed();
+        Ok(())
     }
 
     /// Everything that came has come: links, then what was wanted and did not come goes, then
@@ -318,10 +323,10 @@ impl<'a> Placing<'a> {
         let (dir, name) = self.place_of(entry)?;
         let original =
             stat_at(from.as_fd(), from_name).doing("look at", &self.root.shown(&leader.path))?;
-        if let Ok(there) = stat_at(dir.as_fd(), name) {
-            if (there.st_dev, there.st_ino) == (original.st_dev, original.st_ino) {
-                return Ok(());
-            }
+        if let Ok(there) = stat_at(dir.as_fd(), name)
+            && (there.st_dev, there.st_ino) == (original.st_dev, original.st_ino)
+        {
+            return Ok(());
         }
         let temporary = self.temporary(entry, &dir)?;
         fs::linkat(&*from, from_name, &*dir, temporary.name(), AtFlags::empty())
@@ -371,10 +376,10 @@ impl<'a> Placing<'a> {
     }
 
     fn open_parent(&mut self, path: &[u8]) -> io::Result<Rc<OwnedFd>> {
-        if let Some((open, dir)) = &self.parent {
-            if open == path {
-                return Ok(dir.clone());
-            }
+        if let Some((open, dir)) = &self.parent
+            && open == path
+        {
+            return Ok(dir.clone());
         }
         let dir = Rc::new(self.root.open_dir(path)?);
         let device = fs::fstat(&*dir)?.st_dev;
@@ -398,11 +403,18 @@ impl<'a> Placing<'a> {
 struct Temporary {
     dir: Rc<OwnedFd>,
     name: Vec<u8>,
+    stands: bool,
 }
 
 impl Temporary {
     fn new(dir: Rc<OwnedFd>) -> Self {
-        Self { dir, name: format!("{TEMPORARY}{:016x}", rand::random::<u64>()).into_bytes() }
+        let name = format!("{TEMPORARY}{:016x}", rand::random::<u64>()).into_bytes();
+        Self { dir, name, stands: true }
+    }
+
+    /// There is nothing to take away any more.
+    fn renamed(&mut self) {
+        self.stands = false;
     }
 
     fn name(&self) -> &[u8] {
@@ -412,12 +424,14 @@ impl Temporary {
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // Most have been renamed and are not there.
-        if let Err(error) = fs::unlinkat(&*self.dir, self.name(), AtFlags::empty()) {
-            if error != rustix::io::Errno::NOENT {
-                let name = String::from_utf8_lossy(&self.name).into_owned();
-                tracing::warn!(name, %error, "Cannot remove a temporary file");
-            }
+        if !self.stands {
+            return;
+        }
+        if let Err(error) = fs::unlinkat(&*self.dir, self.name(), AtFlags::empty())
+            && error != rustix::io::Errno::NOENT
+        {
+            let name = String::from_utf8_lossy(&self.name).into_owned();
+            tracing::warn!(name, %error, "Cannot remove a temporary file");
         }
     }
 }
@@ -428,7 +442,7 @@ pub(super) fn is_equal(entry: &Entry, stat: &Stat, names: u64) -> bool {
     stat.st_size as u64 == entry.size
         && (stat.st_mtime, stat.st_mtime_nsec as u32) == (entry.mtime, entry.mtime_ns)
         && stat.st_mode & 0o7777 == entry.mode
-        && stat.st_nlink as u64 == names
+        && i128::from(stat.st_nlink) == i128::from(names)
 }
 
 fn is_same_node(entry: &Entry, stat: &Stat, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<bool> {

@@ -158,7 +158,7 @@ impl<S: FileChannel> Receiver<'_, S> {
             match self.frames.next()? {
                 (FrameKind::Index, bytes) => {
                     let length = bytes.len();
-                    gathering.add(decode::<IndexPart>(bytes)?, length)?;
+                    gathering.add(decode::<IndexPart>(bytes)?, length, root)?;
                 }
                 (FrameKind::IndexEnd, _) => return gathering.checked(changes, root),
                 (other, _) => return Err(out_of_turn(other)),
@@ -186,7 +186,7 @@ impl<S: FileChannel> Receiver<'_, S> {
             None => {
                 fs::mkdirat(&parent, &*name, Mode::RWXU).doing("make the directory", path)?;
                 let stat = stat_at(parent.as_fd(), &name).doing("look at", path)?;
-                self.landing.made_tree(path, (stat.st_dev, stat.st_ino));
+                self.landing.made_tree(path, (stat.st_dev, stat.st_ino))?;
             }
             Some(stat) if !is_dir(&stat) => {
                 return Err(taken(path, "something that is no directory"));
@@ -197,7 +197,7 @@ impl<S: FileChannel> Receiver<'_, S> {
                 if entries.next().is_some() {
                     return Err(taken(path, "a directory that is not empty"));
                 }
-                self.landing.made_contents(path, (stat.st_dev, stat.st_ino));
+                self.landing.made_contents(path, (stat.st_dev, stat.st_ino))?;
             }
         }
         let around = Root::directory(parent, path.clone());

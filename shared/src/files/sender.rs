@@ -142,9 +142,11 @@ impl<S: FileChannel> TreeSender<S> {
 
     /// What the destination lacks, once it knows.
     fn await_wanted(&mut self, root: &Root, entries: &[Entry]) -> Result<Vec<usize>> {
+        let mut asked = false;
         loop {
             match self.frames.next()? {
-                (FrameKind::AskHash, _) if root.is_file() => {
+                (FrameKind::AskHash, _) if root.is_file() && !asked => {
+                    asked = true;
                     let hash = match root.open_file(b"").doing("open", &root.shown(b""))? {
                         Some(file) => hash(file, &root.shown(b""))?,
                         None => [0; 32],

@@ -349,12 +349,12 @@ fn index_larger_than_any_tree() {
         entries: vec![],
         removed: vec![Vec::new(); super::super::index::ENTRIES_MOST + 1],
     };
-    let error = Gathering::default().add(part, 10).expect_err("too many");
+    let error = Gathering::default().add(part, 10, Path::new("/x")).expect_err("too many");
     assert!(error.to_string().contains("larger than any"), "{error}");
     let mut gathering = Gathering::default();
     let part = || IndexPart { entries: vec![], removed: vec![] };
-    gathering.add(part(), 1 << 30).expect("the most");
-    gathering.add(part(), 1).expect_err("more than that");
+    gathering.add(part(), 1 << 30, Path::new("/x")).expect("the most");
+    gathering.add(part(), 1, Path::new("/x")).expect_err("more than that");
 }
 
 #[test]
@@ -651,4 +651,19 @@ fn receiver_that_confirms_what_it_never_had() {
     while frames.next().is_ok() {}
     let error = sending.join().expect("no panic").expect_err("a lie");
     assert!(error.to_string().contains("that cannot be"), "{error}");
+}
+
+#[test]
+fn receiver_that_asks_for_hashes_without_end() {
+    let room = Room::new();
+    let tree = kernel(&room.write("kernel", b"abc"));
+    let (here, there) = UnixStream::pair().expect("a socket pair");
+    let sending = std::thread::spawn(move || TreeSender::new(here, Arc::default()).send(&tree));
+    let mut frames = Frames::new(there, None);
+    while frames.next().expect("the index").0 != FrameKind::IndexEnd {}
+    frames.send(FrameKind::AskHash, &[]).expect("a question");
+    frames.send(FrameKind::AskHash, &[]).expect("another");
+    frames.expect(FrameKind::Hash).expect("one answer");
+    let error = sending.join().expect("no panic").expect_err("a lie");
+    assert!(error.to_string().contains("out of turn"), "{error}");
 }

@@ -54,7 +54,9 @@ pub(super) fn assert_same(one: &Path, other: &Path, when: &str) {
     let differ: Vec<_> = paths
         .into_iter()
         .filter(|path| one.get(*path) != other.get(*path))
-        .map(|path| format!("{}: {:?}\n against {:?}", path.display(), one.get(path), other.get(path)))
+        .map(|path| {
+            format!("{}: {:?}\n against {:?}", path.display(), one.get(path), other.get(path))
+        })
         .collect();
     assert!(differ.is_empty(), "{when}, {} differ:\n{}", differ.len(), differ.join("\n"));
 }

@@ -127,6 +127,67 @@ fn giving_up_leaves_what_others_put_there() {
 }
 
 #[test]
+fn a_crash_is_cleaned_up_by_the_record() {
+    let room = Room::new();
+    room.write("source/file", b"new");
+    room.write("there/kept/file", b"old");
+    let record = room.path("record");
+    let trees = [
+        FileTree { id: 1, ..bundle(&room.path("source")) },
+        FileTree { id: 2, ..kernel(&room.write("kernel", &noise(1, 100_000))) },
+        FileTree { id: 3, ..bundle(&room.path("source")) },
+    ];
+    let places = [("new/a/tree", false), ("new/b/kernel", false), ("there/kept", true)];
+    let expected =
+        trees.iter().zip(places).map(|(tree, (to, keep))| incoming(tree, &room.path(to), keep));
+    let landing = Landing::recorded(&record).expect("a record");
+    stream(expected.collect(), &landing, |sender| {
+        trees.iter().try_for_each(|tree| sender.send(tree))
+    })
+    .well();
+    // The process ends without a word, in the middle of another file.
+    std::mem::forget(landing);
+    room.write("new/b/.decamp-new-0123456789abcdef", b"half");
+    let half = room.path("new/b/.decamp-new-0123456789abcdef");
+    let line = format!("{{\"temporary\":{half:?}}}\n{{\"tree\":{{\"pa");
+    let mut text = fs::read(&record).expect("the record");
+    text.extend_from_slice(line.as_bytes());
+    fs::write(&record, text).expect("the record");
+    assert!(Landing::recorded(&record).is_err(), "a record is never overwritten");
+    Landing::recover(&record).expect("the record").remove();
+    assert!(!room.path("new").exists());
+    assert!(room.path("there/kept/file").exists());
+    assert!(!record.exists());
+    Landing::recover(&record).expect("nothing").remove();
+}
+
+#[test]
+fn a_mount_in_an_earlier_copy_is_not_emptied() {
+    if !is_root("a_mount_in_an_earlier_copy_is_not_emptied") {
+        return;
+    }
+    let room = Room::new();
+    room.write("source/file", b"new");
+    let _disk = SmallDisk::mount(&room, "size=1m");
+    room.write("disk/precious", b"precious");
+    // The index knows nothing of the disk in the earlier copy.
+    fs::create_dir(room.path("parent")).expect("a directory");
+    let tree = bundle(&room.path("source"));
+    let place = room.path("parent");
+    fs::create_dir(place.join("mounted")).expect("a mount point");
+    let mut bind = Command::new("mount");
+    bind.arg("--bind").arg(room.path("disk")).arg(place.join("mounted"));
+    let bound = bind.status().expect("mount runs");
+    assert!(bound.success());
+    let outcome =
+        stream(vec![incoming(&tree, &place, true)], &Landing::new(), |sender| sender.send(&tree));
+    let unbound = Command::new("umount").arg(place.join("mounted")).status().expect("umount runs");
+    assert!(unbound.success());
+    assert!(matches!(outcome.received, Err(FileError::Io { .. })), "{outcome:?}");
+    assert_eq!(read_all(&room.path("disk/precious")), b"precious");
+}
+
+#[test]
 fn kept_landings_stay() {
     let room = Room::new();
     room.write("source/file", b"new");
