@@ -44,8 +44,12 @@ fn text(detail: &WorkloadDetail, now_ms: u64) -> String {
     }
     tell("log", detail.log.display().to_string());
     for (key, value) in [("spec", Some(&detail.spec)), ("keeper", detail.keeper.as_ref())] {
-        let Some(value) = value else { continue };
-        let pretty = serde_json::to_string_pretty(value).unwrap_or_default();
+        let Some(mut value) = value.cloned() else { continue };
+        // Every CPUID leaf that a guest sees is for machines: --json has it.
+        if let Some(facts) = value.get_mut("facts").and_then(|facts| facts.as_object_mut()) {
+            facts.remove("needs");
+        }
+        let pretty = serde_json::to_string_pretty(&value).unwrap_or_default();
         tell(key, pretty.replace('\n', "\n            "));
     }
     lines.join("\n")
@@ -75,7 +79,7 @@ mod tests {
             },
             spec: json!({"cpus": 1}),
             log: "/var/lib/decamp/workloads/web/console.log".into(),
-            keeper: None,
+            keeper: Some(json!({"facts": {"pid": 7, "needs": {"cpuid": []}}, "phase": "running"})),
         };
         let expected = "\
 name        web
@@ -86,6 +90,12 @@ kernel      /srv/k
 log         /var/lib/decamp/workloads/web/console.log
 spec        {
               \"cpus\": 1
+            }
+keeper      {
+              \"facts\": {
+                \"pid\": 7
+              },
+              \"phase\": \"running\"
             }";
         assert_eq!(text(&detail, 3_000), expected);
     }
