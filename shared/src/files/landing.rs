@@ -18,7 +18,8 @@ use super::error::{Doing, FileError, Result};
 use super::placing::TEMPORARY;
 
 /// The memory of one arrival, shared by whoever receives its files and whoever ends it. Dropped
-/// without [`Landing::keep`], it removes what was made. With a record on disk it outlives a crash.
+/// without [`Landing::keep`], it removes what was made, unless there is a record on disk: then it
+/// outlives the process, and [`Landing::recover`] finds it.
 #[derive(Debug, Default)]
 pub struct Landing {
     memory: Mutex<Memory>,
@@ -170,7 +171,12 @@ fn discard(record: &Path) {
 
 impl Drop for Landing {
     fn drop(&mut self) {
-        self.remove();
+        let memory = self.memory.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // Whoever drops one with a record may be a process that was told to end in the middle of it all:
+        // what becomes of it is for the next one to say.
+        if memory.record.is_none() {
+            self.remove();
+        }
     }
 }
 

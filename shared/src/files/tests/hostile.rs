@@ -29,6 +29,7 @@ impl Liar {
     fn with(prepare: impl FnOnce(&Room)) -> Self {
         let room = Room::new();
         room.write("outside/secret", b"secret");
+        room.write("outside/deep/secret", b"secret");
         fs::create_dir(room.path("trees")).expect("a place for trees");
         prepare(&room);
         let (here, there) = UnixStream::pair().expect("a socket pair");
@@ -467,17 +468,14 @@ fn archive_of_unknown_encoding() {
 #[test]
 fn change_below_a_symbolic_link() {
     // The link was placed in the first pass and leads out of the tree.
-    for lie in [
-        file(b"link/new", 3),
-        directory(b"link/new"),
-        link(b"link/new", b"x"),
-        entry(Type::Fifo, b"link/new"),
-    ] {
+    let lies = [&b"link/new"[..], b"link/deep/new", b"link/../new", b"link/deep/secret"]
+        .map(|path| [file(path, 3), directory(path), link(path, b"x"), entry(Type::Fifo, path)]);
+    for lie in lies.into_iter().flatten() {
         let mut liar = Liar::new();
         liar.honest(vec![link(b"link", b"../../outside")]);
         liar.index(true, vec![lie], vec![]).archive(&tar_of(&[("0", FILE, 3, b"abc")]));
         let error = liar.caught();
-        assert!(error.to_string().contains("link/new"), "{error}");
+        assert!(error.to_string().contains("tree/link/"), "{error}");
     }
 }
 
@@ -493,7 +491,8 @@ fn change_that_replaces_a_directory_by_a_link_and_writes_below() {
 fn removal_below_a_symbolic_link() {
     let mut liar = Liar::new();
     liar.honest(vec![link(b"link", b"../../outside")]);
-    liar.index(true, vec![], vec![b"link/secret"]).archive(&[0; 1024]);
+    liar.index(true, vec![], vec![b"link/deep", b"link/deep/secret", b"link/secret"]);
+    liar.archive(&[0; 1024]);
     liar.frames.expect(FrameKind::Done).expect("nothing is there by that name");
     liar.say(FrameKind::Hash, &[0; 32]);
     liar.protocol("out of turn");

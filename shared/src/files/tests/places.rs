@@ -8,10 +8,10 @@ use super::trees::Room;
 use super::*;
 
 /// A small tmpfs in this test's own room. Unmounted when dropped.
-struct SmallDisk(PathBuf);
+pub(super) struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    fn mount(room: &Room, options: &str) -> Self {
+    pub(super) fn mount(room: &Room, options: &str) -> Self {
         let path = room.path("disk");
         fs::create_dir(&path).expect("a mount point");
         let mounted = Command::new("mount")
@@ -21,6 +21,10 @@ impl SmallDisk {
             .expect("mount runs");
         assert!(mounted.success(), "a small disk");
         Self(path)
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
     }
 }
 
