@@ -13,7 +13,9 @@ use decamp_shared::session::Fate;
 use decamp_shared::session::commit::{Keep, Record, Sight};
 use decamp_shared::session::error::chain;
 use decamp_shared::session::journal::{Role, SessionRow};
-use decamp_shared::session::recovery::{OpenDeparture, recover_arrival, resolve_arrival};
+use decamp_shared::session::recovery::{
+    OpenDeparture, recover_arrival, resolve_arrival, settle_files,
+};
 use decamp_shared::workload::{Manifest, Place, SourceWorkload, WorkloadError};
 
 use super::Agent;
@@ -103,7 +105,8 @@ async fn take_up_departure(agent: &Arc<Agent>, row: SessionRow) -> Result<()> {
 
 async fn take_up_arrival(agent: &Arc<Agent>, row: SessionRow) -> Result<()> {
     if row.record.is_final() {
-        return Ok(());
+        let journal = Arc::clone(&agent.journal);
+        return blocking(move || settle_files(&journal, &row, row.record)).await;
     }
     let workload = concerned(agent, &row)?;
     let place = workload.as_ref().map(|workload| agent.place(workload));

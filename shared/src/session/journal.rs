@@ -15,6 +15,8 @@ use crate::workload::Kind;
 
 /// Version of the tables; a journal of a newer one is refused.
 const TABLES: i64 = 1;
+/// Fewer moves than this tell nothing about the next.
+const TELLING: usize = 3;
 
 /// What can go wrong with a journal.
 #[derive(Debug, thiserror::Error)]
@@ -161,12 +163,14 @@ impl Journal {
     /// Writes what is now known of a session. On disk when this returns.
     ///
     /// # Errors
-    /// When it could not be written, or there is no such session.
+    /// When it could not be written, there is no such session, or what it says is final already.
     pub fn record(&self, migration: &str, role: Role, record: Record) -> Result<(), JournalError> {
         let changed = self
             .lock()
             .execute(
-                "UPDATE sessions SET record=?3, updated_ms=?4 WHERE migration=?1 AND role=?2",
+                "UPDATE sessions SET record=?3, updated_ms=?4 WHERE migration=?1 AND role=?2
+                 AND (record=?3
+                      OR record NOT IN ('ROLLED_BACK', 'RELEASED', 'RUNNING', 'ABORTED'))",
                 params![migration, role.word(), record.word(), now_ms()],
             )
             .map_err(|error| self.failed("write", error))?;
@@ -206,12 +210,17 @@ impl Journal {
         read().map_err(|error| self.failed("read", error))
     }
 
+    /// Where it is noted, beside the journal, what an arrival makes on this host's disk while it lasts.
+    pub fn landing_record(&self, migration: &str) -> PathBuf {
+        self.path.with_file_name(format!("landing-{migration}"))
+    }
+
     /// A token for the next change of ownership of a workload: larger than any seen here.
     ///
     /// # Errors
     /// When the journal cannot be read.
     pub fn next_token(&self, uuid: &str) -> Result<u64, JournalError> {
-        Ok(self.newest_token(uuid)? + 1)
+        Ok(self.newest_token(uuid)?.saturating_add(1))
     }
 
     /// The newest token that this host has seen of a workload, 0 when none.
@@ -260,7 +269,8 @@ impl Journal {
     }
 
     /// What the stop of this kind of workload cost lately beyond its memory, in milliseconds: the
-    /// median over the last completed moves, `None` before the first.
+    /// median over the last completed moves. `None` while those are too few to tell: one stop that was
+    /// long for reasons of its own, as when an agent was lost in it, must not forbid all later moves.
     ///
     /// # Errors
     /// When the journal cannot be read.
@@ -272,6 +282,9 @@ impl Journal {
             .filter_map(|report| Some(report.downtime_ms? - report.downtime.memory_ms))
             .filter(|cost| *cost > 0.0)
             .collect();
+        if costs.len() < TELLING {
+            return Ok(None);
+        }
         costs.sort_by(f64::total_cmp);
         Ok(costs.get(costs.len() / 2).copied())
     }
@@ -347,6 +360,37 @@ mod tests {
         }
     }
 
+    fn moved(number: u32, downtime_ms: f64) -> Report {
+        let text = serde_json::json!({
+            "migration": format!("m-{number}"), "workload": "web", "kind": "vm",
+            "from": "alpha", "to": "beta", "outcome": "completed", "reason": null,
+            "mode": "pre-copy", "tracker": null, "total_ms": 0.0, "downtime_ms": downtime_ms,
+            "downtime": {
+                "pause_ms": 0.0, "memory_ms": 5.0, "state_ms": 0.0, "restore_ms": 0.0,
+                "switch_ms": 0.0
+            },
+            "rounds": [], "memory_bytes": 0, "wire_bytes": 0, "file_bytes": 0,
+            "pages": { "zero": 0, "same": 0, "delta": 0, "lz4": 0, "zstd": 0, "raw": 0 },
+            "streams": 2, "encrypted": true,
+            "predicted": { "total_ms": null, "downtime_ms": null }, "source_stall_ms": 0.0
+        });
+        serde_json::from_value(text).expect("a report")
+    }
+
+    #[test]
+    fn one_long_stop_does_not_forbid_the_next() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let journal = Journal::open(&dir.path().join("journal.db")).expect("opens");
+        let cost = |number, downtime| {
+            journal.save_report(&moved(number, downtime)).expect("writes");
+            journal.fixed_stop_ms(Kind::Vm).expect("reads")
+        };
+        assert_eq!(cost(1, 3_000.0), None);
+        assert_eq!(cost(2, 15.0), None);
+        assert_eq!(cost(3, 17.0), Some(12.0));
+        assert_eq!(journal.fixed_stop_ms(Kind::Container).expect("reads"), None);
+    }
+
     #[test]
     fn remembers_across_a_reopen_and_tokens_only_grow() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -365,6 +409,9 @@ mod tests {
         assert_eq!(journal.next_token("u-1").expect("reads"), 2, "and never lowers the newest");
         assert!(journal.begin(&row("m-1", 3)).is_err(), "a session begins once");
         assert!(journal.record("m-9", Role::Source, Record::Fenced).is_err());
+        journal.record("m-1", Role::Source, Record::Released).expect("writes");
+        journal.record("m-1", Role::Source, Record::Released).expect("says the same again");
+        assert!(journal.record("m-1", Role::Source, Record::RolledBack).is_err(), "final");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::departure::{Departure, Wish};
 use super::error::Result;
 use super::journal::{Journal, JournalError, Role, SessionRow};
 use super::source::Fate;
+use crate::files::Landing;
 use crate::protocol::control::Commit;
 use crate::transport::{Dialer, PeerAddress};
 use crate::workload::SourceWorkload;
@@ -146,7 +147,28 @@ fn finish_arrival(
             DestinationAction::Answer(_) | DestinationAction::Activate => {}
         }
     }
+    settle_files(journal, row, record);
     Ok(record)
+}
+
+/// What an arrival made on this host's disk stays with a workload that runs here, and goes with one that
+/// never will. Nothing to do as long as that is open, or when it was done before.
+pub fn settle_files(journal: &Journal, row: &SessionRow, record: Record) {
+    let keep = match record {
+        Record::Running => true,
+        Record::Aborted => false,
+        _ => return,
+    };
+    // A Commit that belonged to no session may have left a row with any id.
+    if row.role != Role::Destination || row.migration.parse::<uuid::Uuid>().is_err() {
+        return;
+    }
+    match Landing::recover(&journal.landing_record(&row.migration)) {
+        Ok(landing) if keep => landing.keep(),
+        Ok(landing) => landing.remove(),
+        Err(error) => tracing::warn!(migration = %row.migration, %error,
+            "Cannot read what an arrival left on the disk"),
+    }
 }
 
 fn write(

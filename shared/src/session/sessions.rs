@@ -1,7 +1,7 @@
 //! All sessions that come to this host: who is told what, which stream belongs where, and the one
 //! place where a Commit is answered, whatever connection it came on.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use tokio::sync::mpsc;
 use super::arrival::Arrival;
 use super::commit::{Answer, Destination, Record};
 use super::destination::{
-    self, Accepted, DestinationHost, Wire, aborted, judge, out_of_turn, receive_workload, settled,
+    self, Accepted, DestinationHost, Requests, aborted, judge, out_of_turn, receive_workload, settled,
     told,
 };
 use super::error::{Result, SessionError, chain, fail_here};
 use super::journal::{Journal, Role as End, SessionRow, boot_id};
 use crate::files::Landing;
 use crate::protocol::control::{
-    Commit, Failed, Hello, Offer, Request, Verdict, Welcome, reply, request,
+    Commit, Failed, Hello, Offer, Pong, Request, Verdict, Welcome, reply, request,
 };
 use crate::transport::{
     Canceller, Connection, Control, DataStream, JoinRefusal, Peer, Role, Secret,
@@ -49,6 +49,8 @@ pub(super) struct Live {
     streams: u32,
     joined: mpsc::Sender<(Role, DataStream)>,
     cancellers: Mutex<Vec<Canceller>>,
+    /// Streams that asked to join: pages or files, and their index.
+    taken: Mutex<HashSet<(bool, u32)>>,
 }
 
 impl Live {
@@ -76,11 +78,6 @@ impl DestinationSessions {
         }
     }
 
-    /// Whether the workload with this identity is arriving right now.
-    pub fn is_arriving(&self, migration: &str) -> bool {
-        lock(&self.live).contains_key(migration)
-    }
-
     async fn serve_stream(&self, connection: Connection) -> Result<()> {
         let failed = |source| SessionError::Transport {
             what: "Cannot take a stream into its session".to_owned(),
@@ -93,7 +90,8 @@ impl DestinationSessions {
             return Err(failed(joining.refuse(JoinRefusal::NotYours).await));
         };
         let most = if role == Role::Page { live.streams } else { 1 };
-        if joining.index() >= most {
+        let mine = lock(&live.taken).insert((role == Role::Page, joining.index()));
+        if joining.index() >= most || !mine {
             return Err(failed(joining.refuse(JoinRefusal::Index).await));
         }
         let encrypted = live.encrypted || role == Role::File;
@@ -112,13 +110,16 @@ impl DestinationSessions {
         };
         let first = control.recv::<Request>(PATIENCE).await.map_err(failed)?;
         let (reader, writer) = control.split();
-        let mut wire = Wire::new(reader, writer);
+        let mut wire = Requests::new(reader, writer);
         let result = match first.and_then(|request| request.body) {
             // A ping may come first: the source's pulse starts with its connection.
-            Some(request::Body::Ping(_)) => match wire.requests.recv().await {
-                Some(body) => self.begin(body, &peer, &mut wire).await,
-                None => Ok(()),
-            },
+            Some(request::Body::Ping(_)) => {
+                wire.reply(reply::Body::Pong(Pong {})).await;
+                match tokio::time::timeout(PATIENCE, wire.requests.recv()).await {
+                    Ok(Some(body)) => self.begin(body, &peer, &mut wire).await,
+                    _ => Ok(()),
+                }
+            }
             Some(body) => self.begin(body, &peer, &mut wire).await,
             None => Ok(()),
         };
@@ -133,7 +134,7 @@ impl DestinationSessions {
         self: &Arc<Self>,
         body: request::Body,
         peer: &Peer,
-        wire: &mut Wire,
+        wire: &mut Requests,
     ) -> Result<()> {
         match body {
             request::Body::Hello(hello) => self.session(hello, peer, wire).await,
@@ -150,7 +151,7 @@ impl DestinationSessions {
     }
 
     /// One session from its Hello to its end.
-    async fn session(self: &Arc<Self>, hello: Hello, peer: &Peer, wire: &mut Wire) -> Result<()> {
+    async fn session(self: &Arc<Self>, hello: Hello, peer: &Peer, wire: &mut Requests) -> Result<()> {
         let broken =
             |what: &str| SessionError::Protocol { host: peer.name.clone(), what: what.to_owned() };
         if hello.host != peer.name {
@@ -207,10 +208,14 @@ impl DestinationSessions {
         secret: Secret,
         encrypted: bool,
         accepted: Accepted,
-        wire: &mut Wire,
+        wire: &mut Requests,
     ) -> Result<()> {
+        // Before the row, so that no row is left open when there is no room for it.
+        let record = self.journal.landing_record(migration);
+        let landing = Landing::recorded(&record).map(Arc::new).map_err(|source| {
+            SessionError::Files { path: record.display().to_string(), source: Box::new(source) }
+        })?;
         self.journal_building(migration, token, peer, &accepted).await?;
-        let landing = Arc::new(Landing::new());
         let arrival = Arrival::new(
             migration,
             token,
@@ -231,6 +236,7 @@ impl DestinationSessions {
             streams: accepted.streams,
             joined,
             cancellers: Mutex::default(),
+            taken: Mutex::default(),
         });
         let _guard = Listed::new(self, &live);
         let received = match receive_workload(&live, &accepted, &mut streams, wire).await {
@@ -269,7 +275,7 @@ impl DestinationSessions {
 
     /// The workload is prepared: waits for Commit here, and for a while on other connections when
     /// this one breaks.
-    async fn await_commit(&self, live: &Arc<Live>, wire: &mut Wire) -> Result<()> {
+    async fn await_commit(&self, live: &Arc<Live>, wire: &mut Requests) -> Result<()> {
         fail_here!("destination.prepared");
         loop {
             match wire.requests.recv().await {
@@ -283,7 +289,10 @@ impl DestinationSessions {
                 None => break,
             }
         }
-        let settled = |machine| matches!(machine, Destination::Running | Destination::Aborted);
+        let settled = |machine| {
+            use Destination::{Aborted, Running, Undecided};
+            matches!(machine, Running | Aborted | Undecided)
+        };
         if settled(live.arrival.lock().await.machine()) {
             return Ok(());
         }
@@ -312,6 +321,9 @@ impl DestinationSessions {
         commit: &Commit,
         peer: &Peer,
     ) -> Result<crate::protocol::control::Settled> {
+        if commit.migration.parse::<uuid::Uuid>().is_err() {
+            return Err(forged());
+        }
         let live = lock(&self.live).get(&commit.migration).cloned();
         if let Some(live) = live {
             let mut arrival = live.arrival.lock().await;
@@ -376,7 +388,7 @@ impl DestinationSessions {
             }
             Record::Committed => Ok(settled(
                 Answer::Undecided,
-                "its host restarted between its commit and its confirmation",
+                "its keeper was lost between its commit and its confirmation, perhaps with the host",
             )),
             _ => Err(SessionError::Protocol {
                 host: self.host.name().to_owned(),
