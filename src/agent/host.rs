@@ -270,7 +270,9 @@ impl Agent {
     /// An earlier stay's entry is put back. Harmless when there is nothing.
     pub(crate) fn forget_arrival(&self, migration: &str, name: &str) -> super::answer::Result<()> {
         let Some(workload) = self.registry.get(name)? else { return Ok(()) };
-        if workload.state != State::Incoming || workload.migration.as_deref() != Some(migration) {
+        // Unresolved is one whose host restarted at the wrong moment, until an operator gives it up.
+        let arrives = matches!(workload.state, State::Incoming | State::Unresolved);
+        if !arrives || workload.migration.as_deref() != Some(migration) {
             return Ok(());
         }
         let place = self.place(&workload);
