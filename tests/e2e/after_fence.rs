@@ -1,7 +1,7 @@
 //! Failures after the fence, at every step: the move completes, or is undone, or nobody knows and `resolve`
 //! works. Never two, never none.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::failures::{Failure, Held, Living, Served, arm, hold, report};
 use crate::guest::Guest;
@@ -124,16 +124,19 @@ fn mend(hosts: &'static Hosts, held: &Held, failure: Failure) {
 #[track_caller]
 fn settled(hosts: &Hosts, name: &str) -> &'static str {
     let gone = |state: &Option<String>| matches!(state.as_deref(), None | Some("moved"));
-    find(&format!("{name} to run at exactly one host"), SETTLES_WITHIN, || {
+    let deadline = Instant::now() + SETTLES_WITHIN;
+    loop {
         let states = [ALPHA, BETA].map(|host| hosts.state(host, name));
         let running = states.each_ref().map(|state| state.as_deref() == Some("running"));
         assert!(running != [true, true], "{name} runs at both hosts");
         match running {
-            [true, false] if gone(&states[1]) => Some(ALPHA),
-            [false, true] if gone(&states[0]) => Some(BETA),
-            _ => None,
+            [true, false] if gone(&states[1]) => return ALPHA,
+            [false, true] if gone(&states[0]) => return BETA,
+            _ => {}
         }
-    })
+        assert!(Instant::now() < deadline, "{name} at alpha and beta: {states:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// The destination undoes it, and the source is restarted before it has heard.

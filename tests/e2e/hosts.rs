@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use crate::running::{Pending, Ran, find, run};
+use crate::running::{Pending, Ran, run};
 
 /// Where `tests/setup` puts CRIU.
 pub(crate) const CRIU: &str = "/opt/decamp-criu/bin/criu";
@@ -206,14 +206,6 @@ impl Hosts {
     fn agent_log(&self, host: &str) -> String {
         let bytes = fs::read(self.path(host, "agent.log")).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
-    }
-
-    /// Waits until a host's agent says something after a mark.
-    #[track_caller]
-    pub(crate) fn await_log(&self, host: &str, mark: usize, text: &str, within: Duration) {
-        find(&format!("{host}'s agent to say {text:?}"), within, || {
-            self.log_since(host, mark).contains(text).then_some(())
-        });
     }
 
     /// Edits a host's configuration and restarts its agent, until the guard is dropped.

@@ -1,13 +1,17 @@
 //! A Redis container, and the client that writes and reads on one connection for as long as it is told to.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
 
 use crate::hosts::{ALPHA, BETA, CLIENT, Hosts};
+use crate::running::until;
 
 /// Filling 256 MiB, verifying them, and a move in between, on a busy machine.
 const ANSWER_WITHIN: Duration = Duration::from_secs(120);
@@ -39,7 +43,21 @@ impl Redis {
         make_bundle(hosts, host, &bundle);
         let words = ["run", "container", name, "--bundle", &bundle, "--net", &net];
         hosts.decamp(host, &words).expect(0);
+        redis.await_listening();
         redis
+    }
+
+    /// A container runs before the Redis in it listens.
+    #[track_caller]
+    fn await_listening(&self) {
+        let address = self.address.clone();
+        let connected = std::thread::spawn(move || {
+            let namespace =
+                File::open(format!("/run/netns/{CLIENT}")).expect("the clients' network");
+            setns(namespace, CloneFlags::CLONE_NEWNET).expect("it can be entered");
+            until("Redis to listen", ANSWER_WITHIN, || TcpStream::connect(&address).is_ok());
+        });
+        connected.join().expect("Redis listens");
     }
 
     /// Connects a client and waits until it has loaded its values.
