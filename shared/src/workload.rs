@@ -32,6 +32,13 @@ pub enum WorkloadError {
     /// This kind of workload cannot do what was asked.
     #[error("{0} is not supported by this kind of workload")]
     Unsupported(&'static str),
+    /// It was being let run, and nobody can say whether it did.
+    #[error("Nobody can say whether the workload began to run")]
+    Uncertain {
+        /// Why not.
+        #[source]
+        source: BoxError,
+    },
     /// The keeper did not answer, or ended.
     #[error("The keeper of workload {name} is gone ({what})")]
     KeeperGone {
@@ -112,7 +119,8 @@ pub trait DestinationWorkload: Send {
     fn writer(&mut self, spaces: &[SpaceInfo]) -> Result<Arc<dyn PageWriter>>;
     /// Everything restored, nothing running, interfaces down. Every section must be used up.
     fn load(&mut self, sections: Vec<Section>) -> Result<()>;
-    /// Run, interfaces up, announced. On an error no instruction has run.
+    /// Run, interfaces up, announced. On an error no instruction has run, unless it is
+    /// [`WorkloadError::Uncertain`].
     fn activate(&mut self, token: u64) -> Result<()>;
     /// Takes everything away that was prepared. Works in every state before activation.
     fn discard(&mut self) -> Result<()>;

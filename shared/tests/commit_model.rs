@@ -80,6 +80,10 @@ enum Event {
     SourceFails,
     DestinationActs,
     DestinationFails,
+    /// The keeper is lost while it lets the workload run, before or after it did.
+    DestinationKeeperLost,
+    /// COMMITTED could not be written, or was and the write still failed.
+    CommittedFails,
     AskAgain,
     Deliver(Message, Fate),
     Lose(Message),
@@ -216,6 +220,23 @@ impl Commit {
         if let Some(DestinationAction::Activate) = world.destination.todo.pop_front() {
             self.feed_destination(world, DestinationInput::ActivateFailed);
         }
+    }
+
+    /// The keeper dies with the copy in it while it lets the workload run.
+    fn destination_keeper_lost(&self, world: &mut World) {
+        if let Some(DestinationAction::Activate) = world.destination.todo.pop_front() {
+            world.destination.keeper = Keeper::Gone;
+            world.copy_lost = true;
+            self.feed_destination(world, DestinationInput::ActivateLost);
+        }
+    }
+
+    /// What the driver does when COMMITTED cannot be written: the machine stays as it was, nothing is
+    /// answered. Here the record reached the disk all the same, which is the worse case.
+    fn committed_fails(&self, world: &mut World) {
+        world.destination.todo.clear();
+        world.destination.record = Some(Record::Committed);
+        world.destination.machine = Destination::Prepared;
     }
 
     fn deliver(&self, world: &mut World, message: Message) {
@@ -397,8 +418,14 @@ impl Model for Commit {
         }
         if destination.up && !destination.todo.is_empty() {
             events.push(Event::DestinationActs);
-            if destination.todo[0] == DestinationAction::Activate {
-                events.push(Event::DestinationFails);
+            match destination.todo[0] {
+                DestinationAction::Activate => {
+                    events.extend([Event::DestinationFails, Event::DestinationKeeperLost]);
+                }
+                DestinationAction::Journal(Record::Committed) => {
+                    events.push(Event::CommittedFails);
+                }
+                _ => {}
             }
         }
         for message in &world.network {
@@ -449,6 +476,8 @@ impl Model for Commit {
             Event::SourceFails => self.source_fails(&mut world),
             Event::DestinationActs => self.destination_acts(&mut world),
             Event::DestinationFails => self.destination_fails(&mut world),
+            Event::DestinationKeeperLost => self.destination_keeper_lost(&mut world),
+            Event::CommittedFails => self.committed_fails(&mut world),
             Event::AskAgain => self.feed_source(&mut world, SourceInput::AskAgain),
             Event::Deliver(message, fate) => {
                 if fate == Fate::Once {

@@ -253,6 +253,23 @@ impl DestinationHost for ArrivalHost {
         }
     }
 
+    fn undecided(&self, migration: &str, manifest: &Manifest) {
+        let unresolved = |entry: &mut Workload| entry.state = State::Unresolved;
+        match self.agent.registry.change(&manifest.name, unresolved) {
+            Ok(_) => tracing::warn!(
+                migration,
+                workload = manifest.name,
+                "Its keeper was lost while it was let run: nobody knows whether it did"
+            ),
+            Err(error) => tracing::error!(
+                migration,
+                workload = manifest.name,
+                "Cannot enter that it is unresolved: {}",
+                chain(&error)
+            ),
+        }
+    }
+
     fn gone(&self, migration: &str, manifest: &Manifest) {
         if let Err(error) = self.agent.forget_arrival(migration, &manifest.name) {
             tracing::error!(

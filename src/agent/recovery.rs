@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use decamp_shared::keeper::ends::KeeperSource;
 use decamp_shared::keeper::{KeeperClient, Phase};
@@ -25,6 +26,9 @@ use super::supervise::{discard, exit_record, is_kept};
 use super::workloads::blocking;
 use crate::messages::{ResolveAnswer, Side, State};
 
+/// How long the agent's start waits for one session that was left open.
+const AT_START: Duration = Duration::from_secs(10);
+
 /// Source sessions that wait for their destination's word, by migration.
 #[derive(Default)]
 pub(crate) struct OpenMoves(Mutex<BTreeMap<String, Arc<OpenDeparture>>>);
@@ -43,12 +47,20 @@ impl OpenMoves {
 pub(crate) async fn at_start(agent: &Arc<Agent>) -> Result<()> {
     for row in agent.journal.sessions()? {
         let migration = row.migration.clone();
-        let settled = match row.role {
-            Role::Source => take_up_departure(agent, row).await,
-            Role::Destination => take_up_arrival(agent, row).await,
-        };
-        if let Err(answer) = settled {
-            tracing::error!(migration, "Cannot settle what an earlier agent left: {answer}");
+        let agent = Arc::clone(agent);
+        let taking_up = tokio::spawn(async move {
+            let migration = row.migration.clone();
+            let settled = match row.role {
+                Role::Source => take_up_departure(&agent, row).await,
+                Role::Destination => take_up_arrival(&agent, row).await,
+            };
+            if let Err(answer) = settled {
+                tracing::error!(migration, "Cannot settle what an earlier agent left: {answer}");
+            }
+        });
+        // One that cannot be settled at once does not keep the others from being served.
+        if tokio::time::timeout(AT_START, taking_up).await.is_err() {
+            tracing::warn!(migration, "Takes long to settle; goes on beside everything else");
         }
     }
     Ok(())
@@ -85,18 +97,18 @@ async fn take_up_departure(agent: &Arc<Agent>, row: SessionRow) -> Result<()> {
         OpenDeparture::take_up(agent.journal.clone(), agent.dialer.clone(), row, sight, source)
             .await;
     if let Some(fate) = fate {
-        return note(agent, &workload.name, fate, &open);
+        return note(agent, fate, &open);
     }
     agent.registry.change(&workload.name, |entry| entry.state = State::Unresolved)?;
     let open = Arc::new(open);
     agent.open_moves.held().insert(open.row().migration.clone(), open.clone());
     let agent = Arc::clone(agent);
     tokio::spawn(async move {
-        let fate = open.settle().await;
+        let Some(fate) = open.settle().await else { return };
         if fate != Fate::Unresolved {
             agent.open_moves.held().remove(&open.row().migration);
         }
-        if let Err(answer) = note(&agent, &workload.name, fate, &open) {
+        if let Err(answer) = note(&agent, fate, &open) {
             tracing::error!(workload = workload.name, "Cannot note where it runs: {answer}");
         }
     });
@@ -112,7 +124,7 @@ async fn take_up_arrival(agent: &Arc<Agent>, row: SessionRow) -> Result<()> {
     let place = workload.as_ref().map(|workload| agent.place(workload));
     let owner = Arc::clone(agent);
     blocking(move || {
-        let sight = place.as_ref().map_or(Sight::Gone, see);
+        let sight = place.as_ref().map_or(Ok(Sight::Gone), see)?;
         tracing::info!(
             migration = row.migration,
             record = row.record.word(),
@@ -156,11 +168,20 @@ async fn resolve_departure(
         ))
     })?;
     let fate = open.resolve(keep).await;
+    if fate == Fate::Unresolved {
+        let open = agent.open_moves.held().remove(&row.migration);
+        drop(open);
+        go_on_asking(agent, &row.migration).await;
+        return Err(Answer::Conflict(format!(
+            "{} can be reached but does not say yet what became of {}: try again in a moment",
+            row.peer, row.workload
+        )));
+    }
     agent.open_moves.held().remove(&row.migration);
-    note(agent, &row.workload, fate, &open)?;
+    note(agent, fate, &open)?;
     let (name, here, there) = (&row.workload, &agent.config.name, &row.peer);
     let text = match (fate, keep) {
-        (Fate::Here, Keep::Source) => format!("{name} runs on at {here}. {there} never ran it"),
+        (Fate::Here, Keep::Source) => format!("{name} runs on at {here}, as you decided"),
         (Fate::Here, Keep::Destination) => format!(
             "{there} says that {name} never ran there, so it was not given up: it runs on at {here}"
         ),
@@ -178,11 +199,18 @@ async fn resolve_departure(
 
 async fn resolve_here(agent: &Arc<Agent>, row: SessionRow, keep: Keep) -> Result<ResolveAnswer> {
     let workload = concerned(agent, &row)?;
+    if workload.as_ref().is_some_and(|workload| workload.state != State::Unresolved) {
+        return Err(Answer::Conflict(format!(
+            "The move of {} is still under way here: try again in a moment",
+            row.workload
+        )));
+    }
     let place = workload.as_ref().map(|workload| agent.place(workload));
     let owner = Arc::clone(agent);
     blocking(move || {
+        let sight = place.as_ref().map_or(Ok(Sight::Gone), see)?;
         let clear = || take_away(&owner, place.as_ref(), &row);
-        let record = resolve_arrival(&owner.journal, &row, keep, clear)
+        let record = resolve_arrival(&owner.journal, &row, sight, keep, clear)
             .map_err(|error| Answer::failed(&error))?;
         enter(&owner, &row, workload.as_ref(), record)?;
         let (name, host) = (&row.workload, &owner.config.name);
@@ -234,7 +262,7 @@ async fn look(
     let place = agent.place(workload);
     let name = workload.name.clone();
     blocking(move || {
-        let sight = see(&place);
+        let sight = see(&place)?;
         if !matches!(sight, Sight::Running | Sight::Stopped) {
             return Ok((sight, None));
         }
@@ -249,15 +277,17 @@ async fn look(
     .await?
 }
 
-fn see(place: &Place) -> Sight {
+/// What is to be seen of the keeper at `place`; an error when that cannot be found out.
+fn see(place: &Place) -> Result<Sight> {
     let phase = KeeperClient::connect(place).and_then(|mut keeper| keeper.phase());
-    match phase {
+    Ok(match phase {
         Ok(Phase::Running) => Sight::Running,
         Ok(Phase::Paused | Phase::Fenced { .. }) => Sight::Stopped,
         Ok(Phase::Incoming | Phase::Prepared) => Sight::NeverStarted,
-        Err(_) if exit_record(place).is_some() => Sight::Ended,
-        Err(_) => Sight::Gone,
-    }
+        Err(WorkloadError::KeeperGone { .. }) if exit_record(place).is_some() => Sight::Ended,
+        Err(WorkloadError::KeeperGone { .. }) => Sight::Gone,
+        Err(error) => return Err(error.into()),
+    })
 }
 
 /// A copy that never ran goes: its keeper, its leftovers, its entry.
@@ -296,8 +326,14 @@ fn enter(
 }
 
 /// The registry says where a workload that was leaving is.
-fn note(agent: &Agent, name: &str, fate: Fate, open: &OpenDeparture) -> Result<()> {
+fn note(agent: &Agent, fate: Fate, open: &OpenDeparture) -> Result<()> {
     let row = open.row();
+    let Some(workload) = concerned(agent, row)? else { return Ok(()) };
+    let name = &workload.name;
+    if !matches!(workload.state, State::Migrating | State::Unresolved) {
+        // It was settled otherwise in the meantime.
+        return Ok(());
+    }
     tracing::info!(migration = row.migration, workload = name, ?fate, "Settled");
     agent.registry.change(name, |workload| match fate {
         // Whether it still runs is seen by whoever looks after running workloads.

@@ -136,7 +136,13 @@ impl Agent {
                 )));
             }
         };
-        self.state_dir.remove_place(&self.place(&workload))?;
+        let place = self.place(&workload);
+        if super::supervise::is_kept(&place) {
+            return Err(Answer::Conflict(format!(
+                "The old copy of {name} is still being taken away: try again in a moment"
+            )));
+        }
+        self.state_dir.remove_place(&place)?;
         self.registry.remove(name)?;
         Ok(answer)
     }

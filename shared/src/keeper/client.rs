@@ -23,6 +23,7 @@ pub(super) const SECTIONS_CAP: u64 = 16 << 30;
 /// fenced, the keeper resumes the workload by itself after its deadline.
 #[derive(Debug)]
 pub struct KeeperClient {
+    place: Place,
     name: String,
     stream: UnixStream,
 }
@@ -32,16 +33,33 @@ impl KeeperClient {
     /// earlier connection.
     ///
     /// # Errors
-    /// [`WorkloadError::KeeperGone`] when no keeper listens there.
+    /// [`WorkloadError::KeeperGone`] when no keeper listens there; another error when that could
+    /// not be found out.
     pub fn connect(place: &Place) -> Result<Self> {
-        let gone = |error: io::Error| WorkloadError::KeeperGone {
-            name: place.name.clone(),
-            what: format!("connecting to {}: {error}", place.socket().display()),
+        let failed = |error: io::Error| {
+            let what = format!("Cannot connect to {}", place.socket().display());
+            match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    let name = place.name.clone();
+                    WorkloadError::KeeperGone { name, what: format!("{what}: {error}") }
+                }
+                _ => WorkloadError::new(what, error),
+            }
         };
-        let stream = UnixStream::connect(place.socket()).map_err(gone)?;
-        stream.set_read_timeout(Some(ANSWER_WITHIN)).map_err(gone)?;
-        stream.set_write_timeout(Some(ANSWER_WITHIN)).map_err(gone)?;
-        Ok(Self { name: place.name.clone(), stream })
+        let stream = UnixStream::connect(place.socket()).map_err(failed)?;
+        stream.set_read_timeout(Some(ANSWER_WITHIN)).map_err(failed)?;
+        stream.set_write_timeout(Some(ANSWER_WITHIN)).map_err(failed)?;
+        Ok(Self { place: place.clone(), name: place.name.clone(), stream })
+    }
+
+    /// A new connection to the same keeper, after this one broke. What was asked on the old one is
+    /// done, or refused, before the new one is served.
+    ///
+    /// # Errors
+    /// As [`KeeperClient::connect`].
+    pub fn reconnect(&mut self) -> Result<()> {
+        *self = Self::connect(&self.place)?;
+        Ok(())
     }
 
     /// What state the workload is in.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::KeeperClient;
+use super::{KeeperClient, Phase};
 use crate::pages::{PageRange, PageReader, PageSet, PageWriter, SpaceId};
 use crate::workload::{
     DestinationWorkload, Liveness, Manifest, Result, Section, SourceWorkload, SpaceInfo,
@@ -84,7 +84,14 @@ impl SourceWorkload for KeeperSource {
     }
 
     fn resume(&mut self) -> Result<()> {
-        self.client.resume()
+        match self.client.resume() {
+            // Only a keeper that nobody can reach any more is gone.
+            Err(WorkloadError::KeeperGone { .. }) => {
+                self.client.reconnect()?;
+                self.client.resume()
+            }
+            result => result,
+        }
     }
 
     fn release(&mut self) -> Result<()> {
@@ -102,6 +109,18 @@ impl KeeperDestination {
     /// The empty workload behind `client`, whose keeper is in its incoming phase.
     pub fn new(client: KeeperClient) -> Self {
         Self { client, writer: Arc::new(DescriptorWriter::default()) }
+    }
+
+    /// The connection broke while the workload was being let run: what became of it?
+    fn look_after_loss(&mut self) -> Result<()> {
+        let phase = self.client.reconnect().and_then(|()| self.client.phase());
+        match phase {
+            Ok(Phase::Running) => Ok(()),
+            Ok(phase) => Err(WorkloadError::plain(format!(
+                "The keeper's connection broke before it let the workload run: it is {phase:?}"
+            ))),
+            Err(error) => Err(WorkloadError::Uncertain { source: error.into() }),
+        }
     }
 }
 
@@ -126,7 +145,10 @@ impl DestinationWorkload for KeeperDestination {
     }
 
     fn activate(&mut self, token: u64) -> Result<()> {
-        self.client.activate(token)
+        match self.client.activate(token) {
+            Err(WorkloadError::KeeperGone { .. }) => self.look_after_loss(),
+            result => result,
+        }
     }
 
     fn discard(&mut self) -> Result<()> {

@@ -91,6 +91,7 @@ impl<'a> Server<'a> {
 
     fn run(&mut self, listener: &UnixListener, exit: &ExitSignal) -> io::Result<()> {
         let mut agent: Option<UnixStream> = None;
+        let mut asked = false;
         let mut lost_at = Instant::now();
         while !self.over {
             let waiting_on = agent.as_ref().map_or(listener.as_fd(), AsFd::as_fd);
@@ -101,13 +102,21 @@ impl<'a> Server<'a> {
                 }
                 Woken::Deadline => self.resume_alone(),
                 Woken::Ready => match &mut agent {
-                    None => agent = accept(listener),
+                    None => {
+                        agent = accept(listener);
+                        asked = false;
+                    }
                     Some(stream) => {
-                        if !self.answer_one(stream) {
-                            agent = None;
-                            lost_at = Instant::now();
-                            self.settle_after_loss();
+                        if self.answer_one(stream) {
+                            asked = true;
+                            continue;
                         }
+                        agent = None;
+                        // Somebody who only looks whether we are there does not put it off.
+                        if asked {
+                            lost_at = Instant::now();
+                        }
+                        self.settle_after_loss();
                     }
                 },
             }
@@ -147,6 +156,11 @@ impl<'a> Server<'a> {
     }
 
     fn record_exit(&mut self, exit: &ExitSignal) {
+        if matches!(self.phase, Phase::Incoming | Phase::Prepared) {
+            // A record would say that it had run here.
+            tracing::error!("The workload ended before it ever ran here");
+            return;
+        }
         let record = exit.raised().unwrap_or(ExitRecord { status: 1, text: "ended".to_owned() });
         tracing::info!(text = %record.text, "The workload ended");
         let path = self.config.place.exit_record();
@@ -513,6 +527,28 @@ mod tests {
         assert_eq!(kept.said(), "resume");
         assert!(lost.elapsed() >= Duration::from_millis(200), "not before its deadline");
         assert_eq!(kept.client().phase().expect("answers"), Phase::Running);
+    }
+
+    #[test]
+    fn who_only_looks_does_not_put_it_off() {
+        let kept = keep(Beginning::Run);
+        let mut client = kept.client();
+        client.pause().expect("pauses");
+        assert_eq!(kept.said(), "pause");
+        drop(client);
+        for _ in 0..20 {
+            drop(UnixStream::connect(kept.place.socket()).expect("connects"));
+            thread::sleep(Duration::from_millis(30));
+        }
+        assert_eq!(kept.told.try_recv(), Ok("resume"));
+    }
+
+    #[test]
+    fn what_never_ran_leaves_no_record_of_an_end() {
+        let kept = keep(Beginning::Incoming);
+        kept.exit.raise(ExitRecord { status: 137, text: "killed by SIGKILL".to_owned() });
+        assert!(kept.server.join().expect("ends").is_ok());
+        assert!(!kept.place.exit_record().exists());
     }
 
     #[test]

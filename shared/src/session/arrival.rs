@@ -127,6 +127,12 @@ impl Arrival {
             Destination::Aborted => {
                 tokio::task::spawn_blocking(move || host.gone(&migration, &manifest)).await
             }
+            Destination::Undecided => {
+                // Its files stay until an operator has decided.
+                self.landing.keep();
+                self.workload = None;
+                tokio::task::spawn_blocking(move || host.undecided(&migration, &manifest)).await
+            }
             _ => return,
         };
         self.told = true;
@@ -209,7 +215,12 @@ impl Arrival {
             Err(error) => {
                 self.reason = chain(&error);
                 tracing::error!(migration = %self.migration, error = %self.reason, "Cannot activate");
-                DestinationInput::ActivateFailed
+                match error {
+                    SessionError::Workload(WorkloadError::Uncertain { .. }) => {
+                        DestinationInput::ActivateLost
+                    }
+                    _ => DestinationInput::ActivateFailed,
+                }
             }
         }
     }

@@ -246,7 +246,7 @@ pub enum Destination {
         /// Whether a Commit waits for the answer.
         asked: bool,
     },
-    /// Committed before a restart of the host, and nobody knows.
+    /// Committed, then its keeper was lost, with the host or alone: nobody knows.
     Undecided,
     /// Final: it runs here.
     Running,
@@ -269,6 +269,8 @@ pub enum DestinationInput {
     Activated,
     /// It could not be let run, and no instruction has run.
     ActivateFailed,
+    /// Its keeper was lost while it was being let run: nobody can say whether it ran.
+    ActivateLost,
     /// The operator's word.
     Resolve(Keep),
 }
@@ -279,7 +281,8 @@ pub enum DestinationAction {
     /// Write the record; then [`DestinationInput::Journaled`]. When it cannot be written, nothing
     /// is answered and the machine stays as it was before the input.
     Journal(Record),
-    /// Let it run; then [`DestinationInput::Activated`] or [`DestinationInput::ActivateFailed`].
+    /// Let it run; then [`DestinationInput::Activated`], [`DestinationInput::ActivateFailed`] or
+    /// [`DestinationInput::ActivateLost`].
     Activate,
     /// Take the copy away.
     Discard,
@@ -326,6 +329,9 @@ impl Destination {
             }
             (Self::Activating, On::Activated) => {
                 (Self::Confirming, vec![Do::Journal(Record::Running)])
+            }
+            (Self::Activating, On::ActivateLost) => {
+                (Self::Undecided, vec![Do::Answer(Answer::Undecided)])
             }
             (Self::Confirming, On::Journaled(Record::Running)) => {
                 (Self::Running, vec![Do::Answer(Answer::Running)])

@@ -27,6 +27,8 @@ use crate::workload::{FileTree, Section, SpaceInfo};
 const PART: usize = 1 << 20;
 /// How long the destination may take to install a round whose last byte has left.
 const ROUND_WITHIN: Duration = Duration::from_secs(120);
+/// How long the files that changed may take while the workload stands still.
+const FILES_WITHIN: Duration = Duration::from_secs(600);
 /// Progress lines a second.
 const TICKS: u32 = 10;
 /// Wire bytes of a round below which its rate says nothing about the link.
@@ -208,8 +210,11 @@ impl Copying {
         let reader = departure.with(|workload| workload.reader()).await?;
         let files = self.on_files(|sender, tree| sender.send_changes(tree), |tree| tree.live)?;
         let last = harvest(departure, held).await?;
+        let cancellers = self.cancellers.clone();
         let saving = async {
-            let sections = departure.with(|workload| workload.save()).await?;
+            let saved = departure.with(|workload| workload.save()).await;
+            // It stands still for nothing while its pages still travel.
+            let sections = saved.inspect_err(|_| cancellers.iter().for_each(Canceller::cancel))?;
             // Devices may write memory while they are saved. What is not tracked has none.
             let more = PageSet::new();
             let more = if tracked { harvest(departure, more).await? } else { more };
@@ -224,19 +229,41 @@ impl Copying {
         }
         report.downtime.memory_ms = millis(begun.elapsed());
         let stating = Instant::now();
-        self.files = Some(files.await??);
-        self.finish_files().await?;
+        self.end_files(files, wire).await?;
         send_sections(sections, wire).await;
         report.downtime.state_ms = millis(stating.elapsed());
         Ok(())
     }
 
-    async fn finish_files(&mut self) -> Result<()> {
-        let Some(sender) = self.files.take() else { return Ok(()) };
-        spawn_blocking(move || sender.finish()).await?.map_err(|error| SessionError::Files {
-            path: "the end of the file stream".to_owned(),
-            source: Box::new(error),
-        })
+    /// Waits for the changed files, and ends their stream.
+    async fn end_files(
+        &mut self,
+        files: JoinHandle<Result<TreeSender<DataStream>>>,
+        wire: &Wire<'_>,
+    ) -> Result<()> {
+        let ending = async {
+            let sender = files.await??;
+            spawn_blocking(move || sender.finish()).await?.map_err(|error| SessionError::Files {
+                path: "the end of the file stream".to_owned(),
+                source: Box::new(error),
+            })
+        };
+        let canceller = self.file_canceller.clone();
+        let late = async {
+            tokio::time::sleep(FILES_WITHIN).await;
+            Err(SessionError::Protocol {
+                host: wire.link.host().to_owned(),
+                what: format!(
+                    "it did not take the changed files within {} s",
+                    FILES_WITHIN.as_secs()
+                ),
+            })
+        };
+        let ended = tokio::select! {
+            ended = wire.halt.or(ending) => ended,
+            late = late => late,
+        };
+        ended.inspect_err(|_| canceller.cancel())
     }
 
     /// Sends one round and waits until every page of it is in its place.
@@ -264,15 +291,28 @@ impl Copying {
         });
         let mut ticks = interval(Duration::from_secs(1) / TICKS);
         let (mut sent, mut installed) = (false, false);
+        let mut until = None;
         while !(sent && installed) {
+            let late = tokio::time::sleep_until(until.unwrap_or_else(far));
             tokio::select! {
                 done = &mut sending, if !sent => {
                     let (pool, result) = done?;
                     self.pool = Some(pool);
                     result.map_err(|error| SessionError::Pages { round, source: Box::new(error) })?;
                     sent = true;
+                    until = Some(tokio::time::Instant::now() + ROUND_WITHIN);
                 }
-                body = wire.link.reply(ROUND_WITHIN, "sending pages") => match body {
+                () = late, if until.is_some() => {
+                    self.cancel();
+                    return Err(SessionError::Protocol {
+                        host: wire.link.host().to_owned(),
+                        what: format!(
+                            "it did not put the pages of round {round} in their places within {} s",
+                            ROUND_WITHIN.as_secs()
+                        ),
+                    });
+                }
+                body = wire.link.reply(Duration::MAX, "sending pages") => match body {
                     Ok(reply::Body::RoundDone(done)) if done.round == round => installed = true,
                     Ok(other) => {
                         self.cancel();
@@ -389,6 +429,10 @@ async fn send_sections(sections: Vec<Section>, wire: &mut Wire<'_>) {
         }
     }
     wire.link.send(request::Body::Load(Load { sections: count })).await;
+}
+
+fn far() -> tokio::time::Instant {
+    tokio::time::Instant::now() + Duration::from_secs(86_400)
 }
 
 fn gone(what: &str) -> SessionError {

@@ -12,6 +12,8 @@ use crate::workload::{self, SourceWorkload, WorkloadError};
 
 /// Pause between two tries of something that must work in the end.
 const RETRY: Duration = Duration::from_secs(1);
+/// Tries to take a copy away that does not go.
+const RELEASE_TRIES: u32 = 600;
 
 /// A workload that may leave.
 pub struct Departure {
@@ -77,6 +79,11 @@ impl Departure {
     /// Where the commit stands.
     pub fn machine(&self) -> Source {
         self.machine
+    }
+
+    /// Whether the workload's keeper was lost: the workload ended, or was killed.
+    pub fn is_lost(&self) -> bool {
+        self.workload.is_none()
     }
 
     /// The session has a row in the journal from now on, with this token.
@@ -226,14 +233,28 @@ impl Departure {
         }
     }
 
+    /// Takes the copy away; what does not go at once is tried again beside everything else.
     async fn release(&mut self) {
         if self.workload.is_none() {
             return;
         }
-        if let Err(error) = self.with(|workload| workload.release()).await {
+        let failed = self.with(|workload| workload.release()).await.err();
+        let Some(held) = self.workload.take() else { return };
+        if let Some(error) = failed {
             tracing::error!(migration = %self.migration, error = %chain(&error),
-                "Cannot take the old copy away; it stays stopped");
+                "Cannot take the old copy away; it stays stopped, and is tried again");
+            tokio::task::spawn_blocking(move || release_later(held));
         }
-        self.workload = None;
     }
+}
+
+fn release_later(mut held: Box<dyn SourceWorkload>) {
+    for _ in 0..RELEASE_TRIES {
+        std::thread::sleep(RETRY);
+        match held.release() {
+            Ok(()) | Err(WorkloadError::KeeperGone { .. }) => return,
+            Err(error) => tracing::debug!(error = %chain(&error), "The old copy is still there"),
+        }
+    }
+    tracing::error!("The old copy cannot be taken away; the next agent tries again");
 }

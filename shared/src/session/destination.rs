@@ -33,6 +33,10 @@ const SECTIONS_CAP: u64 = 16 << 30;
 const SECTIONS_MOST: usize = 100_000;
 /// Spaces of one workload.
 const SPACES_MOST: usize = 1 << 20;
+/// Bytes of a section's kind or of a space's label.
+const NAME_MOST: usize = 256;
+/// No host hands out tokens that large.
+const TOKEN_MOST: u64 = 1 << 62;
 
 /// What an agent does for the sessions that come to it. All of it may block.
 pub trait DestinationHost: Send + Sync + 'static {
@@ -67,6 +71,8 @@ pub trait DestinationHost: Send + Sync + 'static {
     fn running(&self, migration: &str, manifest: &Manifest);
     /// It did not come, and everything of it is gone.
     fn gone(&self, migration: &str, manifest: &Manifest);
+    /// Nobody can say whether it ran here: an operator must.
+    fn undecided(&self, migration: &str, manifest: &Manifest);
 }
 
 /// An accepted offer.
@@ -81,13 +87,14 @@ pub(super) struct Accepted {
 
 /// The control connection as the destination uses it: pings are answered at once by the reading
 /// task, everything else comes out of `requests`.
-pub(super) struct Wire {
+pub(super) struct Requests {
     pub(super) requests: mpsc::Receiver<request::Body>,
     replies: mpsc::Sender<Reply>,
     writer: JoinHandle<()>,
+    reader: JoinHandle<()>,
 }
 
-impl Wire {
+impl Requests {
     pub(super) fn new(mut reader: ControlReader, mut writer: ControlWriter) -> Self {
         let (said, requests) = mpsc::channel(16);
         let (replies, mut out) = mpsc::channel::<Reply>(64);
@@ -102,7 +109,7 @@ impl Wire {
             let _ = writer.close().await;
         });
         let pong = replies.clone();
-        tokio::spawn(async move {
+        let reader = tokio::spawn(async move {
             loop {
                 let body = match reader.recv::<Request>(SILENCE).await {
                     Ok(Some(Request { body: Some(request::Body::Ping(_)) })) => {
@@ -127,7 +134,7 @@ impl Wire {
                 }
             }
         });
-        Self { requests, replies, writer }
+        Self { requests, replies, writer, reader }
     }
 
     pub(super) async fn reply(&self, body: reply::Body) {
@@ -137,6 +144,8 @@ impl Wire {
 
     /// Sends what is still to be sent, and closes.
     pub(super) async fn close(self) {
+        // It holds a sender of its own, for as long as the peer pings.
+        self.reader.abort();
         drop(self.requests);
         drop(self.replies);
         let _ = tokio::time::timeout(Duration::from_secs(2), self.writer).await;
@@ -158,6 +167,9 @@ pub(super) fn judge(
         || manifest.files.iter().any(|tree| !is_plain_absolute(tree.path.as_ref()))
     {
         return Err(wrong("The manifest makes no sense"));
+    }
+    if offer.token > TOKEN_MOST {
+        return Err(wrong("The offer's fencing token is larger than any can be"));
     }
     if offer.token <= newest_token {
         return Err(wrong(
@@ -202,7 +214,7 @@ pub(super) async fn receive_workload(
     live: &Arc<Live>,
     accepted: &Accepted,
     joined: &mut mpsc::Receiver<(Role, DataStream)>,
-    wire: &mut Wire,
+    wire: &mut Requests,
 ) -> Result<()> {
     fail_here!("destination.prepare");
     let host = live.host.clone();
@@ -239,7 +251,7 @@ async fn collect(
     live: &Live,
     streams: u32,
     joined: &mut mpsc::Receiver<(Role, DataStream)>,
-    wire: &mut Wire,
+    wire: &mut Requests,
 ) -> Result<(Vec<DataStream>, DataStream)> {
     let mut pages = Vec::new();
     let mut files = None;
@@ -317,16 +329,17 @@ impl Receiving {
     }
 
     /// Makes room for a round and lets it arrive beside whatever else is said.
-    async fn begin_round(&mut self, round: Round, wire: &Wire) -> Result<()> {
+    async fn begin_round(&mut self, round: Round, wire: &Requests) -> Result<()> {
         // The round before has said RoundDone, or the source is out of turn and waits for it.
         if let Some(before) = self.round.take() {
             before.await??;
         }
+        let named = round.spaces.iter().all(|space| space.label.len() <= NAME_MOST);
         self.spaces.extend(round.spaces);
-        if self.spaces.len() > SPACES_MOST {
+        if self.spaces.len() > SPACES_MOST || !named {
             return Err(SessionError::Protocol {
                 host: self.live.peer.name.clone(),
-                what: "it named more spaces than any workload has".to_owned(),
+                what: "it named more spaces than any workload has, or longer".to_owned(),
             });
         }
         let spaces = self.spaces.clone();
@@ -368,7 +381,8 @@ impl Receiving {
         };
         if self.open == 0 {
             self.total = self.total.saturating_add(part.total);
-            if self.total > SECTIONS_CAP || self.sections.len() >= SECTIONS_MOST {
+            let long = part.kind.len() > NAME_MOST;
+            if self.total > SECTIONS_CAP || self.sections.len() >= SECTIONS_MOST || long {
                 return Err(bad("its state is larger than any workload's"));
             }
             self.open = part.total;

@@ -1,30 +1,31 @@
 //! What a restart left open, settled: at the start of an agent, before it listens to anybody, and
 //! whenever a move ended without an answer.
 
-use std::sync::Arc;
-use std::time::Duration;
-
 use super::asking::{ask, ask_until_settled};
 use super::commit::{
     Answer, Destination, DestinationAction, DestinationInput, Keep, Record, Sight, Source,
 };
 use super::departure::{Departure, Wish};
-use super::error::Result;
+use super::error::{Result, SessionError, chain};
 use super::journal::{Journal, JournalError, Role, SessionRow};
 use super::source::Fate;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
 use crate::files::Landing;
 use crate::protocol::control::Commit;
 use crate::transport::{Dialer, PeerAddress};
 use crate::workload::SourceWorkload;
-
-/// How long an operator's `resolve` waits for a word of the destination itself.
-const ASK_BEFORE_RESOLVE: Duration = Duration::from_secs(5);
 
 /// A source session that a restart, or silence, left open.
 pub struct OpenDeparture {
     row: SessionRow,
     dialer: Dialer,
     departure: tokio::sync::Mutex<Departure>,
+    /// An operator speaks: nobody asks any more.
+    decided: CancellationToken,
+    /// Held by whoever asks, so that no question is under way when an operator's word is carried out.
+    asking: tokio::sync::Mutex<()>,
 }
 
 impl OpenDeparture {
@@ -41,7 +42,9 @@ impl OpenDeparture {
             Departure::restart(&row.migration, row.token, journal, row.record, sight, workload)
                 .await;
         let fate = if wishes.contains(&Wish::Commit) { None } else { fate(departure.machine()) };
-        (Self { row, dialer, departure: tokio::sync::Mutex::new(departure) }, fate)
+        let departure = tokio::sync::Mutex::new(departure);
+        let (decided, asking) = (CancellationToken::new(), tokio::sync::Mutex::default());
+        (Self { row, dialer, departure, decided, asking }, fate)
     }
 
     /// What the journal said when it was taken up.
@@ -49,29 +52,44 @@ impl OpenDeparture {
         &self.row
     }
 
-    /// Asks the destination until it answers, and does as it says. Returns
-    /// [`Fate::Unresolved`] when it does not know either.
-    pub async fn settle(&self) -> Fate {
-        let (answer, reason) = ask_until_settled(&self.dialer, &self.peer(), &self.commit()).await;
+    /// Asks the destination until it answers, and does as it says. Gives
+    /// [`Fate::Unresolved`] when it does not know either, and nothing when an operator spoke first.
+    pub async fn settle(&self) -> Option<Fate> {
+        let (answer, reason) = {
+            let _asking = self.asking.lock().await;
+            let (peer, commit) = (self.peer(), self.commit());
+            tokio::select! {
+                biased;
+                () = self.decided.cancelled() => return None,
+                answer = ask_until_settled(&self.dialer, &peer, &commit) => answer,
+            }
+        };
         let mut departure = self.departure.lock().await;
         if answer == Answer::Undecided {
             tracing::warn!(migration = %self.row.migration, reason, "The destination does not know");
         }
         departure.answered(answer).await;
-        fate(departure.machine()).unwrap_or(Fate::Unresolved)
+        Some(fate(departure.machine()).unwrap_or(Fate::Unresolved))
     }
 
     /// An operator's word. The destination is asked first: when it knows, its answer counts, and
-    /// the fate given may not be the one asked for.
+    /// the fate given may not be the one asked for. While it can be reached and does not say, as when
+    /// it is just letting the workload run, nothing is done, and [`Fate::Unresolved`] given.
     pub async fn resolve(&self, keep: Keep) -> Fate {
-        let asked = tokio::time::timeout(
-            ASK_BEFORE_RESOLVE,
-            ask(&self.dialer, &self.peer(), &self.commit()),
-        )
-        .await;
+        self.decided.cancel();
+        let _asking = self.asking.lock().await;
+        let asked = ask(&self.dialer, &self.peer(), &self.commit()).await;
         let mut departure = self.departure.lock().await;
-        if let Ok(Ok((answer, _))) = asked {
-            departure.answered(answer).await;
+        match asked {
+            Ok((Answer::Undecided, _)) | Err(SessionError::Transport { .. }) => {}
+            Ok((answer, _)) => {
+                departure.answered(answer).await;
+            }
+            Err(error) => {
+                tracing::warn!(migration = %self.row.migration, error = %chain(&error),
+                    "The destination is there and does not say");
+                return fate(departure.machine()).unwrap_or(Fate::Unresolved);
+            }
         }
         if fate(departure.machine()).is_none() {
             departure.resolve(keep).await;
@@ -111,10 +129,15 @@ pub fn recover_arrival(
 pub fn resolve_arrival(
     journal: &Journal,
     row: &SessionRow,
+    sight: Sight,
     keep: Keep,
     discard: impl FnOnce(),
 ) -> Result<Record> {
-    let (machine, _) = Destination::restart(Some(row.record), Sight::Gone);
+    let (machine, actions) = Destination::restart(Some(row.record), sight);
+    if machine != Destination::Undecided {
+        // Something can be known after all, and counts for more.
+        return finish_arrival(journal, row, machine, actions, discard);
+    }
     let (machine, actions) = machine.step(DestinationInput::Resolve(keep));
     finish_arrival(journal, row, machine, actions, discard)
 }

@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use super::arrival::Arrival;
 use super::commit::{Answer, Destination, Record};
 use super::destination::{
-    self, Accepted, DestinationHost, Requests, aborted, judge, out_of_turn, receive_workload, settled,
-    told,
+    self, Accepted, DestinationHost, Requests, aborted, judge, out_of_turn, receive_workload,
+    settled, told,
 };
 use super::error::{Result, SessionError, chain, fail_here};
 use super::journal::{Journal, Role as End, SessionRow, boot_id};
@@ -151,7 +151,12 @@ impl DestinationSessions {
     }
 
     /// One session from its Hello to its end.
-    async fn session(self: &Arc<Self>, hello: Hello, peer: &Peer, wire: &mut Requests) -> Result<()> {
+    async fn session(
+        self: &Arc<Self>,
+        hello: Hello,
+        peer: &Peer,
+        wire: &mut Requests,
+    ) -> Result<()> {
         let broken =
             |what: &str| SessionError::Protocol { host: peer.name.clone(), what: what.to_owned() };
         if hello.host != peer.name {

@@ -447,6 +447,8 @@ impl<'a> Departing<'a> {
         let switching = Instant::now();
         let wishes = self.departure.hand_over().await;
         if !wishes.contains(&Wish::Commit) {
+            let reason = "the source could not fence the workload".to_owned();
+            self.link()?.send(request::Body::Abort(Abort { reason })).await;
             return Err(SessionError::Workload(crate::workload::WorkloadError::plain(
                 "The workload could not be fenced; see the agent's log",
             )));
@@ -542,17 +544,17 @@ impl<'a> Departing<'a> {
     /// The one way out: everything that is still ours to undo is undone here.
     async fn end(mut self, result: Result<()>) -> Ending {
         if self.departure.machine().may_give_up() {
-            let wishes = self.departure.give_up().await;
-            if wishes.contains(&Wish::Abort)
-                && let Some(link) = &self.link
-            {
+            // First, so that the destination lets go while the workload resumes.
+            if let Some(link) = &self.link {
                 let reason = result.as_ref().err().map(|error| chain(error)).unwrap_or_default();
                 link.send(request::Body::Abort(Abort { reason })).await;
             }
+            self.departure.give_up().await;
         }
         if let Some(link) = self.link.take() {
             link.close().await;
         }
+        let lost = self.departure.is_lost();
         let fate = match self.departure.machine() {
             Source::Released | Source::Releasing => Fate::Moved,
             Source::Fenced | Source::Undecided => Fate::Unresolved,
@@ -569,7 +571,7 @@ impl<'a> Departing<'a> {
                 Some(format!("Dry run: nothing was touched; {} would take it", self.report.to)),
             ),
             (Fate::Here, Err(error)) => {
-                (outcome_of(error, self.halt.phase), Some(self.advice(error)))
+                (outcome_of(error, self.halt.phase), Some(self.advice(error, lost)))
             }
         };
         self.report.total_ms = millis(self.started.elapsed());
@@ -585,9 +587,13 @@ impl<'a> Departing<'a> {
         Ending { report, fate, trees: self.manifest.files }
     }
 
-    fn advice(&self, error: &SessionError) -> String {
+    fn advice(&self, error: &SessionError, lost: bool) -> String {
         let name = &self.manifest.name;
         let state = match self.stopped {
+            _ if lost => format!(
+                "{name} ended, or its keeper was killed, while it was being moved: see `decamp \
+                 inspect {name}` and `decamp logs {name}`"
+            ),
             None => format!("{name} was not touched and runs on at {}", self.context.host),
             Some(_) => format!("{name} was resumed and runs on at {}", self.context.host),
         };

@@ -79,6 +79,8 @@ struct Copies {
     /// Writes made so far, by whichever copy runs.
     writes: AtomicU64,
     refuse_activation: AtomicBool,
+    lose_activation: AtomicBool,
+    undecided: AtomicBool,
 }
 
 impl Copies {
@@ -192,6 +194,9 @@ impl DestinationWorkload for Arriving {
     }
 
     fn activate(&mut self, _token: u64) -> workload::Result<()> {
+        if self.copies.lose_activation.load(Ordering::SeqCst) {
+            return Err(WorkloadError::Uncertain { source: "its keeper is gone".into() });
+        }
         if self.copies.refuse_activation.load(Ordering::SeqCst) {
             return Err(WorkloadError::plain("It would not start"));
         }
@@ -248,6 +253,10 @@ impl DestinationHost for Beta {
     fn running(&self, _migration: &str, _manifest: &Manifest) {}
 
     fn gone(&self, _migration: &str, _manifest: &Manifest) {}
+
+    fn undecided(&self, _migration: &str, _manifest: &Manifest) {
+        self.copies.undecided.store(true, Ordering::SeqCst);
+    }
 }
 
 /// Two hosts, a workload that writes, and everything that a test looks at.
@@ -441,6 +450,25 @@ async fn a_destination_that_cannot_start_it_gives_it_back() {
     assert!(pair.copies.discarded.load(Ordering::SeqCst));
     let records = pair.records(&ending.report.migration);
     assert_eq!(records, (Some(Record::RolledBack), Some(Record::Aborted)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keeper_lost_while_it_is_let_run_is_for_an_operator() {
+    let pair = Pair::new(true, Vec::new()).await;
+    pair.copies.lose_activation.store(true, Ordering::SeqCst);
+    let ending = pair.migrate(MoveOptions::default(), CancellationToken::new()).await;
+    assert_eq!((ending.fate, ending.report.outcome), (Fate::Unresolved, Outcome::Unresolved));
+    assert_eq!(pair.copies.running(), 0, "nothing is started on a guess");
+    let records = pair.records(&ending.report.migration);
+    assert_eq!(records, (Some(Record::Fenced), Some(Record::Committed)));
+    for _ in 0..100 {
+        if pair.copies.undecided.load(Ordering::SeqCst) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(pair.copies.undecided.load(Ordering::SeqCst));
+    assert!(!pair.copies.discarded.load(Ordering::SeqCst));
 }
 
 #[tokio::test(flavor = "multi_thread")]
