@@ -29,6 +29,8 @@ const PART: usize = 1 << 20;
 const ROUND_WITHIN: Duration = Duration::from_secs(120);
 /// How long the files that changed may take while the workload stands still.
 const FILES_WITHIN: Duration = Duration::from_secs(600);
+/// How long a destination whose streams broke is given to say why.
+const REASON_WITHIN: Duration = Duration::from_secs(1);
 /// Progress lines a second.
 const TICKS: u32 = 10;
 /// Wire bytes of a round below which its rate says nothing about the link.
@@ -298,7 +300,10 @@ impl Copying {
                 done = &mut sending, if !sent => {
                     let (pool, result) = done?;
                     self.pool = Some(pool);
-                    result.map_err(|error| SessionError::Pages { round, source: Box::new(error) })?;
+                    if let Err(error) = result {
+                        let broken = SessionError::Pages { round, source: Box::new(error) };
+                        return Err(told_reason(wire, broken).await);
+                    }
                     sent = true;
                     until = Some(tokio::time::Instant::now() + ROUND_WITHIN);
                 }
@@ -395,6 +400,15 @@ struct Sent {
     wire_rate: f64,
     /// Bytes on the wire for each byte of memory.
     wire_ratio: f64,
+}
+
+/// The destination says why it gives up on the control connection, and a broken page stream is only the
+/// echo of that. What it said, if it did; else what is known here.
+async fn told_reason(wire: &mut Wire<'_>, broken: SessionError) -> SessionError {
+    match wire.link.reply(REASON_WITHIN, "sending pages").await {
+        Err(told @ SessionError::Peer { .. }) => told,
+        _ => broken,
+    }
 }
 
 async fn harvest(departure: &mut Departure, mut into: PageSet) -> Result<PageSet> {
