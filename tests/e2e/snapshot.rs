@@ -10,7 +10,8 @@ use crate::hosts::{ALPHA, BETA, Hosts};
 const CLEAN_WITHIN: Duration = Duration::from_secs(20);
 
 /// Lists everything, one thing a line. Processes first and without starting any, so that it sees none of
-/// its own; what stands below the directories of the databases is named without their working files.
+/// its own. Not named: a database's working files, and what runc and CRIU make for themselves at their first
+/// use and keep.
 const SCRIPT: &str = r#"
 export LC_ALL=C
 for dir in /proc/[0-9]*; do
@@ -27,7 +28,7 @@ ls /sys/class/net | sed 's/^/link /'
 nft list tables 2>/dev/null | sed 's/^/firewall /'
 find /sys/fs/cgroup -type d | sed 's/^/cgroup /'
 find /run /tmp /dev/shm /srv /var/lib/decamp \( -path /run/decamp-host -o -path /run/criu.kdat \) -prune -o -print |
-    grep -v -e '-wal$' -e '-shm$' -e '-journal$' | sed 's/^/file /'
+    grep -v -e '-wal$' -e '-shm$' -e '-journal$' -e '^/run/runc$' | sed 's/^/file /'
 true
 "#;
 
