@@ -174,7 +174,8 @@ impl Machine {
         Ok(())
     }
 
-    /// As if there had been no move: runs, untracked, at full speed.
+    /// As if there had been no move: runs, untracked, at full speed. On an error no vCPU runs: a log
+    /// that KVM will not switch off costs speed, and is no reason to call a running guest lost.
     pub(crate) fn resume(&mut self) -> Result<()> {
         self.throttle = None;
         let tracked = self.tracker.stop(&self.guest);
@@ -185,7 +186,10 @@ impl Machine {
             }
         }
         self.run()?;
-        tracked
+        if let Err(error) = tracked {
+            tracing::warn!("The guest runs on, still tracked: {}", error.with_causes());
+        }
+        Ok(())
     }
 
     /// Starts dirty tracking.
