@@ -2,7 +2,7 @@
 //! mappings that can be hidden from CRIU, and the pages that exist in them.
 //!
 //! Only private anonymous memory, and of that only what CRIU restores like any other: what is
-//! locked, huge, shared, special or backed by a file stays in CRIU's own images.
+//! locked, huge, shared, special, executable or backed by a file stays in CRIU's own images.
 
 use std::fs::{self, File};
 use std::io;
@@ -188,8 +188,11 @@ fn parse_mapping(line: &str) -> Option<(Range<u64>, bool)> {
     // The first thread's stack stays with CRIU, as do the kernel's own mappings.
     let anonymous =
         inode == "0" && (name.is_empty() || name == "[heap]" || name.starts_with("[anon:"));
+    // CRIU has a task do system calls from the first executable mapping that it finds, and writes
+    // its own code there meanwhile: while the page engine reads, that must not be memory of ours.
+    let quiet = permissions.ends_with('p') && !permissions.contains('x');
     let sane = start < end && start % PAGE_SIZE as u64 == 0 && end % PAGE_SIZE as u64 == 0;
-    sane.then_some((start..end, anonymous && permissions.ends_with('p')))
+    sane.then_some((start..end, anonymous && quiet))
 }
 
 /// Pages that exist in the mappings of a process that stands still: those in memory or swap, except
@@ -261,12 +264,14 @@ mod tests {
 7f0000021000-7f0004000000 ---p 00000000 00:00 0 
 7f0004000000-7f0004100000 rw-s 00000000 00:01 77 /dev/zero (deleted)
 7f0005000000-7f0005001000 rw-p 00000000 00:00 0 [anon:arena one]
+7f0006000000-7f0006001000 rwxp 00000000 00:00 0 
+7f0006001000-7f0006002000 --xp 00000000 00:00 0 [anon:code]
 7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0 [stack]
 7ffc00100000-7ffc00102000 r--p 00000000 00:00 0 [vvar]
 ";
 
     #[test]
-    fn private_anonymous_mappings_are_hideable_and_no_others() {
+    fn private_anonymous_mappings_without_code_are_hideable_and_no_others() {
         let found = parse_mappings(MAPS).expect("maps");
         let starts: Vec<u64> = found.iter().map(|range| range.start).collect();
         assert_eq!(starts, [0xe03000, 0x7f0000000000, 0x7f0000021000, 0x7f0005000000]);
