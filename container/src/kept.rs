@@ -119,10 +119,13 @@ impl Container {
         Ok(())
     }
 
+    /// Whatever is wrong with the network, the tasks run again: who is frozen can mend nothing.
     fn thaw(&mut self) -> Result<()> {
         let begun = Instant::now();
         self.let_go();
-        self.network.connect()?;
+        if let Err(error) = self.network.reconnect() {
+            tracing::warn!(%error, "The container runs again, but cannot be put back on the network");
+        }
         self.cgroups.thaw()?;
         self.paused = None;
         tracing::debug!(ms = ms(begun), "Back on the network and thawed");
@@ -240,8 +243,11 @@ impl Container {
         let init = self.init.as_ref().map_or(0, Init::pid);
         let mut obstacles = self.bundle.move_obstacles();
         obstacles.extend(tree::obstacles(&pids, init));
-        if self.init.is_some() && self.cgroups.is_nested()? {
-            obstacles.push("The container made cgroups of its own below its own".to_owned());
+        if self.init.is_some() {
+            obstacles.extend(mounts::obstacles(&self.bundle, init)?);
+            if self.cgroups.is_nested()? {
+                obstacles.push("The container made cgroups of its own below its own".to_owned());
+            }
         }
         let processes = memory::processes(&pids, init)?;
         let processes = processes.iter().map(|process| (process.inner, process.pid)).collect();

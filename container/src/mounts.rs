@@ -1,8 +1,9 @@
 //! Mounts of a container that CRIU takes as given from outside: it notes them by a name at the dump,
 //! and is told at the restore what stands behind each name here.
 
+use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -10,12 +11,19 @@ use crate::bundle::Bundle;
 use crate::cgroup::Cgroups;
 use crate::error::{ContainerError, Result};
 
+/// Links followed in one path at most, as the kernel has it.
+const LINKS: usize = 40;
+
 /// A mount from outside, by where it appears in the container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ExternalMount {
+    /// As the configuration, or the kernel, writes it; its name for CRIU.
     pub(crate) destination: String,
     pub(crate) kind: ExternalKind,
+    /// Where it really is mounted: links followed, no slash at the end. The source's to know.
+    #[serde(skip)]
+    pub(crate) mounted: String,
 }
 
 /// What stands behind it.
@@ -32,34 +40,57 @@ pub(crate) enum ExternalKind {
 
 /// The mounts from outside of the container whose first process is `init`.
 pub(crate) fn external(bundle: &Bundle, init: i32) -> Result<Vec<ExternalMount>> {
-    let path = format!("/proc/{init}/mountinfo");
-    let mountinfo =
-        fs::read_to_string(&path).map_err(ContainerError::io(format!("read {path}")))?;
+    let mountinfo = mountinfo(init)?;
+    let root = root_of(init);
     let mut found: Vec<ExternalMount> = Vec::new();
     for bind in bundle.binds() {
-        found.push(ExternalMount { destination: bind.destination, kind: ExternalKind::Bind });
+        let mounted = resolve(&root, &bind.destination);
+        found.push(ExternalMount {
+            destination: bind.destination,
+            kind: ExternalKind::Bind,
+            mounted,
+        });
     }
-    let mounted = mounts(&mountinfo);
-    for masked in bundle.masked_paths() {
+    let mounts = mounts(&mountinfo);
+    for destination in bundle.masked_paths() {
+        let mounted = resolve(&root, &destination);
         // A masked directory is a tmpfs, which CRIU dumps like any other.
-        if mounted.iter().any(|mount| mount.destination == masked && mount.root == "/null") {
-            found.push(ExternalMount { destination: masked, kind: ExternalKind::Masked });
+        if mounts.iter().any(|mount| mount.destination == mounted && mount.root == "/null") {
+            found.push(ExternalMount { destination, kind: ExternalKind::Masked, mounted });
         }
     }
-    for mount in mounted.iter().filter(|mount| mount.kind == "cgroup") {
+    for mount in mounts.into_iter().filter(|mount| mount.kind == "cgroup") {
         let controllers = mount.options.trim_start_matches("rw,").trim_start_matches("ro,");
         found.push(ExternalMount {
-            destination: mount.destination.to_owned(),
+            destination: mount.destination.clone(),
             kind: ExternalKind::Cgroup(controllers.to_owned()),
+            mounted: mount.destination,
         });
     }
     Ok(found)
 }
 
+/// What is wrong with the bind mounts of the container whose first process is `init`: one that is
+/// not where it should be CRIU would take for the container's own, and not know how to dump.
+pub(crate) fn obstacles(bundle: &Bundle, init: i32) -> Result<Vec<String>> {
+    let mountinfo = mountinfo(init)?;
+    let mounts = mounts(&mountinfo);
+    let root = root_of(init);
+    let missing = |destination: &String| {
+        let mounted = resolve(&root, destination);
+        !mounts.iter().any(|mount| mount.destination == mounted)
+    };
+    let destinations = bundle.binds().into_iter().map(|bind| bind.destination);
+    let said = |destination: String| {
+        format!("The configuration mounts {destination}, but nothing is mounted there now")
+    };
+    Ok(destinations.filter(missing).map(said).collect())
+}
+
 impl ExternalMount {
     /// How CRIU is told of it at the dump.
     pub(crate) fn at_dump(&self) -> String {
-        format!("mnt[{0}]:{0}", self.destination)
+        format!("mnt[{}]:{}", self.mounted, self.destination)
     }
 
     /// How CRIU is told at the restore what to mount there.
@@ -97,9 +128,62 @@ impl ExternalMount {
 
 struct Mount<'a> {
     root: &'a str,
-    destination: &'a str,
+    destination: String,
     kind: &'a str,
     options: &'a str,
+}
+
+fn mountinfo(init: i32) -> Result<String> {
+    let path = format!("/proc/{init}/mountinfo");
+    fs::read_to_string(&path).map_err(ContainerError::io(format!("read {path}")))
+}
+
+fn root_of(init: i32) -> PathBuf {
+    PathBuf::from(format!("/proc/{init}/root"))
+}
+
+/// Where `destination` is in the tree at `root`: absolute, without links, dots and doubled slashes.
+/// What does not exist counts as no link. The tree is the container's to change, so the result is
+/// good for comparing, not for opening.
+fn resolve(root: &Path, destination: &str) -> String {
+    let mut to_go: Vec<OsString> = parts(Path::new(destination));
+    let mut resolved = PathBuf::new();
+    let mut links = 0;
+    while let Some(part) = to_go.pop() {
+        if part == ".." {
+            resolved.pop();
+            continue;
+        }
+        resolved.push(&part);
+        let Ok(target) = fs::read_link(root.join(&resolved)) else { continue };
+        links += 1;
+        if links > LINKS {
+            break;
+        }
+        resolved.pop();
+        if target.is_absolute() {
+            resolved = PathBuf::new();
+        }
+        to_go.extend(parts(&target));
+    }
+    format!("/{}", resolved.display())
+}
+
+/// The parts of a path, the first at the end.
+fn parts(path: &Path) -> Vec<OsString> {
+    let parts = path.components().rev().filter_map(|part| match part {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        _ => None,
+    });
+    parts.collect()
+}
+
+/// A path of mountinfo, where blanks and the like are three octal digits.
+fn unescaped(text: &str) -> String {
+    let escapes = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
+    // The backslash comes last, so that none is made that would begin an escape.
+    escapes.iter().fold(text.to_owned(), |text, (escape, with)| text.replace(escape, with))
 }
 
 fn mounts(mountinfo: &str) -> Vec<Mount<'_>> {
@@ -109,7 +193,7 @@ fn mounts(mountinfo: &str) -> Vec<Mount<'_>> {
         let mut right = right.split(' ');
         Some(Mount {
             root: left.next()?,
-            destination: left.next()?,
+            destination: unescaped(left.next()?),
             kind: right.next()?,
             options: right.nth(1)?,
         })
@@ -122,13 +206,35 @@ mod tests {
     use super::*;
 
     #[test]
+    fn destinations_are_resolved_as_the_runtime_does() {
+        let root = tempfile::tempdir().expect("a directory");
+        fs::create_dir_all(root.path().join("run/deep")).expect("directories");
+        let link = |target: &str, name: &str| {
+            std::os::unix::fs::symlink(target, root.path().join(name)).expect("a link");
+        };
+        link("/run", "abs");
+        link("../../run/deep", "run/rel");
+        link("loop", "loop");
+        let resolved = |destination| resolve(root.path(), destination);
+        assert_eq!(resolved("/data/"), "/data");
+        assert_eq!(resolved("data//x/."), "/data/x");
+        assert_eq!(resolved("/abs/rel/x"), "/run/deep/x");
+        assert_eq!(resolved("/../../abs/.."), "/");
+        assert!(resolved("/loop/x").starts_with('/'));
+        assert_eq!(unescaped("/a\\040b\\134040"), "/a b\\040");
+    }
+
+    #[test]
     fn a_peer_names_only_mounts_of_the_configuration() {
         let config = br#"{"mounts": [{"destination": "/data", "type": "bind", "source": "data"}]}"#;
         let bundle = Bundle::parse(Path::new("/b"), config).expect("a bundle");
         let cgroups =
             Cgroups::from_state(&serde_json::json!({"": "/sys/fs/cgroup/x"})).expect("cgroups");
-        let mount =
-            |destination: &str, kind| ExternalMount { destination: destination.into(), kind };
+        let mount = |destination: &str, kind| ExternalMount {
+            destination: destination.into(),
+            kind,
+            mounted: String::new(),
+        };
         let good = mount("/data", ExternalKind::Bind).at_restore(&bundle, &cgroups);
         assert_eq!(good.expect("known"), "mnt[/data]:/b/data");
         for kind in

@@ -96,6 +96,18 @@ impl Network {
             .map_err(ContainerError::io(format!("let {} forward again", link.outside)))
     }
 
+    /// Puts the interface back after somebody took its carrier, turned the spanning tree protocol
+    /// on, or took the port out of its bridge; as far as can be.
+    pub(crate) fn reconnect(&mut self) -> Result<()> {
+        let Err(error) = self.connect() else { return Ok(()) };
+        let Some(link) = &mut self.link else { return Ok(()) };
+        tracing::warn!(%error, link = link.outside, "Taking the interface down and up");
+        // The bridge enables the port of an interface that comes up; one that is up does not.
+        link.by_port = false;
+        ip(&["link", "set", &link.outside, "down"])?;
+        self.connect()
+    }
+
     /// Forgets whom the namespace asked for in vain while it was off the network.
     pub(crate) fn forget_neighbours(&self) {
         if let Some(link) = &self.link {
