@@ -2,7 +2,7 @@
 //! this version, and the copy of it that the runtime is given.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use decamp_shared::workload::{Refusal, RefusalCode};
 use serde_json::{Value, json};
@@ -13,8 +13,20 @@ use crate::error::{ContainerError, Result};
 const CONFIG_CAP: u64 = 16 << 20;
 /// Files of the host that any container may mount without being bound to its host by it.
 const HOST_FILES: [&str; 3] = ["/etc/resolv.conf", "/etc/hosts", "/etc/hostname"];
+const CGROUP_NAMESPACE: &str = "The container has a cgroup namespace, which CRIU cannot rebuild";
 /// Namespaces that a container must have of its own.
 const NEEDED_NAMESPACES: [&str; 5] = ["pid", "network", "ipc", "uts", "mount"];
+
+/// What must have a certain form where it is there at all: what is read and changed here.
+type Shape = (&'static str, &'static str, fn(&Value) -> bool);
+const SHAPES: [Shape; 6] = [
+    ("/root", "no object", Value::is_object),
+    ("/process", "no object", Value::is_object),
+    ("/linux", "no object", Value::is_object),
+    ("/linux/namespaces", "no array", Value::is_array),
+    ("/mounts", "no array", Value::is_array),
+    ("/hooks", "no object", Value::is_object),
+];
 
 /// A bundle and its configuration.
 #[derive(Clone, Debug)]
@@ -54,6 +66,14 @@ impl Bundle {
             .map_err(|error| ContainerError::malformed(&path, format!("is no JSON: {error}")))?;
         if !config.is_object() {
             return Err(ContainerError::malformed(path, "is no JSON object"));
+        }
+        for (pointer, kind, is) in SHAPES {
+            if config.pointer(pointer).is_some_and(|value| !value.is_null() && !is(value)) {
+                return Err(ContainerError::malformed(
+                    path,
+                    format!("has {pointer} that is {kind}"),
+                ));
+            }
         }
         Ok(Self { directory: directory.to_owned(), config })
     }
@@ -118,6 +138,13 @@ impl Bundle {
                 ),
             ));
         }
+        found.extend(self.config_refusals());
+        found
+    }
+
+    /// The part of [`Bundle::run_refusals`] for which no file is looked at.
+    pub(crate) fn config_refusals(&self) -> Vec<Refusal> {
+        let mut found = Vec::new();
         if self.config.pointer("/process/terminal").and_then(Value::as_bool) == Some(true) {
             found.push(unsupported("The configuration asks for a terminal (process.terminal)"));
         }
@@ -154,12 +181,10 @@ impl Bundle {
     pub(crate) fn move_obstacles(&self) -> Vec<String> {
         let mut found = Vec::new();
         if self.namespace("cgroup").is_some() {
-            found
-                .push("The container has a cgroup namespace, which CRIU cannot rebuild".to_owned());
+            found.push(CGROUP_NAMESPACE.to_owned());
         }
         for bind in self.binds() {
-            let known = HOST_FILES.iter().any(|file| Path::new(file) == bind.source);
-            if !known && !is_inside(&bind.source, &self.directory) {
+            if !is_host_file(&bind.source) && !is_inside(&bind.source, &self.directory) {
                 found.push(format!(
                     "{} is mounted from {}, outside of the bundle; only the bundle moves",
                     bind.destination,
@@ -168,6 +193,53 @@ impl Bundle {
             }
         }
         found
+    }
+
+    /// Why it cannot come to its directory here, whose files may still be on their way: what only
+    /// the destination can judge, whatever the source says.
+    pub(crate) fn arrival_refusals(&self) -> Vec<Refusal> {
+        let mut found = self.config_refusals();
+        let mut refuse = |text| found.push(Refusal::new(RefusalCode::Unsupported, text));
+        if self.namespace("cgroup").is_some() {
+            refuse(CGROUP_NAMESPACE.to_owned());
+        }
+        if !is_plainly_below(&self.rootfs(), &self.directory) {
+            refuse(format!(
+                "The root file system {} is not inside of the bundle as {}",
+                self.rootfs().display(),
+                self.directory.display()
+            ));
+        }
+        for bind in self.binds() {
+            if !is_host_file(&bind.source) && !is_plainly_below(&bind.source, &self.directory) {
+                refuse(format!(
+                    "{} is mounted from {}, which is not inside of the bundle as {}; only the bundle moves",
+                    bind.destination,
+                    bind.source.display(),
+                    self.directory.display()
+                ));
+            }
+        }
+        found
+    }
+
+    /// Whether all that is mounted of it lies in it, now that its files are here.
+    ///
+    /// # Errors
+    /// When something is elsewhere: by a symbolic link, for what it is called was checked before.
+    pub(crate) fn check_inside(&self) -> Result<()> {
+        let binds = self.binds().into_iter().map(|bind| bind.source);
+        let sources = binds.filter(|source| !is_host_file(source));
+        for path in sources.chain([self.rootfs()]) {
+            if !is_inside(&path, &self.directory) {
+                return Err(ContainerError::State(format!(
+                    "{} leads out of the bundle {}",
+                    path.display(),
+                    self.directory.display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The configuration that the runtime is given: root and bind sources absolute, the network
@@ -202,6 +274,9 @@ impl Bundle {
         config["process"]["args"] = json!(["/stand-in"]);
         config["process"]["cwd"] = json!("/");
         config["process"]["user"] = json!({"uid": 0, "gid": 0});
+        if let Some(config) = config.as_object_mut() {
+            config.remove("hooks");
+        }
         if let Some(mounts) = config["mounts"].as_array_mut() {
             // Their sources may still be on their way, and nobody will look at them.
             mounts.retain(|mount| !is_bind(mount));
@@ -221,6 +296,16 @@ impl Bundle {
 fn is_inside(path: &Path, directory: &Path) -> bool {
     let resolve = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     resolve(path).starts_with(resolve(directory))
+}
+
+/// Whether `path` lies below `directory` by its name alone.
+fn is_plainly_below(path: &Path, directory: &Path) -> bool {
+    path.strip_prefix(directory)
+        .is_ok_and(|rest| rest.components().all(|part| matches!(part, Component::Normal(_))))
+}
+
+fn is_host_file(path: &Path) -> bool {
+    HOST_FILES.iter().any(|file| Path::new(file) == path)
 }
 
 fn is_bind(mount: &Value) -> bool {
@@ -264,6 +349,67 @@ mod tests {
         let refusals = bundle(json!({"process": {"terminal": true}, "hooks": {"poststop": []}}))
             .run_refusals();
         assert_eq!(refusals.len(), 1 + 1 + NEEDED_NAMESPACES.len() + 1);
+    }
+
+    #[test]
+    fn a_configuration_of_the_wrong_form_is_refused() {
+        for text in [
+            r#"{"root": "rootfs"}"#,
+            r#"{"linux": []}"#,
+            r#"{"linux": {"namespaces": {}}}"#,
+            r#"{"process": "x"}"#,
+            r#"{"mounts": {}}"#,
+            r#"{"hooks": "x"}"#,
+        ] {
+            let refused = Bundle::parse(Path::new("/b"), text.as_bytes());
+            assert!(matches!(refused, Err(ContainerError::Malformed { .. })), "{text}");
+        }
+        // What is absent, empty or of a wrong kind further within is the runtime's to refuse.
+        for text in [
+            "{}",
+            r#"{"root": null, "linux": null, "process": null, "mounts": null}"#,
+            r#"{"linux": {"namespaces": ["x", 3]}, "mounts": ["x"], "root": {"path": 3}}"#,
+        ] {
+            let bundle = Bundle::parse(Path::new("/b"), text.as_bytes()).expect(text);
+            bundle.for_stand_in("/n", "/c", Path::new("/r"));
+        }
+    }
+
+    #[test]
+    fn a_destination_judges_names_by_itself() {
+        let namespaces: Vec<Value> =
+            NEEDED_NAMESPACES.iter().map(|kind| json!({"type": kind})).collect();
+        let with = |root: &str, source: &str| {
+            bundle(json!({
+                "root": {"path": root},
+                "linux": {"namespaces": namespaces},
+                "mounts": [{"destination": "/data", "type": "bind", "source": source}],
+            }))
+            .arrival_refusals()
+            .len()
+        };
+        assert_eq!(with("./rootfs", "data"), 0);
+        assert_eq!(with("/b/rootfs", "/etc/hosts"), 0);
+        assert_eq!(with("rootfs/../../etc", "/etc"), 2);
+        assert_eq!(with("/", "../b/data"), 2);
+    }
+
+    #[test]
+    fn links_out_of_the_bundle_are_noticed() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let bundle = Bundle::parse(directory.path(), b"{}").expect("a bundle");
+        fs::create_dir(directory.path().join("rootfs")).expect("a directory");
+        bundle.check_inside().expect("inside");
+        fs::remove_dir(directory.path().join("rootfs")).expect("removed");
+        std::os::unix::fs::symlink("/etc", directory.path().join("rootfs")).expect("a link");
+        assert!(bundle.check_inside().is_err());
+    }
+
+    #[test]
+    fn a_stand_in_runs_no_hooks() {
+        let hook = json!({"createRuntime": [{"path": "/bin/sh"}]});
+        let config = bundle(json!({"hooks": hook})).for_stand_in("/n", "/c", Path::new("/r"));
+        assert_eq!(config.get("hooks"), None);
     }
 
     #[test]

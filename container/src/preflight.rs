@@ -64,8 +64,15 @@ pub(crate) fn for_move(
             for obstacle in &needs.obstacles {
                 refuse(RefusalCode::Unsupported, obstacle.clone());
             }
-            if let Err(error) = Bundle::parse(Path::new("/"), needs.config.as_bytes()) {
-                refuse(RefusalCode::File, error.to_string());
+            let directory = trees.first().map_or(Path::new("/"), |tree| tree.path.as_path());
+            match Bundle::parse(directory, needs.config.as_bytes()) {
+                // The source may have said the same.
+                Ok(bundle) => bundle
+                    .arrival_refusals()
+                    .into_iter()
+                    .filter(|refusal| !needs.obstacles.contains(&refusal.text))
+                    .for_each(|refusal| refuse(RefusalCode::Unsupported, refusal.text)),
+                Err(error) => refuse(RefusalCode::File, error.to_string()),
             }
             // Until a restore has finished, pages are in the store and in the restored processes.
             let wanted = manifest.memory_bytes.max(needs.resident.saturating_mul(2));
@@ -148,4 +155,48 @@ fn available_memory() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    use decamp_shared::workload::FileTree;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_destination_believes_no_source_that_says_nothing() {
+        let config = json!({
+            "root": {"path": "../../etc"},
+            "hooks": {"createRuntime": [{"path": "/bin/sh"}]},
+            "mounts": [{"destination": "/host", "type": "bind", "source": "/"}],
+            "linux": {"namespaces": [{"type": "network"}, {"type": "pid", "path": "/proc/1/ns/pid"},
+                {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"}]},
+        });
+        let needs =
+            Needs { config: config.to_string(), resident: 0, criu: (4, 1), obstacles: Vec::new() };
+        let manifest = Manifest {
+            name: "web".to_owned(),
+            kind: Kind::Container.into(),
+            spec: json!({"bundle": "/srv/web"}).to_string().into_bytes(),
+            needs: serde_json::to_vec(&needs).expect("JSON"),
+            ..Manifest::default()
+        };
+        let none = PathBuf::from("/nowhere");
+        let tools = HostTools {
+            decamp: none.clone(),
+            criu: none.clone(),
+            runc: none,
+            resume_after: Duration::ZERO,
+        };
+        let trees = [PlacedTree { tree: FileTree::default(), path: "/srv/web".into() }];
+        let found = for_move(&tools, &manifest, &trees);
+        for text in ["root file system", "hooks", "/host", "pid namespace", "cgroup namespace"] {
+            let said = found.iter().filter(|refusal| refusal.text.contains(text)).count();
+            assert_eq!(said, 1, "{text}: {found:#?}");
+        }
+    }
 }
