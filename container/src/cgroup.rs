@@ -4,6 +4,7 @@
 //! CRIU never touches them.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
@@ -273,18 +274,30 @@ impl Cgroups {
     /// Kills whatever is left in the directories, frozen or not, and removes them. Needs not know
     /// which hierarchy the container was frozen by.
     pub(crate) fn sweep(&self) -> Result<()> {
-        for directory in self.paths.values().filter(|directory| directory.exists()) {
-            kill_in(directory)?;
-        }
+        // A CRIU that lost its keeper holds tasks that must not run when it is killed before them.
+        self.write_freezers("FROZEN", "1")?;
         for directory in self.paths.values() {
-            for (file, value) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
+            for directory in [directory.clone(), beside(directory)] {
+                if directory.exists() {
+                    kill_in(&directory)?;
+                }
+            }
+        }
+        self.write_freezers("THAWED", "0")?;
+        self.remove()
+    }
+
+    /// Writes to whatever freezes in the directories: a state of v1, a switch of v2.
+    fn write_freezers(&self, state: &str, switch: &str) -> Result<()> {
+        for directory in self.paths.values() {
+            for (file, value) in [("freezer.state", state), ("cgroup.freeze", switch)] {
                 let path = directory.join(file);
                 if path.exists() {
                     write(&path, value)?;
                 }
             }
         }
-        self.remove()
+        Ok(())
     }
 }
 
@@ -298,9 +311,10 @@ fn kill_in(directory: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A directory beside a container's own. No workload's name begins with a dot.
 fn beside(directory: &Path) -> PathBuf {
-    let mut name = directory.file_name().unwrap_or_default().to_owned();
-    name.push(".criu");
+    let mut name = OsString::from(".criu-");
+    name.push(directory.file_name().unwrap_or_default());
     directory.with_file_name(name)
 }
 
@@ -380,6 +394,18 @@ mod tests {
         assert!(cgroups.apply(&[setting("cgroup.procs")]).is_err());
         // The directory is missing, which is said in the log and no more.
         assert!(cgroups.apply(&[setting("pids.max")]).is_ok());
+    }
+
+    #[test]
+    fn no_workload_has_the_name_of_what_stands_beside_another() {
+        let place = |name: &str| Place { name: name.into(), uuid: "u".into(), dir: "/x".into() };
+        for name in ["web", "web.criu", "-criu"] {
+            let directory = Path::new("/sys/fs/cgroup/decamp").join(name);
+            let beside = beside(&directory);
+            assert_eq!(beside.parent(), directory.parent());
+            let taken = beside.file_name().and_then(|name| name.to_str()).expect("a name");
+            assert!(runtime_id(&place(taken)).is_err(), "{taken} can be a workload");
+        }
     }
 
     #[test]

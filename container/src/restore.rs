@@ -92,8 +92,8 @@ impl Restore<'_> {
     /// born in the container's cgroups, because it is in them itself.
     pub(crate) fn begin(&self) -> Result<Swrk> {
         let begun = Instant::now();
-        let criu =
-            Swrk::start(self.criu, &[self.network.namespace().as_fd(), self.streams.write_end()?])?;
+        let inherited = [self.network.namespace().as_fd(), self.streams.write_end()?];
+        let criu = Swrk::start_waiting(self.criu, &inherited)?;
         self.cgroups.enter(criu.pid())?;
         tracing::debug!(ms = ms(begun), "CRIU waits");
         Ok(criu)
@@ -108,6 +108,7 @@ impl Restore<'_> {
         let state = self.complete(&images, others)?;
         self.cgroups.apply(&state.settings)?;
         self.streams.give_to(state.output_owner)?;
+        self.bundle.check_inside()?;
         let root = self.store.mount_root(&self.bundle.rootfs())?;
         tracing::debug!(ms = ms(begun), "Unpacked and completed the images");
         let begun = Instant::now();
@@ -242,8 +243,11 @@ impl Holding<'_> {
     /// does not let them run.
     ///
     /// CRIU does not heed a refusal at this step. So on an error everything is killed while it is
-    /// still held: killed tasks run nothing.
+    /// still held: killed tasks run nothing. If this process dies here, CRIU waits for its answer and
+    /// holds them until they are swept.
     fn hold(&mut self) -> Result<()> {
+        tracing::debug!("CRIU holds the restored tasks");
+        fail::fail_point!("container-hold");
         let never =
             || ContainerError::CriuProtocol("never said that it made namespaces".to_owned());
         let aside = self.aside.take().ok_or_else(never).and_then(|aside| {

@@ -43,6 +43,17 @@ pub(crate) struct Outcome {
 impl Swrk {
     /// Starts CRIU. It inherits `descriptors` under the numbers that they have here.
     pub(crate) fn start(criu: &Path, descriptors: &[BorrowedFd<'_>]) -> Result<Self> {
+        Self::start_with(criu, descriptors, false)
+    }
+
+    /// Starts a CRIU that waits for ever when we die before we have answered it. For it has our end
+    /// of the socket too, and never learns that nobody else has: with tasks in its hands it would
+    /// let them run if it did.
+    pub(crate) fn start_waiting(criu: &Path, descriptors: &[BorrowedFd<'_>]) -> Result<Self> {
+        Self::start_with(criu, descriptors, true)
+    }
+
+    fn start_with(criu: &Path, descriptors: &[BorrowedFd<'_>], waiting: bool) -> Result<Self> {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
                 .map_err(ContainerError::errno("make a socket for CRIU"))?;
@@ -55,6 +66,9 @@ impl Swrk {
             .stdout(Stdio::null());
         let mut inherited = vec![theirs.as_fd()];
         inherited.extend_from_slice(descriptors);
+        if waiting {
+            inherited.push(ours.as_fd());
+        }
         sys::inherit(&mut command, &inherited);
         let child =
             command.spawn().map_err(ContainerError::io(format!("start {}", criu.display())))?;

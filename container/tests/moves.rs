@@ -20,6 +20,9 @@ fn main() {
         Case { name: "counter_goes_on_elsewhere", run: counter_goes_on_elsewhere },
         Case { name: "counter_moves_back_and_forth", run: counter_moves_back_and_forth },
         Case { name: "rolled_back_it_runs_on", run: rolled_back_it_runs_on },
+        Case { name: "rolled_back_whatever_the_bridge", run: rolled_back_whatever_the_bridge },
+        Case { name: "mounts_behind_links_move", run: mounts_behind_links_move },
+        Case { name: "keeper_dead_in_a_restore", run: keeper_dead_in_a_restore },
         Case { name: "failed_load_leaves_nothing", run: failed_load_leaves_nothing },
         Case {
             name: "redis_keeps_its_connection_and_memory",
@@ -95,6 +98,93 @@ fn rolled_back_it_runs_on(host: &Host) {
     place.move_to(&twin);
     twin.await_count(place.last_count() + 2);
     twin.stop();
+}
+
+/// What happens to a bridge while a container stands still does not keep it from running on.
+fn rolled_back_whatever_the_bridge(host: &Host) {
+    let place = host.counter_at("br", "10.99.0.8/24");
+    place.run();
+    place.await_count(2);
+    let link = host.link();
+    let up = ["link", "set", &link, "up"];
+    let back = ["link", "set", &link, "master", "br0"];
+    let no_stp = ["link", "set", "br0", "type", "bridge", "stp_state", "0"];
+    let down = ["link", "set", &link, "down"];
+    let out = ["link", "set", &link, "nomaster"];
+    let stp = ["link", "set", "br0", "type", "bridge", "stp_state", "1"];
+    let turns: [(&[&str], &[&str]); 3] = [(&down, &up), (&out, &back), (&stp, &no_stp)];
+    for (what, undo) in turns {
+        let mut source = place.source();
+        source.pause().expect("pause");
+        host.ip(what);
+        let before = place.last_count();
+        source.resume().unwrap_or_else(|error| panic!("after {what:?}: {error}"));
+        place.await_count(before + 3);
+        host.ip(undo);
+        assert!(!host.ip(&["-d", "link", "show", &link]).contains("state disabled"), "{what:?}");
+    }
+    place.stop();
+}
+
+fn mounts_behind_links_move(host: &Host) {
+    let place =
+        host.shell("l", "while :; do n=$((n+1)); echo $n; echo $n >/far/n; usleep 100000; done");
+    let bundle = place.bundle();
+    std::fs::create_dir(bundle.join("far")).expect("a directory");
+    std::fs::create_dir(bundle.join("rootfs/really")).expect("a directory");
+    std::os::unix::fs::symlink("/really", bundle.join("rootfs/far")).expect("a link");
+    place.change_config(|config| {
+        let mounts = config["mounts"].as_array_mut().expect("mounts");
+        let options = ["rbind", "rw"];
+        mounts.push(serde_json::json!({"destination": "/far/", "type": "bind", "source": "far",
+            "options": options}));
+    });
+    place.run();
+    place.await_count(2);
+    let twin = place.twin("l2");
+    place.move_to(&twin);
+    twin.await_count(place.last_count() + 3);
+    assert!(bundle.join("far/n").exists(), "it was not mounted at all");
+    // What it takes away by itself is said before anything is frozen.
+    host.runc(&["exec", "--cap", "CAP_SYS_ADMIN", "l2", "/bin/busybox", "umount", "/really"]);
+    let needs = String::from_utf8(twin.source().manifest().expect("a manifest").needs);
+    assert!(needs.expect("text").contains("mounts /far/"));
+    twin.stop();
+}
+
+/// CRIU holds what it restored while its keeper says nothing, for as long as that may be.
+fn keeper_dead_in_a_restore(host: &Host) {
+    if !cfg!(feature = "failpoints") {
+        return host.skip("needs --features failpoints");
+    }
+    let place = host.counter("h");
+    place.run();
+    place.await_count(3);
+    let twin = place.twin(support::HELD);
+    let mut source = place.source();
+    let mut destination = twin.prepare(&mut *source);
+    source.pause().expect("pause");
+    support::copy_pages(&mut *source, &mut *destination);
+    let sections = source.save().expect("save");
+    let count =
+        || std::fs::read_to_string(place.bundle().join("rootfs/data/count")).expect("a count");
+    let before = count();
+    std::thread::scope(|scope| {
+        let load = scope.spawn(|| destination.load(sections));
+        twin.await_keeper_log("CRIU holds the restored tasks");
+        twin.kill_keeper();
+        load.join().expect("a thread").expect_err("a dead keeper loaded");
+    });
+    drop(destination);
+    std::thread::sleep(Duration::from_millis(1000));
+    assert_eq!(count(), before, "it ran when its keeper had died");
+    twin.backend().sweep(&twin.spec, &twin.place).expect("sweep");
+    host.assert_nothing_left(&twin.place.name);
+    assert_eq!(count(), before, "it ran when it was swept");
+    source.resume().expect("resume");
+    place.await_count(place.last_count() + 3);
+    drop(source);
+    place.stop();
 }
 
 fn failed_load_leaves_nothing(host: &Host) {

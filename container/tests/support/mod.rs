@@ -22,6 +22,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 
+/// The workload whose keeper does nothing for a minute once CRIU has restored everything.
+pub(crate) const HELD: &str = "held";
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// One test.
@@ -110,7 +112,14 @@ fn keep(config: &Path) -> i32 {
     decamp_shared::keeper::spawn::detach();
     let config: KeeperConfig =
         serde_json::from_slice(&fs::read(config).expect("a configuration")).expect("JSON");
-    match decamp_container::keeper_main(&config) {
+    let held = config.place.name == HELD;
+    let scenario = held.then(fail::FailScenario::setup);
+    if held {
+        fail::cfg("container-hold", "sleep(60000)").expect("a fail point");
+    }
+    let kept = decamp_container::keeper_main(&config);
+    drop(scenario);
+    match kept {
         Ok(()) => 0,
         Err(error) => {
             tracing::error!(%error, "The keeper failed");
@@ -206,6 +215,27 @@ impl Host {
         self.spot(name, json!({"bundle": bundle}))
     }
 
+    /// The same with an address.
+    pub(crate) fn counter_at(&self, name: &str, ip: &str) -> Spot<'_> {
+        let bundle = self.bundle(name, "counter-bundle", &[]);
+        self.spot(name, json!({"bundle": bundle, "net": {"bridge": "br0", "ip": ip}}))
+    }
+
+    /// What `ip` says.
+    pub(crate) fn ip(&self, arguments: &[&str]) -> String {
+        let said = Command::new("ip").args(arguments).output().expect("ip");
+        assert!(said.status.success(), "ip {arguments:?}");
+        String::from_utf8_lossy(&said.stdout).into_owned()
+    }
+
+    /// The host's end of the one interface that there is.
+    pub(crate) fn link(&self) -> String {
+        assert_eq!(self.links(), 1);
+        let said = self.ip(&["-o", "link", "show", "type", "veth"]);
+        let name = said.split(": ").nth(1).and_then(|name| name.split('@').next());
+        name.expect("a name").to_owned()
+    }
+
     /// A container that runs one line of shell.
     pub(crate) fn shell(&self, name: &str, line: &str) -> Spot<'_> {
         let bundle = self.bundle(name, "counter-bundle", &[]);
@@ -261,7 +291,7 @@ impl Host {
         let root = PathBuf::from("/sys/fs/cgroup");
         let below = fs::read_dir(&root).expect("cgroups").flatten().map(|entry| entry.path());
         for hierarchy in below.chain([root.clone()]).collect::<Vec<_>>() {
-            for path in [name.to_owned(), format!("{name}.criu")] {
+            for path in [name.to_owned(), format!(".criu-{name}")] {
                 let path = hierarchy.join("decamp").join(path);
                 if path.exists() {
                     left.push(path.display().to_string());
@@ -331,6 +361,24 @@ impl Spot<'_> {
 
     pub(crate) fn try_run(&self, spec: &Value) -> decamp_shared::workload::Result<()> {
         self.backend().run(spec, &self.place)
+    }
+
+    pub(crate) fn bundle(&self) -> PathBuf {
+        self.spec["bundle"].as_str().expect("a bundle").into()
+    }
+
+    pub(crate) fn change_config(&self, change: impl FnOnce(&mut Value)) {
+        let path = self.bundle().join("config.json");
+        let mut config = serde_json::from_slice(&fs::read(&path).expect("a config")).expect("JSON");
+        change(&mut config);
+        fs::write(&path, config.to_string()).expect("a config");
+    }
+
+    pub(crate) fn await_keeper_log(&self, text: &str) {
+        let path = self.place.dir.join("keeper.log");
+        await_that(&format!("the keeper to say {text}"), || {
+            fs::read_to_string(&path).is_ok_and(|log| log.contains(text))
+        });
     }
 
     /// The same workload at another place.
