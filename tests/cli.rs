@@ -354,3 +354,149 @@ fn the_api_speaks_json_to_any_client() {
     assert_eq!(status, "400");
     assert!(error["message"].as_str().is_some_and(|text| text.contains("colour")), "{error}");
 }
+
+/// Something that listens like an agent: takes one request for a move, and lets the test go on with it.
+struct Feigned {
+    dir: TempDir,
+    listener: std::os::unix::net::UnixListener,
+}
+
+impl Feigned {
+    fn listen() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let listener = std::os::unix::net::UnixListener::bind(dir.path().join("decamp.sock"));
+        Self { listener: listener.expect("listens"), dir }
+    }
+
+    /// The next connection, and the path and body of what was asked on it.
+    fn request(&self) -> (std::os::unix::net::UnixStream, String) {
+        use std::io::{BufRead, BufReader, Read};
+        let (stream, _) = self.listener.accept().expect("a connection");
+        let mut reader = BufReader::new(stream.try_clone().expect("cloned"));
+        let (mut head, mut length) = (String::new(), 0);
+        while !head.ends_with("\r\n\r\n") {
+            let start = head.len();
+            assert!(reader.read_line(&mut head).expect("a line") > 0, "{head}");
+            let line = head[start..].to_lowercase();
+            if let Some(value) = line.strip_prefix("content-length:") {
+                length = value.trim().parse().expect("a number");
+            }
+        }
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body).expect("a body");
+        (stream, head + &String::from_utf8_lossy(&body))
+    }
+
+    fn migrate(&self, names: &[&str]) -> Child {
+        let mut command = decamp();
+        command.env("DECAMP_SOCKET", self.dir.path().join("decamp.sock")).arg("migrate");
+        command.args(names).args(["--to", "beta", "--json"]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("decamp runs")
+    }
+
+    /// Whether something is asked within the time.
+    fn is_asked_within(&self, time: Duration) -> bool {
+        use std::os::fd::AsFd;
+        let mut polled =
+            [nix::poll::PollFd::new(self.listener.as_fd(), nix::poll::PollFlags::POLLIN)];
+        let timeout = nix::poll::PollTimeout::try_from(time).expect("a time");
+        nix::poll::poll(&mut polled, timeout).expect("polled") > 0
+    }
+}
+
+const STREAM_HEAD: &str =
+    "HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nConnection: close\r\n\r\n";
+
+fn interrupt(child: &Child) {
+    let sent = Command::new("kill").arg("-INT").arg(child.id().to_string()).status();
+    assert!(sent.expect("kill runs").success());
+}
+
+/// The report of a move that went well.
+fn completed(name: &str) -> Value {
+    use decamp_shared::session::report::{DowntimeParts, PageCounts, Predicted};
+    serde_json::json!({
+        "migration": "m", "workload": name, "kind": "vm", "from": "alpha", "to": "beta",
+        "outcome": "completed", "reason": null, "mode": "pre-copy", "tracker": null,
+        "total_ms": 1.0, "downtime_ms": 1.0, "downtime": DowntimeParts::default(), "rounds": [],
+        "memory_bytes": 0, "wire_bytes": 0, "file_bytes": 0, "pages": PageCounts::default(),
+        "streams": 1, "encrypted": true, "predicted": Predicted::default(), "source_stall_ms": 0.0,
+    })
+}
+
+/// Reads standard error until a line of it says that.
+fn await_remark(child: &mut Child, remark: &str) -> std::io::BufReader<std::process::ChildStderr> {
+    use std::io::BufRead;
+    let mut reader = std::io::BufReader::new(child.stderr.take().expect("a pipe"));
+    let mut line = String::new();
+    while !line.contains(remark) {
+        line.clear();
+        assert!(reader.read_line(&mut line).expect("a line") > 0, "it never said {remark}");
+    }
+    reader
+}
+
+fn outcomes(output: &Output) -> Vec<String> {
+    let reports: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let reports = reports.as_array().cloned().unwrap_or_else(|| vec![reports]);
+    reports.iter().map(|one| one["outcome"].as_str().unwrap_or("none").to_owned()).collect()
+}
+
+#[test]
+fn a_move_that_is_not_watched_to_its_end_is_unresolved_and_no_other_begins() {
+    use std::io::Write;
+    let agent = Feigned::listen();
+    let mut child = agent.migrate(&["web", "db"]);
+    let (mut moving, asked) = agent.request();
+    assert!(asked.starts_with("POST /v1/migrations "), "{asked}");
+    moving.write_all(STREAM_HEAD.as_bytes()).expect("written");
+    interrupt(&child);
+    let _stderr = await_remark(&mut child, "Cancelling");
+    let (_cancelling, asked) = agent.request();
+    assert!(asked.starts_with("POST /v1/migrations/web/cancel "), "{asked}");
+    interrupt(&child);
+    let output = child.wait_with_output().expect("ended");
+    assert_exit(&output, 5);
+    assert_eq!(outcomes(&output), ["unresolved", "cancelled"]);
+    assert!(!agent.is_asked_within(Duration::ZERO), "db was not begun");
+}
+
+#[test]
+fn an_interrupt_that_comes_too_late_for_one_move_stops_the_others() {
+    use std::io::Write;
+    let agent = Feigned::listen();
+    let mut child = agent.migrate(&["web", "db"]);
+    let (mut moving, _) = agent.request();
+    // Before the agent has answered: there is nothing to cancel yet, and nothing is forgotten.
+    interrupt(&child);
+    let _stderr = await_remark(&mut child, "Cancelling");
+    moving.write_all(STREAM_HEAD.as_bytes()).expect("written");
+    let (mut cancelling, asked) = agent.request();
+    assert!(asked.starts_with("POST /v1/migrations/web/cancel "), "{asked}");
+    let refusal = "{\"code\":\"too-late\",\"message\":\"It is fenced\",\"refusals\":[]}";
+    write!(
+        cancelling,
+        "HTTP/1.1 409 Conflict\r\nContent-Length: {}\r\n\r\n{refusal}",
+        refusal.len()
+    )
+    .expect("written");
+    let report = serde_json::json!({ "event": "report", "report": completed("web") });
+    writeln!(moving, "{report}").expect("written");
+    drop(moving);
+    let output = child.wait_with_output().expect("ended");
+    assert_exit(&output, 4);
+    assert_eq!(outcomes(&output), ["completed", "cancelled"]);
+    assert!(!agent.is_asked_within(Duration::ZERO), "db was not begun");
+}
+
+#[test]
+fn an_agent_that_is_lost_before_it_answers_leaves_the_outcome_open() {
+    let agent = Feigned::listen();
+    let mut child = agent.migrate(&["web", "db"]);
+    drop(agent.request());
+    let _stderr = await_remark(&mut child, "Lost the agent");
+    interrupt(&child);
+    let output = child.wait_with_output().expect("ended");
+    assert_exit(&output, 5);
+    assert_eq!(outcomes(&output), ["unresolved", "cancelled"]);
+}

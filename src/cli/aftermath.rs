@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::client::Client;
 use super::failure::Failure;
+use super::interrupts::Interrupts;
 use crate::messages::{MigrationRequest, State, WorkloadDetail};
 
 /// How long the next agent is waited for.
@@ -26,12 +27,21 @@ pub(crate) struct Aftermath {
 }
 
 /// Waits until an agent answers that knows how the move ended; gives up after a while, or at Ctrl-C.
-pub(crate) async fn wait(client: &Client, request: &MigrationRequest) -> Aftermath {
+pub(crate) async fn wait(
+    client: &Client,
+    request: &MigrationRequest,
+    interrupts: &mut Interrupts,
+) -> Aftermath {
     let path = format!("/v1/workloads/{}", request.workload);
     let deadline = Instant::now() + WAIT_FOR;
     let mut unresolved_since = None;
     loop {
-        let found = client.get::<WorkloadDetail>(&path).await;
+        // An agent may take the question and be stuck.
+        let found = tokio::select! {
+            found = client.get::<WorkloadDetail>(&path) => found,
+            () = interrupts.next() => break,
+            () = tokio::time::sleep_until(deadline) => break,
+        };
         match judge(found, request) {
             Some(aftermath) if aftermath.outcome == Outcome::Unresolved => {
                 let since = *unresolved_since.get_or_insert_with(Instant::now);
@@ -44,7 +54,7 @@ pub(crate) async fn wait(client: &Client, request: &MigrationRequest) -> Afterma
         }
         tokio::select! {
             () = tokio::time::sleep(LOOK_EVERY) => {}
-            _ = tokio::signal::ctrl_c() => break,
+            () = interrupts.next() => break,
         }
         if Instant::now() >= deadline {
             break;

@@ -122,7 +122,7 @@ impl Client {
     }
 
     fn lost(&self, error: &dyn std::fmt::Display) -> Failure {
-        Failure::other(format!(
+        Failure::lost(format!(
             "Lost the agent behind {} ({error}): look at its log, and at `decamp ls` once it runs again",
             self.socket.display()
         ))

@@ -13,6 +13,8 @@ const OTHER: u8 = 1;
 const USAGE: u8 = 2;
 /// Refused before anything was touched.
 const REFUSED: u8 = 3;
+/// The agent took the request and was gone before it answered.
+const LOST: &str = "agent-lost";
 
 /// The end of a verb that did not do what was asked.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +29,17 @@ impl Failure {
     /// Exit code 1.
     pub(crate) fn other(message: impl Into<String>) -> Self {
         Self::new(OTHER, "failed", message)
+    }
+
+    /// Exit code 1: the agent took the request and was gone before it answered. What was asked may be
+    /// done, or be under way.
+    pub(crate) fn lost(message: impl Into<String>) -> Self {
+        Self::new(OTHER, LOST, message)
+    }
+
+    /// Whether this is of [`Self::lost`].
+    pub(crate) fn is_lost(&self) -> bool {
+        self.body.code == LOST
     }
 
     /// Exit code 2.

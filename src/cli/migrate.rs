@@ -1,6 +1,7 @@
 //! `decamp migrate`: moves workloads to another host and shows how it goes.
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -13,12 +14,14 @@ use super::aftermath::{self, Aftermath};
 use super::client::{Client, Stream};
 use super::display::Display;
 use super::failure::{Failure, with_reasons};
+use super::interrupts::Interrupts;
 use super::{output, report, values};
 use crate::messages::{MigrationRequest, MigrationView};
 
 /// Move running workloads to another host
 ///
-/// Ctrl-C cancels the move: the workload runs on here. Losing the terminal does not; the move goes on.
+/// Ctrl-C cancels the move: the workload runs on here, and no other is begun. Losing the terminal does
+/// not; the move goes on.
 #[derive(Debug, Args)]
 #[command(after_help = "Example: decamp migrate web --to edge-2\n\n\
     Exit codes: 0 moved; 3 refused, nothing was touched; 4 failed or cancelled, it runs on here;\n\
@@ -78,38 +81,45 @@ enum CompressWord {
     Zstd,
 }
 
+/// Told at the first Ctrl-C.
+const CANCELLING: &str = "Cancelling; press Ctrl-C again to stop watching";
+
 /// How one of the moves ended.
 enum Ended {
     /// With a report.
     Report(Box<Report>),
     /// Before there was one: the agent refused.
     Failed(Failure),
-    /// Unseen: the agent was lost.
+    /// Unseen: the agent was lost, nobody watched to the end, or it was never begun.
     Unseen(Aftermath),
 }
 
 impl Migrate {
     pub(crate) async fn run(self, client: &Client, json: bool) -> Result<u8, Failure> {
         let options = self.options();
+        let mut interrupts = Interrupts::listen()?;
         let mut ends = Vec::new();
+        let mut called_off = false;
         for name in &self.names {
-            let request = MigrationRequest {
-                workload: name.clone(),
-                to: self.to.clone(),
-                options: options.clone(),
+            called_off = called_off || interrupts.any().await;
+            let ended = if called_off {
+                Ended::Unseen(never_begun(name))
+            } else {
+                let request = MigrationRequest {
+                    workload: name.clone(),
+                    to: self.to.clone(),
+                    options: options.clone(),
+                };
+                let mut display = Display::new(json);
+                let ended = move_one(client, &request, &mut display, &mut interrupts).await;
+                display.clear();
+                ended
             };
-            let mut display = Display::new(json);
-            let ended = move_one(client, &request, &mut display).await;
-            display.clear();
-            let called_off =
-                matches!(&ended, Ended::Report(report) if report.outcome == Outcome::Cancelled);
+            called_off = called_off || ended.was_cancelled();
             if !json {
                 self.draw(&ended);
             }
             ends.push(ended);
-            if called_off {
-                break;
-            }
         }
         if json {
             self.print_json(&ends);
@@ -200,6 +210,11 @@ impl Ended {
         }
     }
 
+    /// Somebody called the move off, here or by `decamp cancel`.
+    fn was_cancelled(&self) -> bool {
+        matches!(self, Ended::Report(report) if report.outcome == Outcome::Cancelled)
+    }
+
     fn failure(&self) -> Option<&Failure> {
         match self {
             Ended::Report(_) | Ended::Unseen(_) => None,
@@ -213,42 +228,109 @@ fn gravity(code: u8) -> u8 {
     [0, 2, 3, 4, 1, 5].iter().position(|&one| one == code).unwrap_or(4) as u8
 }
 
-async fn move_one(client: &Client, request: &MigrationRequest, display: &mut Display) -> Ended {
-    let stream = match client.stream(Method::POST, "/v1/migrations", Some(request)).await {
-        Ok(stream) => stream,
-        Err(failure) => return Ended::Failed(failure),
+/// What is said of a workload whose turn never came.
+fn never_begun(name: &str) -> Aftermath {
+    Aftermath {
+        outcome: Outcome::Cancelled,
+        text: format!("The move of {name} was called off before it was begun. It runs on here"),
+    }
+}
+
+/// What is said of a move that the user would not see to its end.
+fn left(name: &str) -> Aftermath {
+    Aftermath {
+        outcome: Outcome::Unresolved,
+        text: format!(
+            "Nobody watched the move of {name} to its end; it ends by itself: `decamp ls --all` shows \
+             where {name} is then"
+        ),
+    }
+}
+
+async fn move_one(
+    client: &Client,
+    request: &MigrationRequest,
+    display: &mut Display,
+    interrupts: &mut Interrupts,
+) -> Ended {
+    let watched = match begin(client, request, display, interrupts).await {
+        Begun::Stream { stream, cancelled } => {
+            watch(client, stream, request, display, interrupts, cancelled).await
+        }
+        Begun::Ended(watched) => watched,
+        Begun::Failed(failure) => return Ended::Failed(failure),
     };
-    match watch(client, stream, request, display).await {
+    match watched {
         Watched::Report(report) => Ended::Report(report),
-        Watched::Left => Ended::Failed(Failure::other(
-            "Stopped watching; the move ends by itself: see `decamp ls --all`",
-        )),
+        Watched::Left => Ended::Unseen(left(&request.workload)),
         Watched::Lost => {
             display.remark("Lost the agent; waiting for the next one to say how the move ended");
-            Ended::Unseen(aftermath::wait(client, request).await)
+            Ended::Unseen(aftermath::wait(client, request, interrupts).await)
+        }
+    }
+}
+
+/// How asking for the move went.
+enum Begun {
+    /// It is under way; the user may have cancelled it already.
+    Stream { stream: Stream, cancelled: bool },
+    /// It may be under way, unwatched.
+    Ended(Watched),
+    /// It is not under way.
+    Failed(Failure),
+}
+
+/// Asks for the move. Nothing can be cancelled before the agent has answered, so the first Ctrl-C is
+/// kept until then.
+async fn begin(
+    client: &Client,
+    request: &MigrationRequest,
+    display: &mut Display,
+    interrupts: &mut Interrupts,
+) -> Begun {
+    let mut asked = pin!(client.stream(Method::POST, "/v1/migrations", Some(request)));
+    let mut cancelled = false;
+    loop {
+        tokio::select! {
+            answer = &mut asked => return match answer {
+                Ok(stream) => Begun::Stream { stream, cancelled },
+                Err(failure) if failure.is_lost() => Begun::Ended(Watched::Lost),
+                Err(failure) => Begun::Failed(failure),
+            },
+            () = interrupts.next() => {
+                if cancelled {
+                    return Begun::Ended(Watched::Left);
+                }
+                cancelled = true;
+                display.remark(CANCELLING);
+            }
         }
     }
 }
 
 /// Shows the move until its report comes. The first Ctrl-C cancels it, the second only stops
-/// watching.
+/// watching; `cancelled` says that the first was before.
 async fn watch(
     client: &Client,
     mut stream: Stream,
     request: &MigrationRequest,
     display: &mut Display,
+    interrupts: &mut Interrupts,
+    mut cancelled: bool,
 ) -> Watched {
     let mut migration = None;
-    let mut cancelled = false;
+    if cancelled {
+        ask_to_cancel(client, &request.workload);
+    }
     loop {
         let line = tokio::select! {
             line = stream.line() => line,
-            pressed = tokio::signal::ctrl_c() => {
-                if pressed.is_err() || cancelled {
+            () = interrupts.next() => {
+                if cancelled {
                     return Watched::Left;
                 }
                 cancelled = true;
-                display.remark("Cancelling; press Ctrl-C again to stop watching");
+                display.remark(CANCELLING);
                 ask_to_cancel(client, migration.as_deref().unwrap_or(&request.workload));
                 continue;
             }

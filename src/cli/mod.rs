@@ -3,7 +3,7 @@
 //!
 //! [`client`] speaks to the agent, [`failure`] holds the exit codes, [`values`] reads sizes, times and
 //! names, [`units`] writes them, [`display`] and [`report`] draw a move, [`aftermath`]
-//! finds out how one ended that nobody could watch.
+//! finds out how one ended that nobody could watch, [`interrupts`] notes Ctrl-C.
 
 mod aftermath;
 mod agent;
@@ -12,6 +12,7 @@ mod client;
 mod display;
 mod failure;
 mod inspect;
+mod interrupts;
 mod keeper;
 mod logs;
 mod ls;
