@@ -1,0 +1,139 @@
+//! What the scripts of this folder must not do to a machine: kill or remove what they did not make. What
+//! they are for is shown by the end-to-end tests, which stand on them.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+const HOSTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hosts");
+const SETUP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/setup");
+
+fn hosts(verb: &str, dir: &Path, data: &Path) -> Output {
+    let mut command = Command::new(HOSTS);
+    command.arg(verb).env("DECAMP_HOSTS_DIR", dir).env("DECAMP_HOSTS_DATA", data);
+    // No host is made should a test go wrong.
+    command.env("DECAMP_BIN", "/bin/false").output().expect("tests/hosts runs")
+}
+
+fn assert_refused(output: &Output, says: &str) {
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains(says), "{told}");
+}
+
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// A name for hosts that nobody else has.
+fn name() -> String {
+    format!("decamp-scripts-{}", std::process::id())
+}
+
+#[test]
+fn hosts_have_names_that_nothing_else_has() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let data = scratch.path().join("data");
+    for dir in
+        ["decamp", "docker", "system.slice", "decamp-", "decamp-a_b", "dh", "DH-a", "decamp-a/.."]
+    {
+        for slashes in ["", "/", "//"] {
+            let dir = scratch.path().join(format!("{dir}{slashes}"));
+            fs::create_dir_all(&dir).expect("a directory");
+            fs::write(dir.join("theirs"), "x").expect("written");
+            for verb in ["down", "up", "status"] {
+                assert_refused(&hosts(verb, &dir, &data), "DECAMP_HOSTS_DIR");
+            }
+            assert!(dir.join("theirs").exists());
+        }
+    }
+    for dir in ["/", "decamp-here", "./decamp-here", "/tmp/../decamp-here"] {
+        assert_refused(&hosts("down", Path::new(dir), &data), "DECAMP_HOSTS_DIR");
+    }
+    let within = scratch.path().join(name());
+    assert_refused(&hosts("down", &within, &within.join("data")), "are apart");
+    assert_refused(&hosts("down", &within, Path::new("data")), "absolute");
+}
+
+#[test]
+fn directories_that_hold_something_else_are_not_removed() {
+    if !is_root() {
+        println!("[skipped: needs root]");
+        return;
+    }
+    let scratch = tempfile::tempdir().expect("a directory");
+    let [dir, data, link] =
+        [name(), "data".into(), "link".into()].map(|one| scratch.path().join(one));
+    for (theirs, empty) in [(&dir, &data), (&data, &dir)] {
+        fs::create_dir_all(theirs).expect("a directory");
+        fs::create_dir_all(empty).expect("a directory");
+        fs::write(theirs.join("theirs"), "x").expect("written");
+        for verb in ["down", "up"] {
+            let arguments: &[&str] = if verb == "up" { &["up", "--no-agent"] } else { &["down"] };
+            let output = Command::new(HOSTS)
+                .args(arguments)
+                .env("DECAMP_HOSTS_DIR", format!("{}/", dir.display()))
+                .env("DECAMP_HOSTS_DATA", &data)
+                .output()
+                .expect("tests/hosts runs");
+            assert_refused(&output, "was not made by tests/hosts");
+            assert!(theirs.join("theirs").exists(), "{verb}");
+        }
+        fs::remove_file(theirs.join("theirs")).expect("removed");
+    }
+    std::os::unix::fs::symlink(&data, &link).expect("linked");
+    assert_refused(&hosts("down", &dir, &link), "symbolic link");
+    // What it made it removes, with a slash at the end too.
+    for made in [&dir, &data] {
+        fs::write(made.join(".made-by-decamp-tests-hosts"), "").expect("written");
+        fs::write(made.join("ours"), "x").expect("written");
+    }
+    let output = hosts("down", &dir.join(""), &data);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(!dir.exists() && !data.exists());
+}
+
+/// Runs functions of `tests/setup`, all that stands before its main part, on a prefix.
+fn setup(prefix: &Path, script: &str) -> Output {
+    let functions = fs::read_to_string(SETUP).expect("tests/setup");
+    let (functions, _) = functions.split_once("# ---- the whole").expect("a main part");
+    let script = format!("{functions}\n{script}");
+    let mut command = Command::new("bash");
+    command.args(["-c", &script]).env("DECAMP_CRIU_PREFIX", prefix).output().expect("bash runs")
+}
+
+#[test]
+fn a_prefix_may_hold_what_is_not_ours() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let prefix = scratch.path();
+    for dir in ["lib", "share", "4.1", "4.2-1", "4.2.1-1", "4.2.1-1.new", "bin"] {
+        fs::create_dir(prefix.join(dir)).expect("a directory");
+    }
+    for dir in ["4.2-1", "4.2.1-1", "4.2.1-1.new"] {
+        fs::write(prefix.join(dir).join(".made-by-decamp-tests-setup"), "").expect("written");
+    }
+    let output = setup(prefix, "remove_others 4.2.1-1; check_ours \"$PREFIX/4.2.1-1\"");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let left = |dir: &str| prefix.join(dir).exists();
+    assert!(["lib", "share", "4.1", "4.2.1-1", "bin"].into_iter().all(left));
+    assert!(!left("4.2-1") && !left("4.2.1-1.new"));
+    assert_refused(&setup(prefix, "check_ours \"$PREFIX/4.1\""), "was not made by tests/setup");
+    fs::write(prefix.join("bin/criu"), "#!/bin/sh\n").expect("written");
+    assert_refused(&setup(prefix, "check_criu_is_ours"), "was not made by tests/setup");
+}
+
+#[test]
+fn what_was_unpacked_before_there_were_markers_is_known_by_its_wrapper() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let prefix = scratch.path();
+    for dir in ["4.1-1", "4.2-1", "bin"] {
+        fs::create_dir(prefix.join(dir)).expect("a directory");
+    }
+    let wrapper =
+        format!("# Made by tests/setup of decamp: CRIU\nexec {}/4.1-1/x\n", prefix.display());
+    fs::write(prefix.join("bin/criu"), wrapper).expect("written");
+    let output = setup(prefix, "mark_earlier; check_criu_is_ours; remove_others 5.0-1");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(!prefix.join("4.1-1").exists(), "it was ours");
+    assert!(prefix.join("4.2-1").exists(), "nobody says that this is");
+}
