@@ -53,6 +53,8 @@ fn counter_goes_on_elsewhere(host: &Host) {
     host.assert_nothing_left("a");
     let said = host.runc(&["exec", "b", "/bin/busybox", "cat", "/data/count"]);
     assert!(said.trim().parse::<u64>().expect("a number") >= before);
+    let open = host.runc(&["exec", "b", "/bin/busybox", "ls", "-l", "/proc/1/fd"]);
+    assert!(open.contains("pipe:") && !open.contains("socket:"), "CRIU left something: {open}");
     assert!(
         host.runc(&["list"]).lines().any(|line| line.starts_with("b ") && line.contains("running"))
     );
