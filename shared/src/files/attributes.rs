@@ -1,15 +1,17 @@
 //! Metadata of an entry: read on the source, set on the destination in the order that keeps all of
 //! it. No content, no names given or taken.
 
+use std::ffi::CString;
 use std::io;
 use std::os::fd::BorrowedFd;
 
 use rustix::fs::{
-    self, AtFlags, FileType, Gid, Mode, Stat, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags,
+    self, AtFlags, CWD, FileType, Gid, Mode, Stat, Timespec, Timestamps, UTIME_OMIT, Uid,
+    XattrFlags,
 };
 use rustix::io::Errno;
 
-use super::beneath::{stat_at, through_proc};
+use super::beneath::{held_in_proc, through_proc};
 use super::index::{Entry, Type, XATTR_MOST, XATTRS_MOST, Xattr, travels};
 
 /// The kernel's limit on the list of a file's attribute names.
@@ -53,25 +55,46 @@ pub(super) fn describe(
         link: 0,
         major: if device { fs::major(stat.st_rdev) } else { 0 },
         minor: if device { fs::minor(stat.st_rdev) } else { 0 },
-        xattrs: read_xattrs(dir, name)?,
+        xattrs: read_xattrs(&Named::Last(through_proc(dir, name)?))?,
     })
 }
 
-/// The extended attributes of `name` in `dir` that travel.
-fn read_xattrs(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Vec<Xattr>> {
-    let path = through_proc(dir, name)?;
+/// A path to what extended attributes are read from; those calls take no bare descriptor.
+enum Named {
+    /// By a name that is not followed.
+    Last(CString),
+    /// By the `/proc` entry of a held descriptor, which is followed, and to that very thing only.
+    Held(CString),
+}
+
+impl Named {
+    fn list(&self, into: &mut Vec<u8>, most: usize) -> rustix::io::Result<usize> {
+        let room = rustix::buffer::spare_capacity(reserved(into, most));
+        match self {
+            Self::Last(path) => fs::llistxattr(path, room),
+            Self::Held(path) => fs::listxattr(path, room),
+        }
+    }
+
+    fn get(&self, name: &[u8], into: &mut Vec<u8>) -> rustix::io::Result<usize> {
+        let room = rustix::buffer::spare_capacity(reserved(into, XATTR_MOST));
+        match self {
+            Self::Last(path) => fs::lgetxattr(path, name, room),
+            Self::Held(path) => fs::getxattr(path, name, room),
+        }
+    }
+}
+
+/// The extended attributes that travel.
+fn read_xattrs(from: &Named) -> io::Result<Vec<Xattr>> {
     let mut xattrs = Vec::new();
     let mut total = 0;
-    for name in xattr_names(&path)? {
+    for name in xattr_names(from)? {
         if !travels(&name) {
             continue;
         }
         let mut value = Vec::new();
-        match fs::lgetxattr(
-            &path,
-            &name,
-            rustix::buffer::spare_capacity(reserved(&mut value, XATTR_MOST)),
-        ) {
+        match from.get(&name, &mut value) {
             Ok(_) => {}
             Err(Errno::NODATA) => continue,
             Err(error) => return Err(error.into()),
@@ -89,17 +112,13 @@ fn read_xattrs(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Vec<Xattr>> {
     Ok(xattrs)
 }
 
-fn xattr_names(path: &std::ffi::CStr) -> io::Result<Vec<Vec<u8>>> {
+fn xattr_names(from: &Named) -> io::Result<Vec<Vec<u8>>> {
     // Most files have none or a label; the kernel's limit is asked for only when need be.
     let mut list = Vec::new();
-    let listed =
-        match fs::llistxattr(path, rustix::buffer::spare_capacity(reserved(&mut list, 1024))) {
-            Err(Errno::RANGE) => fs::llistxattr(
-                path,
-                rustix::buffer::spare_capacity(reserved(&mut list, NAMES_MOST)),
-            ),
-            listed => listed,
-        };
+    let listed = match from.list(&mut list, 1024) {
+        Err(Errno::RANGE) => from.list(&mut list, NAMES_MOST),
+        listed => listed,
+    };
     match listed {
         Ok(_) => {}
         Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
@@ -115,57 +134,64 @@ fn reserved(buffer: &mut Vec<u8>, bytes: usize) -> &mut Vec<u8> {
     buffer
 }
 
-/// Gives `name` in `dir` the owner, mode, attributes and times of `entry`, in this order: a change
+/// Gives what is `held` the owner, mode, attributes and times of `entry`, in this order: a change
 /// of owner takes set-user-ID and file capabilities away, and setting an ACL needs the mode first.
 /// Gives whether anything had to be changed.
-pub(super) fn apply(entry: &Entry, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<bool> {
-    let mut stat = stat_at(dir, name)?;
+///
+/// It goes by the descriptor alone: whoever may write in the directory can put something else, or a
+/// link to it, in the place of any name, between a look at it and a change of its mode.
+pub(super) fn apply(entry: &Entry, held: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut stat = fs::fstat(held)?;
+    if type_of(&stat) != Some(entry.kind()) {
+        return Err(io::Error::other("Something else took its place meanwhile"));
+    }
+    let path = held_in_proc(held)?;
     let mut changed = false;
     if (stat.st_uid, stat.st_gid) != (entry.uid, entry.gid) {
         let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
-        fs::chownat(dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
-        stat = stat_at(dir, name)?;
+        fs::chownat(CWD, &path, Some(uid), Some(gid), AtFlags::empty())?;
+        stat = fs::fstat(held)?;
         changed = true;
     }
     if entry.kind() != Type::Symlink && stat.st_mode & 0o7777 != entry.mode {
-        fs::chmodat(dir, name, Mode::from_raw_mode(entry.mode), AtFlags::empty())?;
+        fs::chmodat(CWD, &path, Mode::from_raw_mode(entry.mode), AtFlags::empty())?;
         changed = true;
     }
-    changed |= apply_xattrs(entry, dir, name)?;
+    changed |= apply_xattrs(entry, held)?;
     if (stat.st_mtime, stat.st_mtime_nsec as u32) != (entry.mtime, entry.mtime_ns) {
-        set_mtime(dir, name, entry.mtime, i64::from(entry.mtime_ns))?;
+        set_mtime(held, entry.mtime, i64::from(entry.mtime_ns))?;
         changed = true;
     }
     Ok(changed)
 }
 
 /// Sets the modification time alone.
-pub(super) fn set_mtime(dir: BorrowedFd<'_>, name: &[u8], s: i64, ns: i64) -> io::Result<()> {
+pub(super) fn set_mtime(held: BorrowedFd<'_>, s: i64, ns: i64) -> io::Result<()> {
     let times = Timestamps {
         last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
         last_modification: Timespec { tv_sec: s, tv_nsec: ns },
     };
-    Ok(fs::utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW)?)
+    Ok(fs::utimensat(CWD, held_in_proc(held)?, &times, AtFlags::empty())?)
 }
 
 /// Attributes that the entry lacks go (a directory with a default ACL gives one to what is made in
 /// it); labels that the kernel put there by itself stay.
-fn apply_xattrs(entry: &Entry, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<bool> {
-    let there = read_xattrs(dir, name)?;
+fn apply_xattrs(entry: &Entry, held: BorrowedFd<'_>) -> io::Result<bool> {
+    let there = read_xattrs(&Named::Held(held_in_proc(held)?))?;
     if there == entry.xattrs {
         return Ok(false);
     }
-    let path = through_proc(dir, name)?;
+    let path = held_in_proc(held)?;
     let mut changed = false;
     for old in &there {
         let label = old.name.starts_with(b"security.") && old.name != b"security.capability";
         if !label && !entry.xattrs.iter().any(|xattr| xattr.name == old.name) {
-            fs::lremovexattr(&path, &old.name).map_err(|error| named(&old.name, error))?;
+            fs::removexattr(&path, &old.name).map_err(|error| named(&old.name, error))?;
             changed = true;
         }
     }
     for xattr in entry.xattrs.iter().filter(|xattr| !there.contains(xattr)) {
-        fs::lsetxattr(&path, &xattr.name, &xattr.value, XattrFlags::empty())
+        fs::setxattr(&path, &xattr.name, &xattr.value, XattrFlags::empty())
             .map_err(|error| named(&xattr.name, error))?;
         changed = true;
     }

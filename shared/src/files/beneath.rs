@@ -25,6 +25,8 @@ pub(super) struct Root {
     dir: OwnedFd,
     /// Name of the file when the tree is one file.
     file: Option<Vec<u8>>,
+    /// How paths below it are resolved.
+    resolve: ResolveFlags,
     /// For messages.
     shown: PathBuf,
 }
@@ -32,12 +34,18 @@ pub(super) struct Root {
 impl Root {
     /// A tree that is the directory `dir`.
     pub(super) fn directory(dir: OwnedFd, shown: PathBuf) -> Self {
-        Self { dir, file: None, shown }
+        Self { dir, file: None, resolve: CONFINED, shown }
+    }
+
+    /// A tree that is the directory `dir` on this host's disk and nothing that is mounted below it:
+    /// whoever mounted that there owns what is in it.
+    pub(super) fn landing(dir: OwnedFd, shown: PathBuf) -> Self {
+        Self { dir, file: None, resolve: CONFINED | ResolveFlags::NO_XDEV, shown }
     }
 
     /// A tree that is the file `name` in `dir`.
     pub(super) fn file(dir: OwnedFd, name: Vec<u8>, shown: PathBuf) -> Self {
-        Self { dir, file: Some(name), shown }
+        Self { dir, file: Some(name), resolve: CONFINED, shown }
     }
 
     /// The existing file or directory at `path`; symbolic links to it are the administrator's and
@@ -64,8 +72,13 @@ impl Root {
 
     /// The same root once more.
     pub(super) fn again(&self) -> io::Result<Self> {
-        let Self { dir, file, shown } = self;
-        Ok(Self { dir: dir.try_clone()?, file: file.clone(), shown: shown.clone() })
+        let Self { dir, file, resolve, shown } = self;
+        Ok(Self {
+            dir: dir.try_clone()?,
+            file: file.clone(),
+            resolve: *resolve,
+            shown: shown.clone(),
+        })
     }
 
     /// Whether the tree is a single file.
@@ -96,13 +109,9 @@ impl Root {
     /// Opens the directory at `path` below the root; empty: the root, or the directory around the
     /// root that is a file.
     pub(super) fn open_dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
-        self.open_dir_with(path, ResolveFlags::empty())
-    }
-
-    fn open_dir_with(&self, path: &[u8], more: ResolveFlags) -> io::Result<OwnedFd> {
         let path: &[u8] = if path.is_empty() { b"." } else { path };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Ok(fs::openat2(&self.dir, path, flags, Mode::empty(), CONFINED | more)?)
+        Ok(fs::openat2(&self.dir, path, flags, Mode::empty(), self.resolve)?)
     }
 
     /// Opens the regular file at `path` for reading; `None` when it is gone or something else. A
@@ -110,7 +119,7 @@ impl Root {
     pub(super) fn open_file(&self, path: &[u8]) -> io::Result<Option<std::fs::File>> {
         let path = self.file.as_deref().unwrap_or(path);
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let found = match fs::openat2(&self.dir, path, flags, Mode::empty(), CONFINED) {
+        let found = match fs::openat2(&self.dir, path, flags, Mode::empty(), self.resolve) {
             Ok(found) => found,
             Err(error) => {
                 let error = io::Error::from(error);
@@ -120,22 +129,17 @@ impl Root {
         if FileType::from_raw_mode(fs::fstat(&found)?.st_mode) != FileType::RegularFile {
             return Ok(None);
         }
-        let again = format!("/proc/self/fd/{}", found.as_raw_fd());
-        let file = fs::open(again, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let file = fs::open(
+            held_in_proc(found.as_fd())?,
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
         Ok(Some(file.into()))
     }
 
     /// Visits the root and everything below it, directories before what is in them. Entries that
     /// vanish meanwhile are left out.
     pub(super) fn walk(&self, mut visit: impl FnMut(&Visit<'_>) -> Result<()>) -> Result<()> {
-        self.walk_with(ResolveFlags::empty(), &mut visit)
-    }
-
-    fn walk_with(
-        &self,
-        resolve: ResolveFlags,
-        visit: &mut dyn FnMut(&Visit<'_>) -> Result<()>,
-    ) -> Result<()> {
         let (_, name) = self.locate(b"");
         let stat = stat_at(self.dir(), name).doing("look at", &self.shown)?;
         visit(&Visit { root: self, path: b"", dir: self.dir(), name, stat: &stat, device: None })?;
@@ -146,7 +150,7 @@ impl Root {
         let mut names = Names::default();
         let mut pending = vec![(Vec::new(), stat.st_dev)];
         while let Some((path, device)) = pending.pop() {
-            let dir = match self.open_dir_with(&path, resolve) {
+            let dir = match self.open_dir(&path) {
                 Ok(dir) => dir,
                 Err(error) if is_gone(&error) => continue,
                 Err(error) => return Err(error).doing("open", &self.shown(&path)),
@@ -256,9 +260,9 @@ pub(super) fn remove_contents(dir: BorrowedFd<'_>, name: &[u8], shown: &Path) ->
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let resolve = CONFINED | ResolveFlags::NO_XDEV;
     let inner = fs::openat2(dir, name, flags, Mode::empty(), resolve).doing("open", shown)?;
-    let root = Root::directory(inner, shown.to_owned());
+    let root = Root::landing(inner, shown.to_owned());
     let mut found = Vec::new();
-    root.walk_with(ResolveFlags::NO_XDEV, &mut |visit| {
+    root.walk(|visit| {
         if !visit.path.is_empty() {
             found.push((visit.path.to_vec(), is_dir(visit.stat)));
         }
@@ -279,6 +283,19 @@ fn unlink(dir: BorrowedFd<'_>, name: &[u8], flags: AtFlags) -> io::Result<()> {
         Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Takes hold of `name` in `dir`, a link itself included, without opening it: what is done by the
+/// descriptor is done to this very thing, whatever the name comes to mean.
+pub(super) fn hold(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(fs::openat2(dir, name, flags, Mode::empty(), CONFINED)?)
+}
+
+/// A path to what a descriptor holds, to be followed: it leads to that very thing and, should that
+/// be a symbolic link, no further.
+pub(super) fn held_in_proc(held: BorrowedFd<'_>) -> io::Result<CString> {
+    Ok(CString::new(format!("/proc/self/fd/{}", held.as_raw_fd()))?)
 }
 
 /// A path that names `name` in `dir`, for the calls on extended attributes, which know no
@@ -302,6 +319,14 @@ pub(super) fn parent_and_name(path: &Path) -> io::Result<(&Path, &[u8])> {
         (Some(parent), Some(name)) => Ok((parent, name.as_bytes())),
         _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "It has no directory around it")),
     }
+}
+
+/// Device and inode: which file it is.
+pub(super) type Identity = (u64, u64);
+
+/// Which file it is.
+pub(super) fn identity(stat: &Stat) -> Identity {
+    (stat.st_dev, stat.st_ino)
 }
 
 /// Whether this is a directory.

@@ -115,6 +115,18 @@ impl FileError {
         Self::Hostile { path: path.into(), what: what.into() }
     }
 
+    /// Something that is not the tree's is mounted in the place of one of its entries.
+    pub(super) fn mounted(path: &Path) -> Self {
+        let what = format!("something is mounted at {}, unmount it first", path.display());
+        Self::PathTaken { path: path.to_owned(), what }
+    }
+
+    /// Somebody who may write in the tree put something else in the place of an entry.
+    pub(super) fn replaced(path: &Path) -> Self {
+        let what = "something else took its place while it arrived".to_owned();
+        Self::PathTaken { path: path.to_owned(), what }
+    }
+
     /// A frame out of turn, or one that cannot be read.
     pub(super) fn protocol(what: impl Into<String>) -> Self {
         Self::Protocol { what: what.into() }
@@ -151,6 +163,8 @@ impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                     FileError::DiskFull { path: path.to_owned() }
                 }
+                // Below a place where a tree lands, the kernel refuses to cross a mount.
+                io::ErrorKind::CrossesDevices => FileError::mounted(path),
                 _ => FileError::Io { what, path: path.to_owned(), source },
             }
         })

@@ -36,9 +36,9 @@ pub(super) enum FrameKind {
     Index = 2,
     /// The index is complete.
     IndexEnd = 3,
-    /// The receiver has a file of this size and asks for the SHA-256 of the source's.
+    /// A bitmap of the entries that the receiver has something alike of: it asks for their SHA-256.
     AskHash = 4,
-    /// The SHA-256.
+    /// SHA-256 sums of entries asked for, one after another.
     Hash = 5,
     /// A bitmap of the entries whose content the receiver wants.
     Wanted = 6,
@@ -73,12 +73,12 @@ impl FrameKind {
         match self {
             Self::Begin => 64,
             Self::Index | Self::Data => CHUNK,
-            Self::Wanted => super::index::ENTRIES_MOST / 8,
-            Self::Hash => 32,
+            Self::Wanted | Self::AskHash => super::index::ENTRIES_MOST / 8,
+            Self::Hash => 32 << 10,
             Self::Content => 1,
             Self::Consumed => 8,
             Self::Error => TEXT,
-            Self::IndexEnd | Self::AskHash | Self::ContentEnd | Self::Done | Self::End => 0,
+            Self::IndexEnd | Self::ContentEnd | Self::Done | Self::End => 0,
         }
     }
 }

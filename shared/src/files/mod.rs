@@ -4,7 +4,7 @@
 //! Rooms: `channel` (what a stream must do), `frame` (frames and flow), `index` (what travels before
 //! any content, and its checks), `beneath` (files below a root, never through a link), `attributes`
 //! (owner, mode, times, extended attributes), `scan` and `pack` (the source's disk), `sender` and
-//! `receive` (the two ends), `placing` (a pass carried out), `landing` (what to take away again) and
+//! `receive` (the two ends), `earlier` (what stands there already), `placing` (a pass carried out), `landing` (what to take away again) and
 //! `place` (questions before anything is touched). `PROTOCOL.md` describes the wire.
 
 use std::sync::atomic::AtomicU64;
@@ -12,6 +12,7 @@ use std::sync::atomic::AtomicU64;
 mod attributes;
 mod beneath;
 mod channel;
+mod earlier;
 mod error;
 mod frame;
 mod index;

@@ -2,9 +2,10 @@
 //! holds, how much room there is, whether a tree can stand somewhere, and whether two hosts mean the
 //! very same place.
 
+use std::ffi::OsString;
 use std::fs::{self as std_fs, OpenOptions};
 use std::io;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -83,7 +84,50 @@ pub fn check_place(tree: &FileTree, path: &Path, keep_equal: bool) -> Option<Str
             Err(error) => return Some(format!("{} cannot be read: {error}", path.display())),
         }
     }
-    check_writable(path)
+    check_mounts(path).or_else(|| check_writable(path))
+}
+
+/// Bringing an earlier copy up to date removes what the source lacks: never from what somebody
+/// mounted in it.
+fn check_mounts(path: &Path) -> Option<String> {
+    let found = path
+        .canonicalize()
+        .and_then(|real| Ok(mounted_below(&real, &std_fs::read("/proc/self/mountinfo")?)));
+    match found {
+        Ok(None) => None,
+        Ok(Some(mount)) => Some(format!(
+            "Something is mounted at {}, within what is to be brought up to date: unmount it first",
+            mount.display()
+        )),
+        Err(error) => {
+            Some(format!("What is mounted below {} cannot be found out: {error}", path.display()))
+        }
+    }
+}
+
+/// The first mount point of `mountinfo` (proc_pid_mountinfo(5)) that is below `path`.
+fn mounted_below(path: &Path, mountinfo: &[u8]) -> Option<PathBuf> {
+    let lines = mountinfo.split(|byte| *byte == b'\n');
+    let points = lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4)).map(unescaped);
+    points.map(PathBuf::from).find(|point| point != path && point.starts_with(path))
+}
+
+/// The kernel writes blanks and backslashes as a backslash and three octal digits.
+fn unescaped(mut text: &[u8]) -> OsString {
+    let mut plain = Vec::with_capacity(text.len());
+    while let [first, rest @ ..] = text {
+        match text {
+            [b'\\', a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', after @ ..] => {
+                plain.push(((a - b'0') << 6) | ((b - b'0') << 3) | (c - b'0'));
+                text = after;
+            }
+            _ => {
+                plain.push(*first);
+                text = rest;
+            }
+        }
+    }
+    OsString::from_vec(plain)
 }
 
 fn check_around(path: &Path) -> Option<String> {

@@ -2,18 +2,20 @@
 //! are written beside their place and renamed into it, and at the end metadata and disk are right.
 //! Nothing here knows of the stream.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::fs::{self, AtFlags, CWD, FileType, Mode, OFlags};
 
 use super::attributes::{apply, set_mtime, type_of};
-use super::beneath::{Root, is_dir, is_gone, remove_all, stat_at};
+use super::beneath::{
+    Identity, Root, held_in_proc, hold, identity, is_dir, is_gone, remove_all, stat_at,
+};
 use super::error::{Doing, FileError, Result};
 use super::index::{Bitmap, Entry, Index, Type, as_path, split};
 use super::landing::Landing;
@@ -38,10 +40,8 @@ pub(super) struct Placing<'a> {
     parent: Option<(Vec<u8>, Rc<OwnedFd>)>,
     /// Directories that something was changed in, with their modification times before.
     touched: HashMap<Vec<u8>, (i64, i64)>,
-    /// Files with content as it should be: kept or placed.
-    whole: Bitmap,
-    /// A descriptor on each file system of the tree.
-    devices: HashMap<u64, Rc<OwnedFd>>,
+    /// Files with content as it should be, kept or placed: which they are.
+    whole: HashMap<usize, Identity>,
     /// Files written in this pass, as long as they are few.
     written: Vec<File>,
     changed: bool,
@@ -62,51 +62,27 @@ impl<'a> Placing<'a> {
             fresh_file,
             parent: None,
             touched: HashMap::new(),
-            whole: Bitmap::empty(index.entries.len()),
-            devices: HashMap::new(),
+            whole: HashMap::new(),
             written: Vec::new(),
             changed: false,
             block: vec![0; BLOCK],
         }
     }
 
-    /// First pass: removes what the index lacks or has as something else, and gives the entries
-    /// whose content must come.
-    pub(super) fn reconcile(&mut self) -> Result<Bitmap> {
-        let (mut remove, mut claimed) = (Vec::new(), HashSet::new());
-        let mut gone = HashSet::new();
-        self.root.walk(|visit| {
-            let found =
-                self.index.find(visit.path).map(|number| (number, &self.index.entries[number]));
-            match found {
-                Some((_, entry)) if type_of(visit.stat) != Some(entry.kind()) => {}
-                Some((number, entry)) => {
-                    let file = (visit.stat.st_dev, visit.stat.st_ino);
-                    if entry.has_content()
-                        && is_equal(entry, visit.stat, self.index.names(number))
-                        && claimed.insert(file)
-                    {
-                        self.whole.set(number);
-                    }
-                    return Ok(());
-                }
-                None => {}
-            }
-            let below_gone = gone.contains(split(visit.path).0);
-            if is_dir(visit.stat) {
-                gone.insert(visit.path.to_vec());
-            }
-            if !below_gone {
-                remove.push(visit.path.to_vec());
-            }
-            Ok(())
-        })?;
+    /// First pass: removes what is not to stay, keeps the files that are as they should be already,
+    /// and gives the entries whose content must come.
+    pub(super) fn reconcile(
+        &mut self,
+        remove: &[Vec<u8>],
+        equal: HashMap<usize, Identity>,
+    ) -> Result<Bitmap> {
         for path in remove {
-            self.remove(&path)?;
+            self.remove(path)?;
         }
+        self.whole = equal;
         let mut wanted = Bitmap::empty(self.index.entries.len());
         for (number, entry) in self.index.entries.iter().enumerate() {
-            if entry.has_content() && !self.whole.has(number) {
+            if entry.has_content() && !self.whole.contains_key(&number) {
                 wanted.set(number);
             }
         }
@@ -119,11 +95,6 @@ impl<'a> Placing<'a> {
             self.remove(path)?;
         }
         Ok(())
-    }
-
-    /// A single file that is as the index says.
-    pub(super) fn keep_file(&mut self) {
-        self.whole.set(0);
     }
 
     fn remove(&mut self, path: &[u8]) -> Result<()> {
@@ -171,11 +142,10 @@ impl<'a> Placing<'a> {
     fn make_node(&mut self, entry: &Entry) -> Result<()> {
         let (dir, name) = self.place_of(entry)?;
         let shown = self.root.shown(&entry.path);
-        if let Ok(stat) = stat_at(dir.as_fd(), name)
-            && is_same_node(entry, &stat, dir.as_fd(), name).doing("look at", &shown)?
+        if let Ok(there) = hold(dir.as_fd(), name)
+            && is_node(entry, there.as_fd()).doing("look at", &shown)?
         {
-            self.changed |=
-                apply(entry, dir.as_fd(), name).doing("set the attributes of", &shown)?;
+            self.changed |= apply(entry, there.as_fd()).doing("set the attributes of", &shown)?;
             return Ok(());
         }
         let temporary = self.temporary(entry, &dir)?;
@@ -192,7 +162,11 @@ impl<'a> Placing<'a> {
             }
         };
         made.doing("make", &shown)?;
-        self.install(entry, &dir, temporary, name)
+        let node = hold(dir.as_fd(), temporary.name()).doing("look at", &shown)?;
+        if !is_node(entry, node.as_fd()).doing("look at", &shown)? {
+            return Err(FileError::replaced(&shown));
+        }
+        self.install(entry, &dir, temporary, node.as_fd())
     }
 
     /// Writes entry `number` from exactly as many bytes of `content` as the index says.
@@ -200,7 +174,7 @@ impl<'a> Placing<'a> {
         let index = self.index;
         let entry = &index.entries[number];
         let shown = self.root.shown(&entry.path);
-        let (dir, name) = self.place_of(entry)?;
+        let (dir, _) = self.place_of(entry)?;
         let temporary = self.temporary(entry, &dir)?;
         if let Some(path) = &self.fresh_file {
             self.landing.making_file(&path.with_file_name(as_path(temporary.name())))?;
@@ -214,15 +188,15 @@ impl<'a> Placing<'a> {
         };
         self.write(&file, entry.size, content, &shown)?;
         let _step = self.landing.step()?;
-        self.install(entry, &dir, temporary, name)?;
+        self.install(entry, &dir, temporary, file.as_fd())?;
+        let placed = identity(&fs::fstat(&file).doing("look at", &shown)?);
         if let Some(path) = self.fresh_file.take() {
-            let stat = fs::fstat(&file).doing("look at", &shown)?;
-            self.landing.made_tree(&path, (stat.st_dev, stat.st_ino))?;
+            self.landing.made_tree(&path, placed)?;
         }
         if self.written.len() <= SYNCED_SINGLY {
             self.written.push(file);
         }
-        self.whole.set(number);
+        self.whole.insert(number, placed);
         Ok(())
     }
 
@@ -232,7 +206,7 @@ impl<'a> Placing<'a> {
         file: &File,
         size: u64,
         content: &mut dyn Read,
-        shown: &std::path::Path,
+        shown: &Path,
     ) -> Result<()> {
         let mut at = 0;
         while at < size {
@@ -255,16 +229,23 @@ impl<'a> Placing<'a> {
         Ok(Temporary::new(dir.clone()))
     }
 
-    /// Gives what stands under a temporary name its attributes and its place.
+    /// Gives what is `held`, and stands under a temporary name, its attributes and its place. The
+    /// name alone proves nothing: others may write in the directory.
     fn install(
         &mut self,
         entry: &Entry,
         dir: &Rc<OwnedFd>,
         mut temporary: Temporary,
-        name: &[u8],
+        held: BorrowedFd<'_>,
     ) -> Result<()> {
         let shown = self.root.shown(&entry.path);
-        apply(entry, dir.as_fd(), temporary.name()).doing("set the attributes of", &shown)?;
+        let (_, name) = self.root.locate(&entry.path);
+        apply(entry, held).doing("set the attributes of", &shown)?;
+        let ours = identity(&fs::fstat(held).doing("look at", &shown)?);
+        let there = stat_at(dir.as_fd(), temporary.name()).doing("look at", &shown)?;
+        if identity(&there) != ours {
+            return Err(FileError::replaced(&shown));
+        }
         if stat_at(dir.as_fd(), name).is_ok_and(|stat| is_dir(&stat)) {
             remove_all(dir.as_fd(), name, &shown)?;
         }
@@ -279,11 +260,16 @@ impl<'a> Placing<'a> {
         let index = self.index;
         for (number, entry) in index.entries.iter().enumerate() {
             let leader = entry.leader().unwrap_or(number);
-            match entry.kind() {
-                Type::File if !self.whole.has(leader) => self.remove(&entry.path)?,
-                Type::File if leader != number => self.link(entry, &index.entries[leader])?,
-                Type::File if first => self.correct(entry)?,
-                _ => {}
+            if entry.kind() != Type::File {
+                continue;
+            }
+            match self.whole.get(&leader).copied() {
+                None => self.remove(&entry.path)?,
+                Some(file) if leader != number => {
+                    self.link(entry, &index.entries[leader], file)?;
+                }
+                Some(file) if first => self.correct(entry, Some(file))?,
+                Some(_) => {}
             }
         }
         self.parent = None;
@@ -291,7 +277,7 @@ impl<'a> Placing<'a> {
             self.touched
                 .entry(entry.path.clone())
                 .or_insert((entry.mtime, i64::from(entry.mtime_ns)));
-            self.correct(entry)?;
+            self.correct(entry, None)?;
         }
         if !self.root.is_file() {
             for (path, (s, ns)) in &self.touched {
@@ -300,7 +286,7 @@ impl<'a> Placing<'a> {
                 }
                 // Not in the index, so it had no change of its own: only ours is taken back.
                 if let Ok(dir) = self.root.open_dir(path) {
-                    set_mtime(dir.as_fd(), b".", *s, *ns)
+                    set_mtime(dir.as_fd(), *s, *ns)
                         .doing("set the time of", &self.root.shown(path))?;
                 }
             }
@@ -308,30 +294,44 @@ impl<'a> Placing<'a> {
         self.sync(first)
     }
 
-    fn correct(&mut self, entry: &Entry) -> Result<()> {
+    /// Sets what is not as the index says; `file`: which file must stand there.
+    fn correct(&mut self, entry: &Entry, file: Option<Identity>) -> Result<()> {
         let _step = self.landing.step()?;
         let (dir, name) = self.place_of(entry)?;
         let shown = self.root.shown(&entry.path);
-        self.changed |= apply(entry, dir.as_fd(), name).doing("set the attributes of", &shown)?;
+        let held = hold(dir.as_fd(), name).doing("look at", &shown)?;
+        self.must_be(file, &held, &shown)?;
+        self.changed |= apply(entry, held.as_fd()).doing("set the attributes of", &shown)?;
         Ok(())
     }
 
-    fn link(&mut self, entry: &Entry, leader: &Entry) -> Result<()> {
+    fn must_be(&self, file: Option<Identity>, held: &OwnedFd, shown: &Path) -> Result<()> {
+        let found = identity(&fs::fstat(held).doing("look at", shown)?);
+        match file {
+            Some(file) if file != found => Err(FileError::replaced(shown)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes `entry` another name of `leader`, which is `file`.
+    fn link(&mut self, entry: &Entry, leader: &Entry, file: Identity) -> Result<()> {
         let _step = self.landing.step()?;
         let shown = self.root.shown(&entry.path);
         let (from, from_name) = self.place_of(leader)?;
         let (dir, name) = self.place_of(entry)?;
-        let original =
-            stat_at(from.as_fd(), from_name).doing("look at", &self.root.shown(&leader.path))?;
-        if let Ok(there) = stat_at(dir.as_fd(), name)
-            && (there.st_dev, there.st_ino) == (original.st_dev, original.st_ino)
-        {
+        let original = self.root.shown(&leader.path);
+        let held = hold(from.as_fd(), from_name).doing("look at", &original)?;
+        self.must_be(Some(file), &held, &original)?;
+        if stat_at(dir.as_fd(), name).is_ok_and(|there| identity(&there) == file) {
             return Ok(());
         }
         let temporary = self.temporary(entry, &dir)?;
-        fs::linkat(&*from, from_name, &*dir, temporary.name(), AtFlags::empty())
+        let path = held_in_proc(held.as_fd()).doing("link", &shown)?;
+        fs::linkat(CWD, &path, &*dir, temporary.name(), AtFlags::SYMLINK_FOLLOW)
             .doing("link", &shown)?;
-        self.install(leader, &dir, temporary, name)
+        // Its attributes are the leader's, its place is the entry's.
+        let entry = Entry { path: entry.path.clone(), ..leader.clone() };
+        self.install(&entry, &dir, temporary, held.as_fd())
     }
 
     fn sync(self, first: bool) -> Result<()> {
@@ -339,14 +339,9 @@ impl<'a> Placing<'a> {
             return Ok(());
         }
         if first || self.written.len() + self.touched.len() > SYNCED_SINGLY {
-            let root =
-                Rc::new(self.root.dir().try_clone_to_owned().doing("sync", &self.root.shown(b""))?);
-            let device = fs::fstat(&*root).doing("sync", &self.root.shown(b""))?.st_dev;
-            let mut devices = self.devices;
-            devices.insert(device, root);
-            return devices.values().try_for_each(|dir| {
-                fs::syncfs(&**dir).doing("sync the file system of", &self.root.shown(b""))
-            });
+            // All of a tree stands on one file system.
+            return fs::syncfs(self.root.dir())
+                .doing("sync the file system of", &self.root.shown(b""));
         }
         for file in &self.written {
             file.sync_all().doing("sync a file in", &self.root.shown(b""))?;
@@ -382,8 +377,6 @@ impl<'a> Placing<'a> {
             return Ok(dir.clone());
         }
         let dir = Rc::new(self.root.open_dir(path)?);
-        let device = fs::fstat(&*dir)?.st_dev;
-        self.devices.entry(device).or_insert_with(|| dir.clone());
         self.parent = Some((path.to_vec(), dir.clone()));
         Ok(dir)
     }
@@ -436,21 +429,14 @@ impl Drop for Temporary {
     }
 }
 
-/// Whether a file that stands there need not be sent. `names`: how many it has in the index; with
-/// any other number, writing in it later would change a file that is none of its names.
-pub(super) fn is_equal(entry: &Entry, stat: &Stat, names: u64) -> bool {
-    stat.st_size as u64 == entry.size
-        && (stat.st_mtime, stat.st_mtime_nsec as u32) == (entry.mtime, entry.mtime_ns)
-        && stat.st_mode & 0o7777 == entry.mode
-        && i128::from(stat.st_nlink) == i128::from(names)
-}
-
-fn is_same_node(entry: &Entry, stat: &Stat, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<bool> {
-    if type_of(stat) != Some(entry.kind()) || stat.st_nlink != 1 {
+/// Whether what is held is a link or a node as the entry says, and has no other name.
+fn is_node(entry: &Entry, held: BorrowedFd<'_>) -> io::Result<bool> {
+    let stat = fs::fstat(held)?;
+    if type_of(&stat) != Some(entry.kind()) || stat.st_nlink != 1 {
         return Ok(false);
     }
     Ok(match entry.kind() {
-        Type::Symlink => fs::readlinkat(dir, name, Vec::new())?.as_bytes() == entry.target,
+        Type::Symlink => fs::readlinkat(held, "", Vec::new())?.as_bytes() == entry.target,
         Type::CharacterDevice | Type::BlockDevice => {
             stat.st_rdev == fs::makedev(entry.major, entry.minor)
         }

@@ -1,7 +1,7 @@
 //! The destination's end of a file stream: takes passes until the source ends, and carries each out
 //! before it says that it is done.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -9,15 +9,18 @@ use std::path::{Path, PathBuf};
 use prost::Message;
 use rustix::fs::{self, FileType, Mode, Stat};
 
-use super::beneath::{Root, is_dir, is_gone, open_directory, parent_and_name, stat_at};
+use super::beneath::{
+    Identity, Root, identity, is_dir, is_gone, open_directory, parent_and_name, stat_at,
+};
 use super::channel::FileChannel;
+use super::earlier::{Earlier, is_alike};
 use super::error::{Doing, FileError, Result};
 use super::frame::{DataReader, FrameKind, Frames, out_of_turn};
 use super::index::{Begin, Bitmap, Gathering, Index, IndexPart, Type};
 use super::landing::Landing;
 use super::pack::{PLAIN, ZSTD};
-use super::placing::{Placing, is_equal};
-use super::sender::hash;
+use super::placing::Placing;
+use super::sender::{SUM, hash};
 use crate::workload::PlacedTree;
 
 /// Memory that a compressed archive may ask for, as a power of two.
@@ -31,7 +34,8 @@ pub struct Incoming {
     /// Which, and where it goes.
     pub tree: PlacedTree,
     /// What stands there is an earlier copy of this very workload's tree: files that are equal in
-    /// size, modification time and mode are kept, and what the source does not have is removed.
+    /// size, modification time, mode and content are kept, and what the source does not have is
+    /// removed.
     pub keep_equal: bool,
 }
 
@@ -168,8 +172,10 @@ impl<S: FileChannel> Receiver<'_, S> {
 
     fn first_directory(&mut self, index: &Index, incoming: &Incoming) -> Result<State> {
         let root = self.land_directory(incoming)?;
+        let earlier = Earlier::look(&root, index)?;
+        let equal = self.same_content(&root, index, earlier.alike)?;
         let mut placing = Placing::new(&root, index, self.landing, None);
-        let wanted = placing.reconcile()?;
+        let wanted = placing.reconcile(&earlier.remove, equal)?;
         placing.make_nodes()?;
         self.want(&wanted)?;
         self.take_content(&mut placing, index, &wanted)?;
@@ -202,7 +208,7 @@ impl<S: FileChannel> Receiver<'_, S> {
         }
         let around = Root::directory(parent, path.clone());
         let dir = around.open_dir(&name).doing("open", path)?;
-        Ok(Root::directory(dir, path.clone()))
+        Ok(Root::landing(dir, path.clone()))
     }
 
     fn land_parent(&self, path: &Path) -> Result<(OwnedFd, Vec<u8>)> {
@@ -222,10 +228,14 @@ impl<S: FileChannel> Receiver<'_, S> {
         let there = stat_of(&parent, &name, path)?;
         let kept = |stat: &Stat| {
             FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
-                && is_equal(entry, stat, 1)
+                && is_alike(entry, stat, 1)
         };
-        let keep = incoming.keep_equal && there.as_ref().is_some_and(kept);
-        if let (Some(stat), false) = (&there, keep) {
+        let alike: BTreeMap<_, _> = there
+            .iter()
+            .filter(|stat| incoming.keep_equal && kept(stat))
+            .map(|stat| (0, identity(stat)))
+            .collect();
+        if let (Some(stat), true) = (&there, alike.is_empty()) {
             if self.has_content(path, entry.size)? {
                 self.want(&Bitmap::empty(1))?;
                 self.take_nothing()?;
@@ -238,13 +248,9 @@ impl<S: FileChannel> Receiver<'_, S> {
         }
         let root = Root::file(parent, name, path.clone());
         let fresh = there.is_none().then(|| path.clone());
+        let equal = self.same_content(&root, index, alike)?;
         let mut placing = Placing::new(&root, index, self.landing, fresh);
-        let mut wanted = Bitmap::empty(1);
-        if keep {
-            placing.keep_file();
-        } else {
-            wanted.set(0);
-        }
+        let wanted = placing.reconcile(&[], equal)?;
         self.want(&wanted)?;
         self.take_content(&mut placing, index, &wanted)?;
         placing.finish(true)?;
@@ -258,11 +264,57 @@ impl<S: FileChannel> Receiver<'_, S> {
         if !there.is_file() || there.len() != size {
             return Ok(false);
         }
-        self.frames.send(FrameKind::AskHash, &[])?;
+        let mut asked = Bitmap::empty(1);
+        asked.set(0);
+        self.frames.send(FrameKind::AskHash, asked.bytes())?;
         let file = std::fs::File::open(path).doing("open", path)?;
         self.frames.flush()?;
         let ours = hash(file, path)?;
         Ok(self.frames.expect(FrameKind::Hash)? == ours)
+    }
+
+    /// Those of the files that look `alike` whose content is the source's. Both ends hash at the
+    /// same time, the source a little ahead.
+    fn same_content(
+        &mut self,
+        root: &Root,
+        index: &Index,
+        alike: BTreeMap<usize, Identity>,
+    ) -> Result<HashMap<usize, Identity>> {
+        let mut equal = HashMap::new();
+        let mut asked = Bitmap::empty(index.entries.len());
+        let mut left = Vec::new();
+        for (number, file) in alike {
+            // What is empty is equal.
+            if index.entries[number].size == 0 {
+                equal.insert(number, file);
+            } else {
+                asked.set(number);
+                left.push((number, file));
+            }
+        }
+        if left.is_empty() {
+            return Ok(equal);
+        }
+        self.frames.send(FrameKind::AskHash, asked.bytes())?;
+        let mut left = left.into_iter();
+        while left.len() > 0 {
+            let theirs = self.frames.expect(FrameKind::Hash)?;
+            let count = theirs.len() / SUM;
+            if theirs.len() % SUM != 0 || !(1..=left.len()).contains(&count) {
+                return Err(FileError::protocol("another number of hashes than was asked for"));
+            }
+            for (theirs, (number, file)) in theirs.chunks_exact(SUM).zip(left.by_ref().take(count))
+            {
+                let _step = self.landing.step()?;
+                if hash_of(root, &index.entries[number].path, file)?
+                    .is_some_and(|sum| sum == theirs)
+                {
+                    equal.insert(number, file);
+                }
+            }
+        }
+        Ok(equal)
     }
 
     fn changes(&mut self, index: &Index, root: &Root) -> Result<()> {
@@ -353,6 +405,16 @@ impl<S: FileChannel> Receiver<'_, S> {
             None => unpacked,
         }
     }
+}
+
+/// The hash of the file at `path`, if it still is the one that was seen there.
+fn hash_of(root: &Root, path: &[u8], seen: Identity) -> Result<Option<[u8; SUM]>> {
+    let shown = root.shown(path);
+    let Some(file) = root.open_file(path).doing("open", &shown)? else { return Ok(None) };
+    if identity(&fs::fstat(&file).doing("look at", &shown)?) != seen {
+        return Ok(None);
+    }
+    hash(file, &shown).map(Some)
 }
 
 /// One file of an archive.

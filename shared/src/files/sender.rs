@@ -2,7 +2,6 @@
 //! pass over what changed while it stands still.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,6 +19,11 @@ use super::index::{Begin, Bitmap, Entry, IndexPart};
 use super::pack::Packing;
 use super::scan::{Scan, Snapshot};
 use crate::workload::FileTree;
+
+/// Bytes of a hash.
+pub(super) const SUM: usize = 32;
+/// Bytes of content hashed before the hashes leave, so that the other side has something to compare.
+const HASHED_MOST: u64 = 16 << 20;
 
 /// Sends file trees over one stream. After an error it is of no more use.
 pub struct TreeSender<S> {
@@ -145,26 +149,41 @@ impl<S: FileChannel> TreeSender<S> {
         let mut asked = false;
         loop {
             match self.frames.next()? {
-                (FrameKind::AskHash, _) if root.is_file() && !asked => {
+                (FrameKind::AskHash, bits) if !asked => {
                     asked = true;
-                    let hash = match root.open_file(b"").doing("open", &root.shown(b""))? {
-                        Some(file) => hash(file, &root.shown(b""))?,
-                        None => [0; 32],
-                    };
-                    self.frames.send(FrameKind::Hash, &hash)?;
+                    let numbers = named_by(bits, entries)?;
+                    self.send_hashes(root, entries, &numbers)?;
                 }
-                (FrameKind::Wanted, bits) => {
-                    let wanted = Bitmap::from_wire(bits, entries.len())
-                        .ok_or_else(|| FileError::protocol("a wish of the wrong length"))?;
-                    let wanted: Vec<_> = (0..entries.len()).filter(|at| wanted.has(*at)).collect();
-                    if wanted.iter().any(|number| !entries[*number].has_content()) {
-                        return Err(FileError::protocol("a wish for what has no content"));
-                    }
-                    return Ok(wanted);
-                }
+                (FrameKind::Wanted, bits) => return named_by(bits, entries),
                 (other, _) => return Err(out_of_turn(other)),
             }
         }
+    }
+
+    /// Sends the hashes of the entries asked for, in their order. A file that vanished has none that
+    /// is any content's. One that grew is hashed as long as the index says it is; it is sent again
+    /// with the changes in any case.
+    fn send_hashes(&mut self, root: &Root, entries: &[Entry], numbers: &[usize]) -> Result<()> {
+        let most = FrameKind::Hash.cap();
+        let mut sums = Vec::with_capacity(most);
+        let mut hashed = 0;
+        for &number in numbers {
+            let entry = &entries[number];
+            let shown = root.shown(&entry.path);
+            let sum = match root.open_file(&entry.path).doing("open", &shown)? {
+                Some(file) => hash(file.take(entry.size), &shown)?,
+                None => [0; SUM],
+            };
+            sums.extend_from_slice(&sum);
+            hashed += entry.size;
+            if sums.len() + SUM > most || hashed >= HASHED_MOST {
+                self.frames.send(FrameKind::Hash, &sums)?;
+                self.frames.flush()?;
+                sums.clear();
+                hashed = 0;
+            }
+        }
+        if sums.is_empty() { Ok(()) } else { self.frames.send(FrameKind::Hash, &sums) }
     }
 
     fn send_content(
@@ -181,8 +200,19 @@ impl<S: FileChannel> TreeSender<S> {
     }
 }
 
+/// The entries whose bit the receiver set; only such as have content.
+fn named_by(bits: &[u8], entries: &[Entry]) -> Result<Vec<usize>> {
+    let named = Bitmap::from_wire(bits, entries.len())
+        .ok_or_else(|| FileError::protocol("a wish of the wrong length"))?;
+    let named: Vec<_> = (0..entries.len()).filter(|at| named.has(*at)).collect();
+    if named.iter().any(|number| !entries[*number].has_content()) {
+        return Err(FileError::protocol("a wish for what has no content"));
+    }
+    Ok(named)
+}
+
 /// SHA-256 of everything in `file`.
-pub(super) fn hash(mut file: File, path: &Path) -> Result<[u8; 32]> {
+pub(super) fn hash(mut file: impl Read, path: &Path) -> Result<[u8; SUM]> {
     let mut sum = Sha256::new();
     let mut buffer = vec![0; CHUNK];
     loop {

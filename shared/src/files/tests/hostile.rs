@@ -660,8 +660,8 @@ fn receiver_that_asks_for_hashes_without_end() {
     let sending = std::thread::spawn(move || TreeSender::new(here, Arc::default()).send(&tree));
     let mut frames = Frames::new(there, None);
     while frames.next().expect("the index").0 != FrameKind::IndexEnd {}
-    frames.send(FrameKind::AskHash, &[]).expect("a question");
-    frames.send(FrameKind::AskHash, &[]).expect("another");
+    frames.send(FrameKind::AskHash, &[1]).expect("a question");
+    frames.send(FrameKind::AskHash, &[1]).expect("another");
     frames.expect(FrameKind::Hash).expect("one answer");
     let error = sending.join().expect("no panic").expect_err("a lie");
     assert!(error.to_string().contains("out of turn"), "{error}");

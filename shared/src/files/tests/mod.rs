@@ -18,6 +18,7 @@ mod hostile;
 mod places;
 mod random;
 mod scale;
+mod swaps;
 mod trees;
 
 /// Everything of a tree that must be the same on both sides, read without the code under test.

@@ -178,17 +178,31 @@ fn a_mount_in_an_earlier_copy_is_not_emptied() {
     fs::create_dir(room.path("parent")).expect("a directory");
     let tree = bundle(&room.path("source"));
     let place = room.path("parent");
-    fs::create_dir(place.join("mounted")).expect("a mount point");
-    let mut bind = Command::new("mount");
-    bind.arg("--bind").arg(room.path("disk")).arg(place.join("mounted"));
-    let bound = bind.status().expect("mount runs");
-    assert!(bound.success());
-    let outcome =
-        stream(vec![incoming(&tree, &place, true)], &Landing::new(), |sender| sender.send(&tree));
-    let unbound = Command::new("umount").arg(place.join("mounted")).status().expect("umount runs");
-    assert!(unbound.success());
-    assert!(matches!(outcome.received, Err(FileError::Io { .. })), "{outcome:?}");
-    assert_eq!(read_all(&room.path("disk/precious")), b"precious");
+    let point = place.join("mounted here");
+    fs::create_dir(&point).expect("a mount point");
+    room.write("beside/precious", b"precious");
+    assert_eq!(check_place(&tree, &place, true), None);
+    // A bind mount of the same file system has the same device.
+    for shown in ["disk", "beside"] {
+        let mut bind = Command::new("mount");
+        bind.arg("--bind").arg(room.path(shown)).arg(&point);
+        assert!(bind.status().expect("mount runs").success());
+        let outcome = stream(vec![incoming(&tree, &place, true)], &Landing::new(), |sender| {
+            sender.send(&tree)
+        });
+        let checked = check_place(&tree, &place, true);
+        assert!(Command::new("umount").arg(&point).status().expect("umount runs").success());
+        let told = outcome.sent.expect_err("refused").to_string();
+        assert!(
+            told.contains("something is mounted at") && told.contains("mounted here"),
+            "{told}"
+        );
+        assert!(matches!(outcome.received, Err(FileError::PathTaken { .. })));
+        let why = checked.expect("refused before anything is touched");
+        assert!(why.contains(&format!("mounted at {}", point.display())), "{why}");
+        assert_eq!(read_all(&room.path(shown).join("precious")), b"precious");
+        assert!(!place.join("file").exists(), "nothing was touched");
+    }
 }
 
 #[test]

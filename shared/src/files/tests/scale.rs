@@ -50,6 +50,31 @@ fn tail_scan_of_unchanged_files() {
     }
 }
 
+#[test]
+#[ignore = "a measurement"]
+fn way_back_of_a_bundle() {
+    // 17 MiB in 500 files, as a small root file system, and one large file.
+    let room = Room::new();
+    for number in 0..500 {
+        room.write(&format!("source/usr/lib/{number}"), &noise(number, 17 << 20 >> 10 << 1));
+    }
+    room.write("source/large", &noise(1000, 256 << 20));
+    for (what, bytes) in [("17 MiB and 256 MiB", 0), ("17 MiB", 1)] {
+        if bytes == 1 {
+            std::fs::remove_file(room.path("source/large")).expect("removed");
+        }
+        let tree = bundle(&room.path("source"));
+        for _ in 0..4 {
+            let landing = Landing::new();
+            let begun = Instant::now();
+            let to = incoming(&tree, &room.path("destination"), true);
+            let counters = stream(vec![to], &landing, |sender| sender.send(&tree)).well();
+            println!("{what}: {:?}, {} bytes sent", begun.elapsed(), sent_bytes(&counters));
+            landing.keep();
+        }
+    }
+}
+
 /// Processor time of this thread: what a measurement means on a machine that does other things too.
 fn thread_cpu() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock").into()

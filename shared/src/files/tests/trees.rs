@@ -120,6 +120,49 @@ fn the_way_back_sends_only_what_changed() {
     assert!(room.path("source/7").exists(), "what was there before is never removed");
 }
 
+/// Gives `to` the modification time of `from`, as `touch -r` does.
+fn same_time(from: &Path, to: &Path) {
+    let time = from.metadata().and_then(|meta| meta.modified()).expect("a time");
+    File::options().write(true).open(to).and_then(|f| f.set_modified(time)).expect("a time");
+}
+
+#[test]
+fn another_content_of_the_same_size_and_time_is_noticed() {
+    // As `cp -p`, `touch -r` and builds with clamped times leave it.
+    let room = Room::new();
+    for number in 0..20 {
+        room.write(&format!("source/{number}"), &noise(number, 10_000));
+    }
+    room.write("source/empty", b"");
+    room.arrive(false, || {});
+    room.write("destination/7", &noise(100, 10_000));
+    same_time(&room.path("source/7"), &room.path("destination/7"));
+    settle();
+
+    let tree = bundle(&room.path("destination"));
+    let back =
+        stream(vec![incoming(&tree, &room.path("source"), true)], &Landing::new(), |sender| {
+            sender.send(&tree)
+        });
+    assert_eq!(sent_bytes(&back.well()), 10_000, "that file and no other");
+    room.assert_equal();
+}
+
+#[test]
+fn an_earlier_file_of_the_same_size_and_time_is_compared() {
+    let room = Room::new();
+    let there = room.write("vmlinuz", &noise(1, 1000));
+    let path = room.write("new/vmlinuz", &noise(2, 1000));
+    same_time(&there, &path);
+    let tree = kernel(&path);
+    for sent in [1000, 0] {
+        let counters =
+            stream(vec![incoming(&tree, &there, true)], &Landing::new(), |s| s.send(&tree)).well();
+        assert_eq!(sent_bytes(&counters), sent);
+        assert_eq!(Picture::of(&path), Picture::of(&there));
+    }
+}
+
 #[test]
 fn links_that_were_parted_stay_parted() {
     // Equal in size, time and mode, so only the number of names tells.
