@@ -220,7 +220,11 @@ impl DestinationSessions {
         let landing = Landing::recorded(&record).map(Arc::new).map_err(|source| {
             SessionError::Files { path: record.display().to_string(), source: Box::new(source) }
         })?;
-        self.journal_building(migration, token, peer, &accepted).await?;
+        if let Err(error) = self.journal_building(migration, token, peer, &accepted).await {
+            // No row will remind the next agent of the record.
+            landing.remove();
+            return Err(error);
+        }
         let arrival = Arrival::new(
             migration,
             token,
