@@ -148,8 +148,7 @@ fn disk_full() {
     hosts.mend();
     let redis = Redis::start(hosts, ALPHA, "fat", 21);
     let mut served = Served { name: "fat", client: redis.client(8, 500) };
-    let small = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", "/srv"];
-    hosts.exec(BETA, &small).expect(0);
+    let disk = hosts.small_disk(BETA, "/srv", "64m");
     for point in ["source.prepare", "source.pause"] {
         arm(hosts, ALPHA, point, Failure::Cancel);
         let before = Snapshot::take(hosts);
@@ -168,7 +167,7 @@ fn disk_full() {
         let reason = report(&ran).expect("a report")["reason"].to_string().to_lowercase();
         assert!(reason.contains("no room is left"), "{ran}");
     }
-    hosts.exec(BETA, &["umount", "/srv"]).expect(0);
+    drop(disk);
     hosts.mend();
     served.client.finish();
 }
@@ -190,10 +189,7 @@ fn state_disk_full() {
     let hosts = hosts();
     hosts.mend();
     let mut guest = Guest::start(hosts, ALPHA, "light", "128M", "fill=16 hot=2 report=50");
-    hosts.hosts(&["agent", BETA, "stop"]).expect(0);
-    let small = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", "/var/lib/decamp"];
-    hosts.exec(BETA, &small).expect(0);
-    hosts.start_agent(BETA, "");
+    let disk = hosts.small_disk(BETA, "/var/lib/decamp", "4m");
     arm(hosts, ALPHA, "source.prepare", Failure::Cancel);
     let before = Snapshot::take(hosts);
     let held = hold(hosts, ALPHA, "light", "source.prepare", &[]);
@@ -206,8 +202,6 @@ fn state_disk_full() {
     hosts.mend();
     hosts.decamp(ALPHA, &["migrate", "light", "--to", "beta"]).expect(0);
     hosts.decamp(BETA, &["migrate", "light", "--to", "alpha"]).expect(0);
-    hosts.hosts(&["agent", BETA, "stop"]).expect(0);
-    hosts.exec(BETA, &["umount", "/var/lib/decamp"]).expect(0);
-    hosts.start_agent(BETA, "");
+    drop(disk);
     guest.verify(ALPHA);
 }

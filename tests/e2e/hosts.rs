@@ -42,6 +42,13 @@ pub(crate) struct Reconfigured<'a> {
     before: String,
 }
 
+/// A small disk in the place of a directory of a host, until the guard is dropped.
+pub(crate) struct SmallDisk<'a> {
+    hosts: &'a Hosts,
+    host: &'a str,
+    path: &'a str,
+}
+
 /// The hosts; made at the first call.
 pub(crate) fn hosts() -> &'static Hosts {
     HOSTS.get_or_init(Hosts::up)
@@ -208,6 +215,33 @@ impl Hosts {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// Puts a small, empty disk over a directory of a host. Over an agent's state it needs an agent that is
+    /// not there: it is stopped, and started when the disk is there.
+    #[track_caller]
+    pub(crate) fn small_disk<'a>(
+        &'a self,
+        host: &'a str,
+        path: &'a str,
+        size: &str,
+    ) -> SmallDisk<'a> {
+        let words = ["mount", "-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", path];
+        self.around_state(host, path, || self.exec(host, &words).expect(0));
+        SmallDisk { hosts: self, host, path }
+    }
+
+    /// Does something to a directory; while the agent is away if its state is there.
+    #[track_caller]
+    fn around_state(&self, host: &str, path: &str, act: impl FnOnce() -> Ran) {
+        let is_state = path == "/var/lib/decamp";
+        if is_state {
+            self.hosts(&["agent", host, "stop"]).expect(0);
+        }
+        act();
+        if is_state {
+            self.start_agent(host, "");
+        }
+    }
+
     /// Edits a host's configuration and restarts its agent, until the guard is dropped.
     #[track_caller]
     pub(crate) fn reconfigure<'a>(
@@ -223,6 +257,13 @@ impl Hosts {
         let guard = Reconfigured { hosts: self, host, before };
         self.restart_agent(host);
         guard
+    }
+}
+
+impl Drop for SmallDisk<'_> {
+    fn drop(&mut self) {
+        let Self { hosts, host, path } = self;
+        hosts.around_state(host, path, || hosts.exec(host, &["umount", path]).expect(0));
     }
 }
 

@@ -165,9 +165,9 @@ fn no_memory() {
 fn no_disk() {
     let hosts = hosts();
     hosts.mend();
-    hosts.exec(BETA, &["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/srv"]).expect(0);
+    let disk = hosts.small_disk(BETA, "/srv", "1m");
     stays(hosts, "big", 50, &[], &["Not enough room", "/srv", "beta"]);
-    hosts.exec(BETA, &["umount", "/srv"]).expect(0);
+    drop(disk);
 }
 
 /// Something else stands where the bundle would go; with another place it works.
@@ -254,9 +254,9 @@ fn every_reason() {
     let hosts = hosts();
     hosts.mend();
     let changed = with_tool(hosts, "runc", "/nowhere/runc");
-    hosts.exec(BETA, &["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/srv"]).expect(0);
+    let disk = hosts.small_disk(BETA, "/srv", "1m");
     stays(hosts, "doomed", 55, &[], &["no runc", "Not enough room"]);
-    hosts.exec(BETA, &["umount", "/srv"]).expect(0);
+    drop(disk);
     drop(changed);
 }
 
