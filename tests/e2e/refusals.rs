@@ -153,11 +153,11 @@ fn no_memory() {
     let meminfo = "MemTotal: 131072 kB\nMemFree: 65536 kB\nMemAvailable: 65536 kB\n";
     let file = hosts.path(BETA, "conf/meminfo");
     fs::write(&file, meminfo).expect("written");
-    hosts.exec(BETA, &["mount", "--bind", "/run/decamp-host/meminfo", "/proc/meminfo"]).expect(0);
     let before = Snapshot::take(hosts);
+    hosts.exec(BETA, &["mount", "--bind", "/run/decamp-host/meminfo", "/proc/meminfo"]).expect(0);
     let ran = hosts.decamp(ALPHA, &["migrate", "idle", "--to", BETA]);
-    before.is_restored();
     hosts.exec(BETA, &["umount", "/proc/meminfo"]).expect(0);
+    before.is_restored();
     refused(ran, &["128 MiB", "64 MiB", "memory"]);
     guest.runs_clean(ALPHA);
 }
