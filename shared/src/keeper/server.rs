@@ -164,9 +164,12 @@ impl<'a> Server<'a> {
         let record = exit.raised().unwrap_or(ExitRecord { status: 1, text: "ended".to_owned() });
         tracing::info!(text = %record.text, "The workload ended");
         let path = self.config.place.exit_record();
+        // Under its name it is whole.
+        let fresh = path.with_extension("new");
         let written = serde_json::to_vec(&record)
             .map_err(io::Error::from)
-            .and_then(|bytes| fs::write(&path, bytes));
+            .and_then(|bytes| fs::write(&fresh, bytes))
+            .and_then(|()| fs::rename(&fresh, &path));
         if let Err(error) = written {
             tracing::error!(%error, path = %path.display(), "Cannot write the exit record");
         }
