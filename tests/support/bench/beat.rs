@@ -31,8 +31,8 @@ struct Shared {
 
 #[derive(Default)]
 struct Seen {
-    /// When heartbeats were read, on whichever console.
-    beats: Vec<Instant>,
+    /// When heartbeats were read, and on which console.
+    beats: Vec<(Instant, &'static str)>,
     /// All else, for each console.
     text: HashMap<&'static str, Vec<u8>>,
     keyboards: HashMap<&'static str, UnixStream>,
@@ -88,7 +88,18 @@ impl Observer {
     /// The longest time between two heartbeats that follow each other and of which the second came
     /// within `from..to`; silence up to `to` counts.
     pub(crate) fn longest_gap(&self, from: Instant, to: Instant) -> Option<Duration> {
-        longest_gap(&self.shared.seen().beats, from, to)
+        let beats = self.shared.seen().beats.iter().map(|beat| beat.0).collect();
+        longest_gap(beats, from, to)
+    }
+
+    /// The time from the last heartbeat on one console to the first on another.
+    pub(crate) fn switchover(&self, from: &str, to: &str) -> Option<Duration> {
+        let seen = self.shared.seen();
+        let of = |console: &str| {
+            let beats = seen.beats.iter().filter(|beat| beat.1 == console);
+            beats.map(|beat| beat.0).collect::<Vec<_>>()
+        };
+        Some(of(to).into_iter().min()?.saturating_duration_since(of(from).into_iter().max()?))
     }
 }
 
@@ -102,8 +113,7 @@ impl Drop for Observer {
     }
 }
 
-fn longest_gap(beats: &[Instant], from: Instant, to: Instant) -> Option<Duration> {
-    let mut beats = beats.to_vec();
+fn longest_gap(mut beats: Vec<Instant>, from: Instant, to: Instant) -> Option<Duration> {
     beats.sort_unstable();
     beats.retain(|&beat| beat < to);
     // Without a beat before the window nobody knows how long its first gap is.
@@ -145,7 +155,7 @@ fn read_console(shared: &Shared, console: &'static str, socket: &PathBuf) {
         let now = Instant::now();
         let mut seen = shared.seen();
         if bytes[..count].contains(&BEAT) {
-            seen.beats.push(now);
+            seen.beats.push((now, console));
         }
         let text = bytes[..count].iter().filter(|&&byte| byte != BEAT);
         seen.text.entry(console).or_default().extend(text);
@@ -178,8 +188,8 @@ mod tests {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
         let gap = |beats: &[u64], from, to| {
-            let beats: Vec<_> = beats.iter().map(|&ms| at(ms)).collect();
-            longest_gap(&beats, at(from), at(to)).map(|gap| gap.as_millis())
+            let beats = beats.iter().map(|&ms| at(ms)).collect();
+            longest_gap(beats, at(from), at(to)).map(|gap| gap.as_millis())
         };
         // Within, across the beginning, and open at the end; out of order, because two consoles are
         // read.

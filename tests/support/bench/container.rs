@@ -38,10 +38,8 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     let hosts = Hosts::up(&bench.work, &bench.root, false)?;
     let (mut pairs, mut other) = (Vec::new(), OtherWork::default());
     for number in 0..=bench.pairs {
-        other.look();
-        let (ours, _) = ours(bench, &hosts, None)?;
-        other.look();
-        let theirs = theirs(bench, &hosts)?;
+        let (ours, _) = ours(bench, &hosts, None, &mut other)?;
+        let theirs = theirs(bench, &hosts, &mut other)?;
         let which = if number == 0 { "warm-up".to_owned() } else { format!("pair {number}") };
         tell(format_args!(
             "container, {which}: ours {:.0} ms, gap {:.0} ms; runc {:.0} ms, gap {:.0} ms",
@@ -110,7 +108,7 @@ fn memory_row(bench: &Bench, hosts: &Hosts) -> Result<Row> {
     let mut memory = 0;
     for number in 1..=bench.pairs {
         let mut usage = Usage::default();
-        memory = ours(bench, hosts, Some(&mut usage))?.1;
+        memory = ours(bench, hosts, Some(&mut usage), &mut OtherWork::default())?.1;
         tell(format_args!("container, memory {number}: {}", usage.text()));
         most.push(usage);
     }
@@ -118,7 +116,12 @@ fn memory_row(bench: &Bench, hosts: &Hosts) -> Result<Row> {
 }
 
 /// One move by us, and the memory that the container had.
-fn ours(bench: &Bench, hosts: &Hosts, usage: Option<&mut Usage>) -> Result<(Sample, u64)> {
+fn ours(
+    bench: &Bench,
+    hosts: &Hosts,
+    usage: Option<&mut Usage>,
+    other: &mut OtherWork,
+) -> Result<(Sample, u64)> {
     let (here, there) = (Decamp::at(hosts, SOURCE)?, Decamp::at(hosts, DESTINATION)?);
     done(
         Command::new(bench.root.join("tests/fixtures/redis-bundle"))
@@ -129,7 +132,9 @@ fn ours(bench: &Bench, hosts: &Hosts, usage: Option<&mut Usage>) -> Result<(Samp
     let mut client = Client::start(&bench.redis_client())?;
     let quiet = quiet(&mut client)?;
     let sampler = usage.is_some().then(|| Sampler::start(hosts.init(SOURCE)?)).transpose()?;
+    let before = hosts.mark()?;
     let moved = here.migrate(NAME, DESTINATION)?;
+    other.add(&before, &hosts.mark()?);
     if let (Some(usage), Some(sampler)) = (usage, sampler) {
         *usage = sampler.most()?;
     }
@@ -151,11 +156,13 @@ fn ours(bench: &Bench, hosts: &Hosts, usage: Option<&mut Usage>) -> Result<(Samp
 }
 
 /// One move by runc and tar.
-fn theirs(bench: &Bench, hosts: &Hosts) -> Result<Sample> {
+fn theirs(bench: &Bench, hosts: &Hosts, other: &mut OtherWork) -> Result<Sample> {
     let mut runc = Runc::start(hosts, &bench.root)?;
     let mut client = Client::start(&bench.redis_client())?;
     let quiet = quiet(&mut client)?;
+    let before = hosts.mark()?;
     let total = runc.migrate(hosts)?;
+    other.add(&before, &hosts.mark()?);
     let sample = finish(client, total, quiet, (0.0, 0.0))?;
     runc.clear(hosts)?;
     Ok(sample)

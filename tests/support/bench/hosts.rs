@@ -9,6 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use crate::error::{BenchError, Result};
+use crate::load::{Mark, Processors};
 
 /// The source of every move.
 pub(crate) const SOURCE: &str = "alpha";
@@ -23,6 +24,7 @@ pub(crate) const CLIENT: &str = "bench-c";
 pub(crate) struct Hosts {
     script: PathBuf,
     dir: PathBuf,
+    processors: Option<Processors>,
 }
 
 impl Hosts {
@@ -34,10 +36,19 @@ impl Hosts {
         let dir = std::env::var_os("DECAMP_HOSTS_DIR").ok_or_else(|| {
             BenchError::wrong("DECAMP_HOSTS_DIR is not set: start this by tests/bench")
         })?;
-        let hosts = Self { script: root.join("tests/hosts"), dir: dir.into() };
+        let mut hosts =
+            Self { script: root.join("tests/hosts"), dir: dir.into(), processors: None };
         done(Command::new(&hosts.script).args(["up", "2"]).env("DECAMP_AGENT_TOML", &settings))?;
         done(Command::new(&hosts.script).args(["client", CLIENT, "10.77.1.9/16"]))?;
+        let name = hosts.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        hosts.processors = Some(Processors::of(&name)?);
         Ok(hosts)
+    }
+
+    /// Their processor time, and everybody's.
+    pub(crate) fn mark(&self) -> Result<Mark> {
+        let processors = self.processors.as_ref();
+        processors.ok_or_else(|| BenchError::wrong("The hosts are not up"))?.mark()
     }
 
     /// Has both agents start again with pages encrypted, or not.

@@ -56,7 +56,7 @@ impl Usage {
 impl Usage {
     pub(crate) fn text(&self) -> String {
         format!(
-            "{:.1} MiB at the most, of them processes {:.1}, memfds {:.1}, tmpfs {:.1} ({} samples)",
+            "{:.1} MiB at the most: processes {:.1}, memfds {:.1}, tmpfs {:.1} ({} samples)",
             mib(self.total()),
             mib(self.processes),
             mib(self.memfds),
@@ -77,11 +77,11 @@ pub(crate) fn row(
     let samples = most.iter().map(|usage| usage.samples).min().unwrap_or(0);
     let part = |part: fn(&Usage) -> u64| median_of(most.iter().map(|usage| mib(part(usage))));
     let note = format!(
-        "The most at the source during a move {how}, of {samples} samples or more a move, {} ms \
-         apart: set sizes of agent and helpers {:.1}, memfds {:.1}, tmpfs {:.1} MiB in the median; \
-         the workload's own left out. What the kernel holds for them (socket buffers, page tables) \
-         is not in it. Target: {ALLOWED} MiB and 1/512 of the workload's {:.0} MiB, for every move.",
-        PERIOD.as_millis(),
+        "The most at the source during a move {how}, of {samples} samples or more a move (a peak \
+         between two of them is missed): set sizes of agent and helpers {:.1}, memfds {:.1}, tmpfs \
+         {:.1} MiB in the median; the workload's own left out. What the kernel holds for them \
+         (socket buffers, page tables) is not in it. Target: {ALLOWED} MiB and 1/512 of the \
+         workload's {:.0} MiB, each move.",
         part(|usage| usage.processes),
         part(|usage| usage.memfds),
         part(|usage| usage.tmpfs),
@@ -120,10 +120,11 @@ impl Sampler {
 }
 
 fn sample_until(end: &AtomicBool, init: i32) -> Usage {
+    let outside = own_filesystems();
     let mut most = Usage::default();
     let mut samples = 0;
     while !end.load(Ordering::Relaxed) {
-        let usage = sample(init);
+        let usage = sample(init, &outside);
         samples += 1;
         if usage.total() > most.total() {
             most = usage;
@@ -134,10 +135,11 @@ fn sample_until(end: &AtomicBool, init: i32) -> Usage {
 }
 
 /// One look at all helpers. One that ends while it is looked at counts with what was seen of it.
-fn sample(init: i32) -> Usage {
+fn sample(init: i32, outside: &HashSet<String>) -> Usage {
     let mut usage = Usage::default();
     let mut memfds = HashMap::new();
-    let mut filesystems = HashMap::new();
+    // What this process sees too is the machine's, and no helper's.
+    let mut filesystems: HashMap<String, u64> = outside.iter().map(|it| (it.clone(), 0)).collect();
     for process in helpers(init) {
         usage.processes += private_bytes(&process).unwrap_or(0);
         shared_objects(&process, &mut memfds);
@@ -206,6 +208,12 @@ fn tmpfs_bytes(process: &Path, found: &mut HashMap<String, u64>) {
             found.insert(device.to_owned(), used * held.fragment_size());
         }
     }
+}
+
+/// Devices of all file systems that this process sees.
+fn own_filesystems() -> HashSet<String> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mounts.lines().filter_map(parse_mount).map(|mount| mount.0.to_owned()).collect()
 }
 
 /// Device, mount point and file system of a line of mountinfo (proc(5)).

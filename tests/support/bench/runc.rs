@@ -100,7 +100,8 @@ fn prepare() -> String {
          ip -n peer address add {ADDRESS}/16 dev eth0\n\
          ip -n peer link set eth0 up\n\
          ip netns exec peer nft add table inet guard\n\
-         ip netns exec peer nft 'add chain inet guard out {{ type filter hook output priority 0; }}'\n\
+         ip netns exec peer \
+             nft 'add chain inet guard out {{ type filter hook output priority 0; }}'\n\
          ip netns exec peer nft 'add rule inet guard out tcp flags & rst == rst drop'"
     )
 }
@@ -125,7 +126,8 @@ fn receive() -> String {
          ip link set peer0 up\n\
          ip netns exec peer busybox arping -q -U -c 1 -w 1 -I eth0 {ADDRESS} >/dev/null 2>&1 &\n\
          runc --criu {criu} restore --detach --image-path /run/bench/images \
-             --work-path /run/bench/work --bundle /srv/peer --tcp-established --file-locks peer </dev/null >/dev/null 2>&1 || \
+             --work-path /run/bench/work --bundle /srv/peer --tcp-established --file-locks \
+             peer </dev/null >/dev/null 2>&1 || \
              {{ tail -n 5 /run/bench/work/restore.log; false; }}",
         criu = criu()
     )

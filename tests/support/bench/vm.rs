@@ -33,7 +33,9 @@ struct Sample {
     total: Duration,
     /// The longest silence of the guest over the whole move.
     gap: Duration,
-    /// The same just before, when nothing moved.
+    /// From the source's last heartbeat to the destination's first.
+    switchover: Duration,
+    /// The longest silence just before, when nothing moved.
     quiet: Duration,
     /// What the tool says of itself: total time and downtime, in milliseconds.
     said: (f64, f64),
@@ -65,10 +67,8 @@ fn take_pairs(
     let with = if tls { "with TLS" } else { "without encryption" };
     let mut pairs = Vec::new();
     for number in 0..=bench.pairs {
-        other.look();
-        let ours = ours(bench, hosts, tls, None)?;
-        other.look();
-        let theirs = theirs(bench, hosts, tls)?;
+        let ours = ours(bench, hosts, tls, None, other)?;
+        let theirs = theirs(bench, hosts, tls, other)?;
         let which = if number == 0 { "warm-up".to_owned() } else { format!("pair {number}") };
         tell(format_args!(
             "vm {with}, {which}: ours {:.0} ms, gap {:.1} ms; QEMU {:.0} ms, gap {:.1} ms",
@@ -94,30 +94,44 @@ fn compare(pairs: &[(Sample, Sample)], tls: bool, other: &OtherWork) -> Result<V
         let theirs = median_of(pairs.iter().map(|pair| value(&pair.1)));
         format!("{ours:.0} and {theirs:.0} ms")
     };
-    let (total, gap) = if tls { ("total_tls", "downtime_tls") } else { ("total", "downtime") };
+    let [total, gap, switchover] = match tls {
+        true => ["total_tls", "downtime_tls", "switchover_tls"],
+        false => ["total", "downtime", "switchover"],
+    };
     let total_note = format!(
-        "From the command to its end, by one clock outside. Ours includes starting `decamp migrate`, \
-         the checks, building the destination and carrying the kernel file; QEMU's destination was \
-         built before, with its kernel in place, and its end is the source's `completed`. Medians \
-         that the tools state: {}. {}",
+        "From the command to its end, by one clock outside. Ours includes starting `decamp \
+         migrate`, the checks, building the destination and carrying the kernel file; QEMU's \
+         destination was built before, with its kernel in place, and its end is the source's \
+         `completed`. Medians that the tools state: {}. {}",
         said(|sample| sample.said.0),
         other.text()
     );
     let quiet = pairs.iter().flat_map(|(ours, theirs)| [ms(ours.quiet), ms(theirs.quiet)]);
     let gap_note = format!(
-        "The longest gap between heartbeats that the guest prints each millisecond, both consoles \
-         read by one observer; up to {:.1} ms of it happen when nothing moves. The guest shares {} \
-         processors with both ends of the move, which two real hosts would not. Medians that the \
-         tools state: {}. {}",
+        "The longest gap between heartbeats that the guest prints each millisecond, over the whole \
+         move, both consoles read by one observer; up to {:.1} ms of it happen when nothing moves. \
+         The guest shares {} processors with both ends of the move, which two real hosts would not. \
+         Medians that the tools state: {}. {}",
         quiet.fold(0.0, f64::max),
         std::thread::available_parallelism().map_or(0, usize::from),
         said(|sample| sample.said.1),
         other.text()
     );
+    let switchover_note = "From the source's last heartbeat to the destination's first: what the \
+        switch itself takes of the downtime. A gap that is longer lies within the rounds, where the \
+        guest waits for a processor, or for a page that it may write again."
+        .to_owned();
     let target = Some(TARGET);
     let rows = [
         Row::beside(("vm", total, "ms"), &peer, &of(|sample| sample.total), target, total_note),
         Row::beside(("vm", gap, "ms"), &peer, &of(|sample| sample.gap), None, gap_note),
+        Row::beside(
+            ("vm", switchover, "ms"),
+            &peer,
+            &of(|sample| sample.switchover),
+            None,
+            switchover_note,
+        ),
     ];
     rows.into_iter()
         .collect::<Option<Vec<_>>>()
@@ -129,7 +143,7 @@ fn memory_row(bench: &Bench, hosts: &Hosts) -> Result<Row> {
     let mut most = Vec::new();
     for number in 1..=bench.pairs {
         let mut usage = Usage::default();
-        ours(bench, hosts, true, Some(&mut usage))?;
+        ours(bench, hosts, true, Some(&mut usage), &mut OtherWork::default())?;
         tell(format_args!("vm, memory {number}: {}", usage.text()));
         most.push(usage);
     }
@@ -137,7 +151,13 @@ fn memory_row(bench: &Bench, hosts: &Hosts) -> Result<Row> {
 }
 
 /// One move by us.
-fn ours(bench: &Bench, hosts: &Hosts, tls: bool, usage: Option<&mut Usage>) -> Result<Sample> {
+fn ours(
+    bench: &Bench,
+    hosts: &Hosts,
+    tls: bool,
+    usage: Option<&mut Usage>,
+    other: &mut OtherWork,
+) -> Result<Sample> {
     let (here, there) = (Decamp::at(hosts, SOURCE)?, Decamp::at(hosts, DESTINATION)?);
     copy(&bench.guest(), &hosts.srv(SOURCE).join("guest.elf"))?;
     let memory = format!("{}M", GUEST.memory_mib);
@@ -159,7 +179,9 @@ fn ours(bench: &Bench, hosts: &Hosts, tls: bool, usage: Option<&mut Usage>) -> R
     }
     await_filled(&observer)?;
     let sampler = usage.is_some().then(|| Sampler::start(hosts.init(SOURCE)?)).transpose()?;
+    let before = hosts.mark()?;
     let moved = here.migrate(NAME, DESTINATION)?;
+    other.add(&before, &hosts.mark()?);
     if let (Some(usage), Some(sampler)) = (usage, sampler) {
         *usage = sampler.most()?;
     }
@@ -181,7 +203,7 @@ fn ours(bench: &Bench, hosts: &Hosts, tls: bool, usage: Option<&mut Usage>) -> R
 }
 
 /// One move by QEMU.
-fn theirs(bench: &Bench, hosts: &Hosts, tls: bool) -> Result<Sample> {
+fn theirs(bench: &Bench, hosts: &Hosts, tls: bool, other: &mut OtherWork) -> Result<Sample> {
     for host in [SOURCE, DESTINATION] {
         copy(&bench.guest(), &hosts.srv(host).join("guest.elf"))?;
     }
@@ -191,7 +213,9 @@ fn theirs(bench: &Bench, hosts: &Hosts, tls: bool) -> Result<Sample> {
         observer.watch(host, console)?;
     }
     await_filled(&observer)?;
+    let before = hosts.mark()?;
     let (started, wall, said) = qemu.migrate()?;
+    other.add(&before, &hosts.mark()?);
     let number = |key: &str| said.get(key).and_then(Value::as_f64).unwrap_or(0.0);
     let sample = finish(&observer, started, wall, (number("total-time"), number("downtime")))?;
     hosts.clear_srv(SOURCE)?;
@@ -225,6 +249,9 @@ fn finish(
     let sample = Sample {
         total,
         gap: gap(started, ended + WATCH)?,
+        switchover: observer
+            .switchover(SOURCE, DESTINATION)
+            .ok_or_else(|| BenchError::wrong("One of the consoles showed no heartbeat"))?,
         quiet: gap(started - WATCH / 2, started)?,
         said,
     };
