@@ -224,7 +224,7 @@ impl Hosts {
         path: &'a str,
         size: &str,
     ) -> SmallDisk<'a> {
-        let words = ["mount", "-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", path];
+        let words = ["mount", "-n", "-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", path];
         self.around_state(host, path, || self.exec(host, &words).expect(0));
         SmallDisk { hosts: self, host, path }
     }
@@ -264,7 +264,7 @@ impl Drop for SmallDisk<'_> {
     fn drop(&mut self) {
         let Self { hosts, host, path } = self;
         // What a failed test left running there shall not keep it.
-        hosts.around_state(host, path, || hosts.exec(host, &["umount", "-l", path]));
+        hosts.around_state(host, path, || hosts.exec(host, &["umount", "-n", "-l", path]));
     }
 }
 

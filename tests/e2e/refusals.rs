@@ -154,9 +154,11 @@ fn no_memory() {
     let file = hosts.path(BETA, "conf/meminfo");
     fs::write(&file, meminfo).expect("written");
     let before = Snapshot::take(hosts);
-    hosts.exec(BETA, &["mount", "--bind", "/run/decamp-host/meminfo", "/proc/meminfo"]).expect(0);
+    hosts
+        .exec(BETA, &["mount", "-n", "--bind", "/run/decamp-host/meminfo", "/proc/meminfo"])
+        .expect(0);
     let ran = hosts.decamp(ALPHA, &["migrate", "idle", "--to", BETA]);
-    hosts.exec(BETA, &["umount", "/proc/meminfo"]).expect(0);
+    hosts.exec(BETA, &["umount", "-n", "/proc/meminfo"]).expect(0);
     before.is_restored();
     refused(ran, &["128 MiB", "64 MiB", "memory"]);
     guest.runs_clean(ALPHA);
