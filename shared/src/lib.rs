@@ -2,13 +2,16 @@
 //!
 //! Rooms, from the wire inwards: [`protocol`] (messages, no I/O), [`transport`] (connections),
 //! [`pages`] (the page engine), [`files`] (file trees that travel with a workload), [`session`]
-//! (the two ends of a move, the commit, the report), [`workload`] (what a backend implements) and
-//! [`keeper`] (the process that lives as long as a workload). Nothing here knows what KVM or CRIU is.
+//! (the two ends of a move, the commit, the report), [`archive`] (workloads in files), [`workload`]
+//! (what a backend implements), [`methods`] (words for the ways of moving memory) and [`keeper`] (the
+//! process that lives as long as a workload). Nothing here knows what KVM or CRIU is.
 
 #![deny(unsafe_code)]
 
+pub mod archive;
 pub mod files;
 pub mod keeper;
+pub mod methods;
 pub mod pages;
 pub mod protocol;
 pub mod session;

@@ -50,3 +50,38 @@ pub(crate) fn receive_with_descriptor(
     }
     Ok((message.bytes, first))
 }
+
+/// A file mapped for writing and shared, as a database maps its own: stores to it are no writes.
+#[cfg(test)]
+pub(crate) struct SharedMapping {
+    start: std::ptr::NonNull<u8>,
+    length: usize,
+}
+
+#[cfg(test)]
+impl SharedMapping {
+    /// The first `length` bytes of `file`, which must be that long for as long as it is mapped.
+    pub(crate) fn of(file: &std::fs::File, length: usize) -> io::Result<Self> {
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+        let size = std::num::NonZeroUsize::new(length).ok_or(io::ErrorKind::InvalidInput)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice; nobody else knows of it.
+        let start = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, file, 0) }?;
+        Ok(Self { start: start.cast(), length })
+    }
+
+    /// Stores one byte.
+    pub(crate) fn store(&mut self, at: usize, value: u8) {
+        assert!(at < self.length);
+        // SAFETY: within the mapping, which lives as long as this; volatile, because others see it.
+        unsafe { self.start.add(at).write_volatile(value) }
+    }
+}
+
+#[cfg(test)]
+impl Drop for SharedMapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nothing points into it any more.
+        let _ = unsafe { nix::sys::mman::munmap(self.start.cast(), self.length) };
+    }
+}

@@ -9,9 +9,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::archive::{Frozen, Parcel, Unpacking};
+use crate::methods::{Methods, Ways};
 use crate::pages::{PageReader, PageSet, PageWriter};
 pub use crate::protocol::manifest::{
     FileRole, FileTree, Kind, Manifest, NetworkNeed, Refusal, RefusalCode, Section, SpaceInfo,
+    Storage,
 };
 
 /// A boxed error of some backend, kept as the source of a [`WorkloadError`].
@@ -92,8 +95,20 @@ pub trait SourceWorkload: Send {
     /// Starts dirty tracking. The next [`SourceWorkload::harvest`] gives every page that exists.
     fn track(&mut self) -> Result<()>;
     /// Adds to `dirty` what was written since the last harvest, and re-arms. While paused and
-    /// without tracking it gives every page that exists.
+    /// without tracking it gives every page that exists. While paused, what is in `dirty` and no longer
+    /// exists is taken out.
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<()>;
+    /// The longest that any part of the workload stood still for the tracking, so far.
+    fn stall(&self) -> Duration;
+    /// How long the look for written pages will take in the stop, where that grows with the workload's
+    /// memory, as the last harvest had it. Zero for whoever is told of writes.
+    fn look(&self) -> Duration {
+        Duration::ZERO
+    }
+    /// How its state leaves this host, for the report. Nothing is known of most kinds.
+    fn ways(&self) -> Ways {
+        Ways::default()
+    }
     /// Takes `percent` of its processor time from the workload (0: none).
     fn throttle(&mut self, percent: u8) -> Result<()> {
         let _ = percent;
@@ -119,6 +134,10 @@ pub trait DestinationWorkload: Send {
     fn writer(&mut self, spaces: &[SpaceInfo]) -> Result<Arc<dyn PageWriter>>;
     /// Everything restored, nothing running, interfaces down. Every section must be used up.
     fn load(&mut self, sections: Vec<Section>) -> Result<()>;
+    /// How it was restored, for the report, once it is loaded. Nothing is known of most kinds.
+    fn ways(&self) -> Ways {
+        Ways::default()
+    }
     /// Run, interfaces up, announced. On an error no instruction has run, unless it is
     /// [`WorkloadError::Uncertain`].
     fn activate(&mut self, token: u64) -> Result<()>;
@@ -174,8 +193,13 @@ pub struct HostTools {
     pub criu: PathBuf,
     /// runc.
     pub runc: PathBuf,
+    /// crun.
+    pub crun: PathBuf,
     /// How long a keeper that is paused waits for its agent before it resumes by itself.
     pub resume_after: Duration,
+    /// How containers may be moved.
+    #[serde(default)]
+    pub methods: Methods,
 }
 
 /// A file tree of a workload after the destination chose its place.
@@ -185,6 +209,15 @@ pub struct PlacedTree {
     pub tree: FileTree,
     /// Where it stands on this host.
     pub path: PathBuf,
+}
+
+/// A workload that somebody else started, as it would be taken charge of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Foreign {
+    /// Its name here.
+    pub name: String,
+    /// Its spec, for [`Backend::adopt`].
+    pub spec: serde_json::Value,
 }
 
 /// The agent's side of one kind of workload. One object a kind, shared by all sessions.
@@ -198,8 +231,41 @@ pub trait Backend: Send + Sync {
     fn check(&self, spec: &serde_json::Value) -> Vec<Refusal>;
     /// Starts the workload under a keeper of its own and returns when it runs.
     fn run(&self, spec: &serde_json::Value, place: &Place) -> Result<()>;
+    /// Looks at a workload that somebody else started, which `what` names in the backend's own words.
+    /// Gives every reason why it cannot be adopted. Touches nothing.
+    fn find_foreign(&self, what: &str) -> std::result::Result<Foreign, Vec<Refusal>> {
+        let text = format!("{what} is of no kind that can be adopted");
+        Err(vec![Refusal::new(RefusalCode::Unsupported, text)])
+    }
+    /// Whether the workload `what` of somebody else was made and not started yet, so that there is no
+    /// use in looking at it. False where there is no such thing.
+    fn awaits_start(&self, what: &str) -> bool {
+        let _ = what;
+        false
+    }
+    /// Takes charge of the workload that [`Backend::find_foreign`] gave `spec` of, under a keeper of its
+    /// own. On an error it runs on as if nothing had been.
+    fn adopt(&self, spec: &serde_json::Value, place: &Place) -> Result<()> {
+        let _ = (spec, place);
+        Err(WorkloadError::Unsupported("Adopting"))
+    }
+    /// Gives an adopted workload back to whoever started it, as it runs.
+    fn let_go(&self, place: &Place) -> Result<()> {
+        let _ = place;
+        Err(WorkloadError::Unsupported("Letting go"))
+    }
     /// The running workload behind `place`, for a session that moves it away.
     fn source(&self, spec: &serde_json::Value, place: &Place) -> Result<Box<dyn SourceWorkload>>;
+    /// The running workload behind `place`, to be stopped and written into a file: nothing of it is
+    /// tracked, and its state holds all that the page engine does not read.
+    fn source_for_file(
+        &self,
+        spec: &serde_json::Value,
+        place: &Place,
+    ) -> Result<Box<dyn SourceWorkload>> {
+        let _ = (spec, place);
+        Err(WorkloadError::Unsupported("Writing into a file"))
+    }
     /// Every reason why the workload of `manifest` cannot come here. Touches nothing. `trees` says
     /// where its files would stand.
     fn preflight(&self, manifest: &Manifest, trees: &[PlacedTree]) -> Vec<Refusal>;
@@ -213,6 +279,26 @@ pub trait Backend: Send + Sync {
         spec: &serde_json::Value,
         place: &Place,
     ) -> Result<Box<dyn DestinationWorkload>>;
+    /// Every reason why the running workload of `manifest` cannot go into a checkpoint. Touches nothing.
+    fn pack_refusals(&self, manifest: &Manifest) -> Vec<Refusal> {
+        let _ = manifest;
+        let what = WorkloadError::Unsupported("A checkpoint in a file").to_string();
+        vec![Refusal::new(RefusalCode::Unsupported, what)]
+    }
+    /// The parts of a checkpoint of this kind, of a workload that stands still.
+    fn pack(&self, frozen: Frozen) -> crate::archive::Result<Vec<Parcel>> {
+        let _ = frozen;
+        Err(WorkloadError::Unsupported("A checkpoint in a file").into())
+    }
+    /// What takes a workload of this kind out of a checkpoint, its files to `trees`.
+    fn unpack(
+        &self,
+        manifest: &Manifest,
+        trees: &[PlacedTree],
+    ) -> crate::archive::Result<Box<dyn Unpacking>> {
+        let _ = (manifest, trees);
+        Err(WorkloadError::Unsupported("A checkpoint in a file").into())
+    }
     /// Ends a running workload: asks it to, waits, then forces.
     fn stop(&self, spec: &serde_json::Value, place: &Place) -> Result<()>;
     /// Removes whatever a keeper that died left on the host: cgroups, namespaces, interfaces,

@@ -78,6 +78,8 @@ enum Event {
     SourceActs,
     /// The first action fails where the code says that it may: fencing, or activating.
     SourceFails,
+    /// ROLLED_BACK could not be written, and no more is tried: the workload runs on.
+    RolledBackFails,
     DestinationActs,
     DestinationFails,
     /// The keeper is lost while it lets the workload run, before or after it did.
@@ -216,6 +218,11 @@ impl Commit {
         }
     }
 
+    /// The disk stays full: the driver ends, and the workload runs on under a record that is not final.
+    fn rolled_back_fails(&self, world: &mut World) {
+        world.source.todo.pop_front();
+    }
+
     fn destination_fails(&self, world: &mut World) {
         if let Some(DestinationAction::Activate) = world.destination.todo.pop_front() {
             self.feed_destination(world, DestinationInput::ActivateFailed);
@@ -304,6 +311,9 @@ impl Commit {
                 self.deliver(&mut world, message);
             } else if world.source.machine == Source::Fenced {
                 self.feed_source(&mut world, SourceInput::AskAgain);
+            } else if world.source.machine == Source::Resuming && !world.source.record.is_final() {
+                // Written down by the next agent, whenever that comes.
+                self.start_source(&mut world);
             } else if world.source.machine == Source::Open {
                 // Connected, and still nothing handed over: the session's deadline ends it.
                 self.feed_source(&mut world, SourceInput::GiveUp);
@@ -406,6 +416,9 @@ impl Model for Commit {
             ) {
                 events.push(Event::SourceFails);
             }
+            if source.todo[0] == SourceAction::Journal(Record::RolledBack) {
+                events.push(Event::RolledBackFails);
+            }
         }
         if destination.up && destination.todo.is_empty() {
             match destination.machine {
@@ -474,6 +487,7 @@ impl Model for Commit {
             }
             Event::SourceActs => self.source_acts(&mut world),
             Event::SourceFails => self.source_fails(&mut world),
+            Event::RolledBackFails => self.rolled_back_fails(&mut world),
             Event::DestinationActs => self.destination_acts(&mut world),
             Event::DestinationFails => self.destination_fails(&mut world),
             Event::DestinationKeeperLost => self.destination_keeper_lost(&mut world),

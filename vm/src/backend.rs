@@ -1,13 +1,14 @@
 //! The agent's side of virtual machines: checks before anything is touched, keepers started and
 //! asked, manifests written and read.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use decamp_shared::archive::{Frozen, Parcel, Unpacking};
 use decamp_shared::keeper::ends::{KeeperDestination, KeeperSource};
 use decamp_shared::keeper::{Beginning, KeeperClient, KeeperConfig, spawn};
 use decamp_shared::pages::PageReader;
@@ -16,6 +17,7 @@ use decamp_shared::workload::{
     Refusal, RefusalCode, Result, SourceWorkload, SpaceInfo, WorkloadError,
 };
 
+use crate::archive::{self, VmUnpacking};
 use crate::boot;
 use crate::error::VmError;
 use crate::host;
@@ -80,6 +82,14 @@ impl Backend for VmBackend {
         self.start(spec, place, Beginning::Run)
     }
 
+    fn source_for_file(
+        &self,
+        spec: &serde_json::Value,
+        place: &Place,
+    ) -> Result<Box<dyn SourceWorkload>> {
+        self.source(spec, place)
+    }
+
     fn source(&self, spec: &serde_json::Value, place: &Place) -> Result<Box<dyn SourceWorkload>> {
         let parsed = VmSpec::parse(spec)?;
         let mut client = KeeperClient::connect(place)?;
@@ -99,11 +109,17 @@ impl Backend for VmBackend {
         Ok(Box::new(KeeperSource::new(client, manifest, Box::new(make_reader))?))
     }
 
-    fn preflight(&self, manifest: &Manifest, _trees: &[PlacedTree]) -> Vec<Refusal> {
+    fn preflight(&self, manifest: &Manifest, trees: &[PlacedTree]) -> Vec<Refusal> {
         let mut refusals = Vec::new();
         let request = |error: WorkloadError| Refusal::new(RefusalCode::Request, error.to_string());
-        match manifest_spec(manifest).and_then(|(_, spec)| spaces_match(manifest, &spec)) {
-            Ok(memory_bytes) => refusals.extend(host::lacks_memory(memory_bytes)),
+        match manifest_spec(manifest) {
+            Ok((_, mut spec)) => {
+                match spaces_match(manifest, &spec) {
+                    Ok(memory_bytes) => refusals.extend(host::lacks_memory(memory_bytes)),
+                    Err(error) => refusals.push(request(error)),
+                }
+                refusals.extend(place_files(&mut spec, trees).err().map(request));
+            }
             Err(error) => refusals.push(request(error)),
         }
         match (Needs::parse(&manifest.needs), host::open_kvm()) {
@@ -119,20 +135,7 @@ impl Backend for VmBackend {
 
     fn respec(&self, manifest: &Manifest, trees: &[PlacedTree]) -> Result<serde_json::Value> {
         let (_, mut spec) = manifest_spec(manifest)?;
-        for placed in trees {
-            match FileRole::try_from(placed.tree.role) {
-                Ok(FileRole::Kernel) => spec.kernel = placed.path.clone(),
-                Ok(FileRole::Initrd) if spec.initrd.is_some() => {
-                    spec.initrd = Some(placed.path.clone());
-                }
-                _ => {
-                    return Err(WorkloadError::plain(format!(
-                        "A VM has no use for {}, which its manifest lists (role {})",
-                        placed.tree.path, placed.tree.role
-                    )));
-                }
-            }
-        }
+        place_files(&mut spec, trees)?;
         serde_json::to_value(&spec)
             .map_err(|error| WorkloadError::new("Could not write the spec as JSON", error))
     }
@@ -146,6 +149,22 @@ impl Backend for VmBackend {
         spaces_match(manifest, &VmSpec::parse(spec)?)?;
         self.start(spec, place, Beginning::Incoming)?;
         Ok(Box::new(KeeperDestination::new(KeeperClient::connect(place)?)))
+    }
+
+    fn pack_refusals(&self, _manifest: &Manifest) -> Vec<Refusal> {
+        Vec::new()
+    }
+
+    fn pack(&self, frozen: Frozen) -> decamp_shared::archive::Result<Vec<Parcel>> {
+        archive::pack(frozen)
+    }
+
+    fn unpack(
+        &self,
+        manifest: &Manifest,
+        trees: &[PlacedTree],
+    ) -> decamp_shared::archive::Result<Box<dyn Unpacking>> {
+        Ok(Box::new(VmUnpacking::new(manifest, trees)?))
     }
 
     fn stop(&self, _spec: &serde_json::Value, place: &Place) -> Result<()> {
@@ -184,6 +203,34 @@ fn boot_refusal(spec: &VmSpec) -> Option<Refusal> {
     tried.err().map(|error| Refusal::new(RefusalCode::File, error.with_causes()))
 }
 
+/// Lets `spec` name its files where they stand here. Every file that it names has to be one of `trees`,
+/// and each of those one that it names: nothing else of this host is ever sent, or removed, as the VM's.
+fn place_files(spec: &mut VmSpec, trees: &[PlacedTree]) -> Result<()> {
+    let mut left: Vec<&PlacedTree> = trees.iter().collect();
+    let mut placed = |role: FileRole, path: &Path| {
+        let is_it =
+            |one: &&PlacedTree| one.tree.role() == role && Path::new(&one.tree.path) == path;
+        let at = left.iter().position(is_it).ok_or_else(|| {
+            WorkloadError::plain(format!(
+                "The spec in the manifest names {}, which is not among the files that come with the VM",
+                path.display()
+            ))
+        })?;
+        Ok::<_, WorkloadError>(left.swap_remove(at).path.clone())
+    };
+    spec.kernel = placed(FileRole::Kernel, &spec.kernel)?;
+    if let Some(initrd) = &mut spec.initrd {
+        *initrd = placed(FileRole::Initrd, initrd)?;
+    }
+    match left.first() {
+        None => Ok(()),
+        Some(one) => Err(WorkloadError::plain(format!(
+            "A VM has no use for {}, which its manifest lists (role {})",
+            one.tree.path, one.tree.role
+        ))),
+    }
+}
+
 /// The files that must stand on the destination too. Nobody writes them while the guest runs.
 fn files(spec: &VmSpec) -> Result<Vec<FileTree>> {
     let kernel = Some((FileRole::Kernel, &spec.kernel));
@@ -196,11 +243,23 @@ fn file_tree(id: u32, role: FileRole, path: &Path) -> Result<FileTree> {
     let failed = |error: io::Error| {
         WorkloadError::new(format!("Could not look at {} of the VM", path.display()), error)
     };
-    let bytes = File::open(path).and_then(|file| file.metadata()).map_err(failed)?.len();
+    let found = fs::metadata(path).map_err(failed)?;
+    if !found.is_file() {
+        let text = format!("{} is no file that a VM could be booted from", path.display());
+        return Err(WorkloadError::plain(text));
+    }
+    let bytes = found.len();
     let path = path
         .to_str()
         .ok_or_else(|| WorkloadError::plain(format!("The path {} is not UTF-8", path.display())))?;
-    Ok(FileTree { id, role: role.into(), path: path.to_owned(), bytes, live: false })
+    Ok(FileTree {
+        id,
+        role: role.into(),
+        path: path.to_owned(),
+        bytes,
+        live: false,
+        ..FileTree::default()
+    })
 }
 
 /// The spec that a manifest carries, as JSON and checked.

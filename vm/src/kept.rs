@@ -5,7 +5,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use decamp_shared::keeper::{Beginning, ExitRecord, ExitSignal, KeeperConfig, Kept, serve};
+use decamp_shared::keeper::{
+    Beginning, ExitRecord, ExitSignal, Harvest, KeeperConfig, Kept, serve,
+};
 use decamp_shared::pages::{PageSet, SpaceId};
 use decamp_shared::workload::{Liveness, Place, Result, Section, SpaceInfo, WorkloadError};
 use fail::fail_point;
@@ -119,8 +121,10 @@ impl Kept for VmKept {
         Ok(self.machine()?.track()?)
     }
 
-    fn harvest(&mut self, dirty: &mut PageSet) -> Result<()> {
-        Ok(self.machine()?.harvest(dirty)?)
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<Harvest> {
+        self.machine()?.harvest(dirty)?;
+        // Guest memory neither comes nor goes, and KVM tracks it without a stop.
+        Ok(Harvest::default())
     }
 
     fn throttle(&mut self, percent: u8) -> Result<()> {

@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+mod archive;
 mod backend;
 mod boot;
 mod console;

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
-use decamp_shared::pages::{PageRange, PageReader};
+use decamp_shared::pages::{PageRange, PageReader, PageSet};
 use decamp_shared::workload::{Result, WorkloadError};
 
 use crate::memory::GUEST_MEMORY;
@@ -44,6 +44,11 @@ impl PageReader for GuestReader {
         self.file
             .read_exact_at(into, range.address())
             .map_err(|error| WorkloadError::new(format!("Could not read {range}"), error))
+    }
+
+    /// Guest memory never goes away.
+    fn take_missed(&self) -> PageSet {
+        PageSet::new()
     }
 }
 

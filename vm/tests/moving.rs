@@ -33,7 +33,9 @@ impl Bench {
             decamp: keeper_program(),
             criu: PathBuf::new(),
             runc: PathBuf::new(),
+            crun: PathBuf::new(),
             resume_after: Duration::from_secs(2),
+            methods: Default::default(),
         };
         let spec =
             VmSpec { kernel, initrd: None, cmdline: cmdline.into(), cpus: 1, memory_bytes: memory };

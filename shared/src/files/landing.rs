@@ -3,16 +3,16 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
 
-use rustix::fs;
+use rustix::fs::{self, Mode, Stat};
 use serde::{Deserialize, Serialize};
 
 use super::beneath::{
-    is_dir, open_directory, parent_and_name, remove_all, remove_contents, stat_at,
+    Root, is_dir, is_gone, open_directory, parent_and_name, remove_all, remove_contents, stat_at,
 };
 use super::error::{Doing, FileError, Result};
 use super::placing::TEMPORARY;
@@ -108,6 +108,42 @@ impl Landing {
         }
     }
 
+    /// The directory of a tree, made if it is not there. `keep`: what stands there is an earlier copy;
+    /// else it has to be empty.
+    pub(super) fn land_directory(&self, path: &Path, keep: bool) -> Result<Root> {
+        let _step = self.step()?;
+        let (parent, name) = self.land_parent(path)?;
+        match stat_of(&parent, &name, path)? {
+            None => {
+                fs::mkdirat(&parent, &*name, Mode::RWXU).doing("make the directory", path)?;
+                let stat = stat_at(parent.as_fd(), &name).doing("look at", path)?;
+                self.made_tree(path, (stat.st_dev, stat.st_ino))?;
+            }
+            Some(stat) if !is_dir(&stat) => {
+                return Err(taken(path, "something that is no directory"));
+            }
+            Some(_) if keep => {}
+            Some(stat) => {
+                let mut entries = std::fs::read_dir(path).doing("list", path)?;
+                if entries.next().is_some() {
+                    return Err(taken(path, "a directory that is not empty"));
+                }
+                self.made_contents(path, (stat.st_dev, stat.st_ino))?;
+            }
+        }
+        let around = Root::directory(parent, path.to_owned());
+        let dir = around.open_dir(&name).doing("open", path)?;
+        Ok(Root::landing(dir, path.to_owned()))
+    }
+
+    /// The directory around a tree at `path`, made if it is not there, and the tree's name in it.
+    pub(super) fn land_parent(&self, path: &Path) -> Result<(OwnedFd, Vec<u8>)> {
+        let (parent, name) = parent_and_name(path).doing("find the directory of", path)?;
+        self.make_parents(parent)?;
+        let dir = open_directory(parent).doing("open", parent)?;
+        Ok((dir, name.to_vec()))
+    }
+
     fn forget(&self) -> Vec<Made> {
         let memory =
             std::mem::take(&mut *self.memory.lock().unwrap_or_else(PoisonError::into_inner));
@@ -161,6 +197,18 @@ impl Landing {
         });
         written.doing("write the record", path)
     }
+}
+
+pub(super) fn stat_of(dir: &OwnedFd, name: &[u8], path: &Path) -> Result<Option<Stat>> {
+    match stat_at(dir.as_fd(), name) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(error).doing("look at", path),
+    }
+}
+
+pub(super) fn taken(path: &Path, what: &str) -> FileError {
+    FileError::PathTaken { path: path.to_owned(), what: what.to_owned() }
 }
 
 fn discard(record: &Path) {

@@ -104,6 +104,29 @@ impl Packing<'_> {
         builder.into_inner()
     }
 
+    /// Copies the content of one entry of a tree that stands still.
+    pub(super) fn copy(&self, entry: &Entry, to: &mut dyn Write) -> Result<()> {
+        let path = self.root.shown(&entry.path);
+        let changed = || FileError::ChangedWhilePaused { path: path.clone() };
+        let file = self.open(entry, &path)?.ok_or_else(changed)?;
+        let mut fault = None;
+        let mut content = Content {
+            file,
+            entry,
+            packing: self,
+            path: &path,
+            at: 0,
+            have: 0..0,
+            buffer: &mut vec![0; READ],
+            fault: &mut fault,
+        };
+        let copied = io::copy(&mut content, to);
+        match fault {
+            Some(fault) => Err(fault),
+            None => copied.map(drop).doing("pack", &path),
+        }
+    }
+
     fn open(&self, entry: &Entry, path: &Path) -> Result<Option<File>> {
         let Some(file) = self.root.open_file(&entry.path).doing("open", path)? else {
             return match self.paused {

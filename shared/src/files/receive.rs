@@ -3,21 +3,18 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use prost::Message;
-use rustix::fs::{self, FileType, Mode, Stat};
+use rustix::fs::{self, FileType, Stat};
 
-use super::beneath::{
-    Identity, Root, identity, is_dir, is_gone, open_directory, parent_and_name, stat_at,
-};
+use super::beneath::{Identity, Root, identity};
 use super::channel::FileChannel;
 use super::earlier::{Earlier, is_alike};
 use super::error::{Doing, FileError, Result};
 use super::frame::{DataReader, FrameKind, Frames, out_of_turn};
 use super::index::{Begin, Bitmap, Gathering, Index, IndexPart, Type};
-use super::landing::Landing;
+use super::landing::{Landing, stat_of, taken};
 use super::pack::{PLAIN, ZSTD};
 use super::placing::Placing;
 use super::sender::{SUM, hash};
@@ -171,7 +168,8 @@ impl<S: FileChannel> Receiver<'_, S> {
     }
 
     fn first_directory(&mut self, index: &Index, incoming: &Incoming) -> Result<State> {
-        let root = self.land_directory(incoming)?;
+        let path = &incoming.tree.path;
+        let root = self.landing.land_directory(path, incoming.keep_equal)?;
         let earlier = Earlier::look(&root, index)?;
         let equal = self.same_content(&root, index, earlier.alike)?;
         let mut placing = Placing::new(&root, index, self.landing, None);
@@ -183,47 +181,12 @@ impl<S: FileChannel> Receiver<'_, S> {
         Ok(State::Placed(root))
     }
 
-    /// The directory of a tree, made if it is not there.
-    fn land_directory(&mut self, incoming: &Incoming) -> Result<Root> {
-        let path = &incoming.tree.path;
-        let _step = self.landing.step()?;
-        let (parent, name) = self.land_parent(path)?;
-        match stat_of(&parent, &name, path)? {
-            None => {
-                fs::mkdirat(&parent, &*name, Mode::RWXU).doing("make the directory", path)?;
-                let stat = stat_at(parent.as_fd(), &name).doing("look at", path)?;
-                self.landing.made_tree(path, (stat.st_dev, stat.st_ino))?;
-            }
-            Some(stat) if !is_dir(&stat) => {
-                return Err(taken(path, "something that is no directory"));
-            }
-            Some(_) if incoming.keep_equal => {}
-            Some(stat) => {
-                let mut entries = std::fs::read_dir(path).doing("list", path)?;
-                if entries.next().is_some() {
-                    return Err(taken(path, "a directory that is not empty"));
-                }
-                self.landing.made_contents(path, (stat.st_dev, stat.st_ino))?;
-            }
-        }
-        let around = Root::directory(parent, path.clone());
-        let dir = around.open_dir(&name).doing("open", path)?;
-        Ok(Root::landing(dir, path.clone()))
-    }
-
-    fn land_parent(&self, path: &Path) -> Result<(OwnedFd, Vec<u8>)> {
-        let (parent, name) = parent_and_name(path).doing("find the directory of", path)?;
-        self.landing.make_parents(parent)?;
-        let dir = open_directory(parent).doing("open", parent)?;
-        Ok((dir, name.to_vec()))
-    }
-
     fn first_file(&mut self, index: &Index, incoming: &Incoming) -> Result<State> {
         let path = &incoming.tree.path;
         let entry = &index.entries[0];
         let (parent, name) = {
             let _step = self.landing.step()?;
-            self.land_parent(path)?
+            self.landing.land_parent(path)?
         };
         let there = stat_of(&parent, &name, path)?;
         let kept = |stat: &Stat| {
@@ -463,16 +426,4 @@ fn number_of(name: &[u8]) -> Option<usize> {
 fn decode<M: Message + Default>(bytes: &[u8]) -> Result<M> {
     M::decode(bytes)
         .map_err(|error| FileError::protocol(format!("a message that cannot be read: {error}")))
-}
-
-fn stat_of(dir: &OwnedFd, name: &[u8], path: &Path) -> Result<Option<Stat>> {
-    match stat_at(dir.as_fd(), name) {
-        Ok(stat) => Ok(Some(stat)),
-        Err(error) if is_gone(&error) => Ok(None),
-        Err(error) => Err(error).doing("look at", path),
-    }
-}
-
-fn taken(path: &Path, what: &str) -> FileError {
-    FileError::PathTaken { path: path.to_owned(), what: what.to_owned() }
 }

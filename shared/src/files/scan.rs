@@ -5,14 +5,14 @@
 //! so an entry whose change time is not clearly older than the scan is *unsettled*, and counts as
 //! changed next time whatever its stamps say. And stores through a mapping stamp a file only when a
 //! clean page turns dirty, so the file systems are synced before the scan: that makes every page
-//! clean, and the next store to it leaves a stamp. File systems without writeback (tmpfs) cannot do
-//! the second; there, stores through mappings that were made before the scan are not seen.
+//! clean, and the next store to it leaves a stamp. File systems without writeback (tmpfs) have no
+//! clean pages: their regular files stay unsettled, so each of them goes again in the stop.
 
 use std::collections::HashMap;
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{self, Stat};
+use rustix::fs::{self, Mode, OFlags, Stat};
 
 use super::attributes::{describe, type_of};
 use super::beneath::{Root, Visit, is_dir, is_gone};
@@ -80,6 +80,7 @@ impl Snapshot {
         let mut snapshot = Self::default();
         let begun = now_ns();
         let mut gathering = Gathering::default();
+        let mut stamping = HashMap::new();
         root.walk(|visit| {
             guard_device(visit)?;
             if live && (visit.device.is_some() || visit.path.is_empty()) {
@@ -90,7 +91,8 @@ impl Snapshot {
             }
             let print = Fingerprint::of(visit.stat);
             let changed = i128::from(print.changed.0) * 1_000_000_000 + i128::from(print.changed.1);
-            let settled = !live || changed < begun - GRAIN_NS;
+            let settled =
+                !live || (changed < begun - GRAIN_NS && stamps_stores(visit, &mut stamping));
             snapshot.known.insert(visit.path.to_vec(), Known { print, settled, seen: 0 });
             Ok(())
         })?;
@@ -161,15 +163,15 @@ impl Snapshot {
 
 /// Entries that are being gathered, hard links told apart from first names.
 #[derive(Default)]
-struct Gathering {
-    scan: Scan,
+pub(super) struct Gathering {
+    pub(super) scan: Scan,
     /// First name of each file with several.
     leaders: HashMap<(u64, u64), u32>,
 }
 
 impl Gathering {
     /// False: it does not travel, or vanished.
-    fn add(&mut self, visit: &Visit<'_>) -> Result<bool> {
+    pub(super) fn add(&mut self, visit: &Visit<'_>) -> Result<bool> {
         let Some(kind) = type_of(visit.stat) else {
             let path = visit.root.shown(visit.path);
             tracing::debug!(path = %path.display(), "A socket does not travel");
@@ -258,6 +260,31 @@ const KERNEL_MADE: [(u32, &str); 12] = [
     (0x6265_6570, "configfs"),
     (0x0187, "autofs"),
 ];
+
+/// File systems whose pages are never clean, because there is no disk to write them to: a store
+/// through a mapping leaves no stamp there, however long ago the last one was.
+const WITHOUT_WRITEBACK: [u32; 3] = [
+    0x0102_1994, // tmpfs
+    0x8584_58f6, // ramfs
+    0x9584_58f6, // hugetlbfs
+];
+
+/// Whether a store to a synced entry stamps it. `known` remembers it by device.
+fn stamps_stores(visit: &Visit<'_>, known: &mut HashMap<u64, bool>) -> bool {
+    if type_of(visit.stat) != Some(Type::File) {
+        return true;
+    }
+    if let Some(known) = known.get(&visit.stat.st_dev) {
+        return *known;
+    }
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let kind = fs::openat(visit.dir, visit.name, flags, Mode::empty()).and_then(fs::fstatfs);
+    // What is gone by now is new next time.
+    let Ok(kind) = kind else { return false };
+    let stamps = !WITHOUT_WRITEBACK.contains(&(kind.f_type as u32));
+    known.insert(visit.stat.st_dev, stamps);
+    stamps
+}
 
 fn sync(visit: &Visit<'_>) -> Result<()> {
     let dir = if is_dir(visit.stat) {

@@ -2,15 +2,18 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use prost::Message;
 
 use super::Phase;
 use super::protocol::{self, Ask, Reply, Request, Sections};
+use crate::methods::{Methods, Ways};
 use crate::pages::{PageSet, SpaceId};
 use crate::workload::{Liveness, Place, Result, Section, SpaceInfo, WorkloadError};
 
@@ -19,6 +22,28 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(300);
 /// State sections of one workload together are never longer.
 pub(super) const SECTIONS_CAP: u64 = 16 << 30;
 
+/// Whether a keeper listens at `place`. Does not wait for one that is busy. Only what says that nobody
+/// listens there means that there is none: whoever cannot look, as without a descriptor to spare, does
+/// not know, and must not sweep away what may be running.
+pub fn is_kept(place: &Place) -> bool {
+    let Ok(address) = UnixAddr::new(&place.socket()) else {
+        // Nobody can listen at a path that no address can hold.
+        return false;
+    };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let looked = socket(AddressFamily::Unix, SockType::Stream, flags, None)
+        .and_then(|socket| connect(socket.as_raw_fd(), &address));
+    match looked {
+        // With EAGAIN so many wait for it already that there is no room for one more.
+        Ok(()) | Err(Errno::EAGAIN) => true,
+        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ECONNREFUSED) => false,
+        Err(error) => {
+            tracing::warn!(workload = place.name, %error, "Cannot tell whether it has a keeper");
+            true
+        }
+    }
+}
+
 /// A connection to one workload's keeper. When it is dropped while the workload is paused and not
 /// fenced, the keeper resumes the workload by itself after its deadline.
 #[derive(Debug)]
@@ -26,6 +51,9 @@ pub struct KeeperClient {
     place: Place,
     name: String,
     stream: UnixStream,
+    /// Something went wrong on it: an answer that still comes belongs to an earlier question.
+    broken: bool,
+    stall: Duration,
 }
 
 impl KeeperClient {
@@ -36,20 +64,41 @@ impl KeeperClient {
     /// [`WorkloadError::KeeperGone`] when no keeper listens there; another error when that could
     /// not be found out.
     pub fn connect(place: &Place) -> Result<Self> {
+        Self::connect_within(place, ANSWER_WITHIN)
+    }
+
+    /// As [`KeeperClient::connect`], for whoever waits no longer than `within` for each answer, and for the
+    /// connection itself.
+    ///
+    /// # Errors
+    /// As [`KeeperClient::connect`].
+    pub fn connect_within(place: &Place, within: Duration) -> Result<Self> {
         let failed = |error: io::Error| {
             let what = format!("Cannot connect to {}", place.socket().display());
             match error.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                io::ErrorKind::NotFound
+                | io::ErrorKind::NotADirectory
+                | io::ErrorKind::ConnectionRefused => {
                     let name = place.name.clone();
                     WorkloadError::KeeperGone { name, what: format!("{what}: {error}") }
                 }
                 _ => WorkloadError::new(what, error),
             }
         };
-        let stream = UnixStream::connect(place.socket()).map_err(failed)?;
-        stream.set_read_timeout(Some(ANSWER_WITHIN)).map_err(failed)?;
-        stream.set_write_timeout(Some(ANSWER_WITHIN)).map_err(failed)?;
-        Ok(Self { place: place.clone(), name: place.name.clone(), stream })
+        let connect = || -> io::Result<UnixStream> {
+            let address = UnixAddr::new(&place.socket())?;
+            let flags = SockFlag::SOCK_CLOEXEC;
+            let stream = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+            let stream = UnixStream::from(stream);
+            stream.set_read_timeout(Some(within))?;
+            // It is as long that the kernel lets it wait to be connected, too.
+            stream.set_write_timeout(Some(within))?;
+            connect(stream.as_raw_fd(), &address)?;
+            Ok(stream)
+        };
+        let stream = connect().map_err(failed)?;
+        let (name, stall) = (place.name.clone(), Duration::ZERO);
+        Ok(Self { place: place.clone(), name, stream, broken: false, stall })
     }
 
     /// A new connection to the same keeper, after this one broke. What was asked on the old one is
@@ -62,6 +111,11 @@ impl KeeperClient {
         Ok(())
     }
 
+    /// Whether a keeper listens at the place of this one.
+    pub fn is_kept(&self) -> bool {
+        is_kept(&self.place)
+    }
+
     /// What state the workload is in.
     pub fn phase(&mut self) -> Result<Phase> {
         let reply = self.ask(Request::of(Ask::Phase))?;
@@ -71,6 +125,19 @@ impl KeeperClient {
     /// Facts in the backend's own JSON.
     pub fn facts(&mut self) -> Result<serde_json::Value> {
         let reply = self.ask(Request::of(Ask::Facts))?;
+        self.json(&reply)
+    }
+
+    /// Says what the host's configuration says now.
+    pub fn configure(&mut self, methods: &Methods) -> Result<()> {
+        let json = serde_json::to_string(methods)
+            .map_err(|error| WorkloadError::new("Cannot write a choice of methods", error))?;
+        self.tell(Request { json, ..Request::of(Ask::Configure) })
+    }
+
+    /// How it leaves, or was restored.
+    pub fn ways(&mut self) -> Result<Ways> {
+        let reply = self.ask(Request::of(Ask::Ways))?;
         self.json(&reply)
     }
 
@@ -104,14 +171,26 @@ impl KeeperClient {
         self.tell(Request::of(Ask::Track))
     }
 
-    /// Adds what was written since the last harvest, and re-arms.
+    /// Adds what was written since the last harvest, and re-arms. Takes out what no longer exists, as
+    /// soon as that can be said: while the workload stands still.
     pub fn harvest(&mut self, dirty: &mut PageSet) -> Result<()> {
         let reply = self.ask(Request::of(Ask::Harvest))?;
-        if protocol::unpack_pages(&reply.dirty, dirty) {
-            Ok(())
-        } else {
-            Err(self.gone("answering with a page set that makes sense"))
+        let mut exists = PageSet::new();
+        let sane = protocol::unpack_pages(&reply.dirty, dirty)
+            && protocol::unpack_pages(&reply.exists, &mut exists);
+        if !sane {
+            return Err(self.gone("answering with a page set that makes sense"));
         }
+        if reply.bounded {
+            dirty.intersect(&exists);
+        }
+        self.stall = Duration::from_micros(reply.stall_us);
+        Ok(())
+    }
+
+    /// The longest that any part of the workload stood still for the tracking, as the last harvest had it.
+    pub fn stall(&self) -> Duration {
+        self.stall
     }
 
     /// Takes `percent` of its processor time.
@@ -133,9 +212,10 @@ impl KeeperClient {
         })
     }
 
-    /// Rolls back: runs on as if nothing had been.
-    pub fn resume(&mut self) -> Result<()> {
-        self.tell(Request::of(Ask::Resume))
+    /// Rolls back: runs on as if nothing had been. What is fenced only does so under the token that it
+    /// was fenced with; otherwise the token is not looked at.
+    pub fn resume(&mut self, token: u64) -> Result<()> {
+        self.tell(Request { token, ..Request::of(Ask::Resume) })
     }
 
     /// From the answer on, the keeper never resumes by itself.
@@ -156,9 +236,9 @@ impl KeeperClient {
         self.tell(Request { token, ..Request::of(Ask::Activate) })
     }
 
-    /// Takes the fenced copy away, quietly; the keeper ends.
-    pub fn release(&mut self) -> Result<()> {
-        self.tell(Request::of(Ask::Release))
+    /// Takes the copy away that is fenced under `token`, quietly; the keeper ends.
+    pub fn release(&mut self, token: u64) -> Result<()> {
+        self.tell(Request { token, ..Request::of(Ask::Release) })
     }
 
     /// Takes the never activated copy away; the keeper ends.
@@ -169,6 +249,11 @@ impl KeeperClient {
     /// Ends the running workload; the keeper ends.
     pub fn stop(&mut self, grace: Duration) -> Result<()> {
         self.tell(Request { grace_ms: grace.as_millis() as u64, ..Request::of(Ask::Stop) })
+    }
+
+    /// Gives an adopted workload back as it runs; the keeper ends.
+    pub fn let_go(&mut self) -> Result<()> {
+        self.tell(Request::of(Ask::LetGo))
     }
 
     fn tell(&mut self, request: Request) -> Result<()> {
@@ -189,11 +274,17 @@ impl KeeperClient {
             name: name.to_owned(),
             what: format!("asked to {what}: {why}"),
         };
+        if self.broken {
+            return Err(gone(&self.name, "the connection broke before".to_owned()));
+        }
+        // Until it is answered.
+        self.broken = true;
         protocol::send(&mut self.stream, &request, descriptor.as_ref().map(AsFd::as_fd))
             .map_err(|error| gone(&self.name, error.to_string()))?;
         let (reply, descriptor) = protocol::receive::<Reply>(&mut self.stream)
             .map_err(|error| gone(&self.name, error.to_string()))?
             .ok_or_else(|| gone(&self.name, "it ended".to_owned()))?;
+        self.broken = false;
         match chained(reply.error.clone()) {
             Some(error) => Err(error),
             None => Ok((reply, descriptor)),
@@ -261,4 +352,69 @@ pub(super) fn read_sections(descriptor: OwnedFd) -> io::Result<Vec<Section>> {
         found.extend(one.sections);
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use nix::sys::socket::{Backlog, bind, listen};
+
+    use super::*;
+
+    #[test]
+    fn a_late_answer_is_nobodys() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let place = at(directory.path().to_owned());
+        let listener = std::os::unix::net::UnixListener::bind(place.socket()).expect("listens");
+        let mut client = KeeperClient::connect(&place).expect("connects");
+        client.stream.set_read_timeout(Some(Duration::from_millis(50))).expect("set");
+        let (mut keeper, _) = listener.accept().expect("accepts");
+        let slow = client.pause().expect_err("no answer");
+        assert!(matches!(slow, WorkloadError::KeeperGone { .. }), "{slow}");
+        protocol::send(&mut keeper, &Reply::default(), None).expect("answers at last");
+        let next = client.fence(1).expect_err("that was the answer to another question");
+        assert!(matches!(next, WorkloadError::KeeperGone { .. }), "{next}");
+        client.reconnect().expect("connects");
+        let (mut keeper, _) = listener.accept().expect("accepts");
+        protocol::send(&mut keeper, &Reply::default(), None).expect("answers");
+        client.fence(1).expect("its own answer");
+    }
+
+    fn at(dir: std::path::PathBuf) -> Place {
+        Place { name: "web".to_owned(), uuid: "u".to_owned(), dir }
+    }
+
+    #[test]
+    fn who_cannot_look_does_not_say_that_nobody_is_there() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let [missing, file, looped] =
+            ["missing", "file", "looped"].map(|name| directory.path().join(name));
+        assert!(!is_kept(&at(missing)));
+        std::fs::write(&file, "").expect("written");
+        assert!(!is_kept(&at(file.clone())), "no directory");
+        let gone = KeeperClient::connect(&at(file)).expect_err("no keeper");
+        assert!(matches!(gone, WorkloadError::KeeperGone { .. }), "{gone}");
+        symlink(&looped, &looped).expect("linked");
+        assert!(is_kept(&at(looped)), "that says nothing of a keeper");
+    }
+
+    #[test]
+    fn a_keeper_that_many_wait_for_is_not_waited_for() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let place = at(directory.path().to_owned());
+        let address = UnixAddr::new(&place.socket()).expect("short");
+        let busy = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
+        let busy = busy.expect("a socket");
+        bind(busy.as_raw_fd(), &address).expect("bound");
+        listen(&busy, Backlog::new(0).expect("none")).expect("listens");
+        for _ in 0..4 {
+            assert!(is_kept(&place));
+        }
+        let error = KeeperClient::connect_within(&place, Duration::from_millis(50));
+        let error = error.expect_err("no room for one more");
+        assert!(!matches!(error, WorkloadError::KeeperGone { .. }), "{error}");
+        drop(busy);
+        assert!(!is_kept(&place));
+    }
 }

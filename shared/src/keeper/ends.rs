@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::resource::{Resource, getrlimit};
 
 use super::{KeeperClient, Phase};
+use crate::methods::Ways;
 use crate::pages::{PageRange, PageReader, PageSet, PageWriter, SpaceId};
 use crate::workload::{
     DestinationWorkload, Liveness, Manifest, Result, Section, SourceWorkload, SpaceInfo,
@@ -21,8 +24,11 @@ pub type ReaderFactory =
 /// The leaving end.
 pub struct KeeperSource {
     client: KeeperClient,
+    /// What it was fenced with; 0 before.
+    token: u64,
     manifest: Manifest,
     liveness: Liveness,
+    ways: Ways,
     make_reader: ReaderFactory,
 }
 
@@ -37,7 +43,33 @@ impl KeeperSource {
         make_reader: ReaderFactory,
     ) -> Result<Self> {
         let liveness = client.liveness()?;
-        Ok(Self { client, manifest, liveness, make_reader })
+        let ways = ways_of(&mut client)?;
+        Ok(Self { client, token: 0, manifest, liveness, ways, make_reader })
+    }
+
+    /// One that may be fenced already, with `token`.
+    pub fn fenced_with(self, token: u64) -> Self {
+        Self { token, ..self }
+    }
+
+    /// The connection to its keeper, for a backend that asks it for more.
+    pub fn client(&mut self) -> &mut KeeperClient {
+        &mut self.client
+    }
+}
+
+/// Asks again over a new connection when the one at hand broke. Only a keeper that nobody can reach any more
+/// is gone: one that listens and does not answer may still hold the workload.
+fn insist(client: &mut KeeperClient, ask: impl Fn(&mut KeeperClient) -> Result<()>) -> Result<()> {
+    match ask(client) {
+        Err(WorkloadError::KeeperGone { .. }) => {}
+        result => return result,
+    }
+    match client.reconnect().and_then(|()| ask(client)) {
+        Err(gone @ WorkloadError::KeeperGone { .. }) if client.is_kept() => {
+            Err(WorkloadError::new("The keeper is there and does not answer", gone))
+        }
+        result => result,
     }
 }
 
@@ -67,6 +99,14 @@ impl SourceWorkload for KeeperSource {
         self.client.harvest(dirty)
     }
 
+    fn stall(&self) -> Duration {
+        self.client.stall()
+    }
+
+    fn ways(&self) -> Ways {
+        self.ways.clone()
+    }
+
     fn throttle(&mut self, percent: u8) -> Result<()> {
         self.client.throttle(percent)
     }
@@ -76,26 +116,26 @@ impl SourceWorkload for KeeperSource {
     }
 
     fn save(&mut self) -> Result<Vec<Section>> {
-        self.client.save()
+        let sections = self.client.save()?;
+        // It may have gone another way than it had set out on.
+        self.ways = ways_of(&mut self.client)?;
+        Ok(sections)
     }
 
     fn fence(&mut self, token: u64) -> Result<()> {
+        // Before it is asked: it may do so without answering.
+        self.token = token;
         self.client.fence(token)
     }
 
     fn resume(&mut self) -> Result<()> {
-        match self.client.resume() {
-            // Only a keeper that nobody can reach any more is gone.
-            Err(WorkloadError::KeeperGone { .. }) => {
-                self.client.reconnect()?;
-                self.client.resume()
-            }
-            result => result,
-        }
+        let token = self.token;
+        insist(&mut self.client, |client| client.resume(token))
     }
 
     fn release(&mut self) -> Result<()> {
-        self.client.release()
+        let token = self.token;
+        insist(&mut self.client, |client| client.release(token))
     }
 }
 
@@ -103,12 +143,13 @@ impl SourceWorkload for KeeperSource {
 pub struct KeeperDestination {
     client: KeeperClient,
     writer: Arc<DescriptorWriter>,
+    ways: Ways,
 }
 
 impl KeeperDestination {
     /// The empty workload behind `client`, whose keeper is in its incoming phase.
     pub fn new(client: KeeperClient) -> Self {
-        Self { client, writer: Arc::new(DescriptorWriter::default()) }
+        Self { client, writer: Arc::new(DescriptorWriter::default()), ways: Ways::default() }
     }
 
     /// The connection broke while the workload was being let run: what became of it?
@@ -130,6 +171,7 @@ impl DestinationWorkload for KeeperDestination {
         let fresh: Vec<_> =
             spaces.iter().filter(|info| !open.contains_key(&SpaceId(info.id))).cloned().collect();
         if !fresh.is_empty() {
+            room_for(open.len() + fresh.len())?;
             self.client.make_spaces(&fresh)?;
             for info in &fresh {
                 let file = File::from(self.client.memory(SpaceId(info.id))?);
@@ -141,7 +183,13 @@ impl DestinationWorkload for KeeperDestination {
     }
 
     fn load(&mut self, sections: Vec<Section>) -> Result<()> {
-        self.client.load(sections)
+        self.client.load(sections)?;
+        self.ways = ways_of(&mut self.client)?;
+        Ok(())
+    }
+
+    fn ways(&self) -> Ways {
+        self.ways.clone()
     }
 
     fn activate(&mut self, token: u64) -> Result<()> {
@@ -152,7 +200,30 @@ impl DestinationWorkload for KeeperDestination {
     }
 
     fn discard(&mut self) -> Result<()> {
-        self.client.discard()
+        insist(&mut self.client, KeeperClient::discard)
+    }
+}
+
+/// Each space is an open file here: what names more than this process may have leaves it no descriptor for
+/// anything else.
+fn room_for(spaces: usize) -> Result<()> {
+    let (allowed, _) = getrlimit(Resource::RLIMIT_NOFILE)
+        .map_err(|error| WorkloadError::new("Cannot tell how many files may be open", error))?;
+    if spaces as u64 <= allowed / 2 {
+        return Ok(());
+    }
+    Err(WorkloadError::plain(format!(
+        "Its memory is {spaces} spaces, each of which is an open file here, and {allowed} may be open: \
+         raise the agent's limit (LimitNOFILE of its service, or `ulimit -n`)"
+    )))
+}
+
+/// What the report says of a keeper's ways is no reason to fail: one that is older than the question
+/// knows of none.
+fn ways_of(client: &mut KeeperClient) -> Result<Ways> {
+    match client.ways() {
+        Err(gone @ WorkloadError::KeeperGone { .. }) => Err(gone),
+        answered => Ok(answered.unwrap_or_default()),
     }
 }
 
@@ -191,5 +262,62 @@ impl PageWriter for DescriptorWriter {
         let file = self.space(range)?;
         fallocate(file, hole, range.address() as i64, range.bytes() as i64)
             .map_err(|error| WorkloadError::new(format!("Cannot clear {range}"), error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+    use crate::workload::Place;
+
+    fn source(client: KeeperClient) -> KeeperSource {
+        KeeperSource {
+            client,
+            token: 0,
+            manifest: Manifest::default(),
+            liveness: Liveness::StopOnly { reason: "the test says so".to_owned() },
+            ways: Ways::default(),
+            make_reader: Box::new(|_, _| Err(WorkloadError::plain("Nothing is read"))),
+        }
+    }
+
+    /// A keeper that hangs up on `count` connections and is gone then.
+    fn hangs_up(place: &Place, count: usize) -> thread::JoinHandle<()> {
+        let listener = UnixListener::bind(place.socket()).expect("a socket");
+        thread::spawn(move || {
+            for _ in 0..count {
+                drop(listener.accept().expect("accepts"));
+            }
+        })
+    }
+
+    #[test]
+    fn more_spaces_than_files_may_be_open_are_refused() {
+        room_for(8).expect("a few");
+        let error = room_for(usize::MAX >> 1).expect_err("too many").to_string();
+        assert!(error.contains("LimitNOFILE"), "{error}");
+    }
+
+    #[test]
+    fn only_a_keeper_that_nobody_can_reach_is_gone() {
+        for ask in [SourceWorkload::resume, SourceWorkload::release] {
+            let directory = tempfile::tempdir().expect("a directory");
+            let place = Place {
+                name: "web".to_owned(),
+                uuid: "u".to_owned(),
+                dir: directory.path().to_owned(),
+            };
+            // The first, the second, and the look whether anybody is there.
+            let keeper = hangs_up(&place, 3);
+            let mut source = source(KeeperClient::connect(&place).expect("connects"));
+            let error = ask(&mut source).expect_err("it never answers");
+            assert!(!matches!(error, WorkloadError::KeeperGone { .. }), "{error}");
+            keeper.join().expect("ends");
+            let error = ask(&mut source).expect_err("nobody listens");
+            assert!(matches!(error, WorkloadError::KeeperGone { .. }), "{error}");
+        }
     }
 }

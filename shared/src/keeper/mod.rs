@@ -18,14 +18,15 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::methods::{Methods, Ways};
 use crate::pages::{PageSet, SpaceId};
 use crate::workload::{
     HostTools, Kind, Liveness, Place, Result, Section, SpaceInfo, WorkloadError,
 };
 
-pub use client::KeeperClient;
-pub use server::{ExitSignal, serve};
-pub use spawn::spawn;
+pub use client::{KeeperClient, is_kept};
+pub use server::{ExitSignal, serve, serve_on};
+pub use spawn::{allow_many_files, spawn};
 
 /// How a keeper begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +36,8 @@ pub enum Beginning {
     Run,
     /// Build an empty workload that a session fills.
     Incoming,
+    /// Take charge of one that somebody else started and that runs.
+    Adopt,
 }
 
 /// What the agent tells a keeper at its start (the file [`Place::keeper_config`]).
@@ -80,11 +83,31 @@ pub enum Phase {
     },
 }
 
+/// What a harvest tells beside dirty pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Harvest {
+    /// All pages that exist, of a workload that stands still and whose memory may come and go, when
+    /// they are looked for the first time.
+    pub exists: Option<PageSet>,
+    /// The longest that any part of the workload stood still for the tracking, so far.
+    pub stall: Duration,
+}
+
 /// A workload as its keeper holds it. Called by one thread, the keeper's server; phases are the
 /// server's business, so an implementation may rely on `pause` not being called twice in a row.
 pub trait Kept: Send {
+    /// What the host's configuration says now; that of the keeper's own start may be older. For the
+    /// moves that follow.
+    fn configure(&mut self, methods: Methods) -> Result<()> {
+        let _ = methods;
+        Err(WorkloadError::Unsupported("A choice of methods"))
+    }
     /// Whether and how dirty pages can be tracked while it runs.
     fn liveness(&self) -> Liveness;
+    /// How it leaves, or was restored here; see [`crate::workload::SourceWorkload::ways`].
+    fn ways(&self) -> Ways {
+        Ways::default()
+    }
     /// Facts for `inspect` and for the manifest, in the backend's own JSON (pids, CPUID, ...).
     fn facts(&mut self) -> Result<serde_json::Value>;
     /// The spaces as they are now.
@@ -96,8 +119,9 @@ pub trait Kept: Send {
     fn memory(&mut self, space: SpaceId) -> Result<OwnedFd>;
     /// Starts dirty tracking; see [`crate::workload::SourceWorkload::track`].
     fn track(&mut self) -> Result<()>;
-    /// See [`crate::workload::SourceWorkload::harvest`].
-    fn harvest(&mut self, dirty: &mut PageSet) -> Result<()>;
+    /// Adds to `dirty` what was written since the last harvest, and re-arms; see
+    /// [`crate::workload::SourceWorkload::harvest`].
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<Harvest>;
     /// See [`crate::workload::SourceWorkload::throttle`].
     fn throttle(&mut self, percent: u8) -> Result<()> {
         let _ = percent;
@@ -119,4 +143,8 @@ pub trait Kept: Send {
     fn discard(&mut self) -> Result<()>;
     /// Running: asks the workload to end, waits `grace`, then forces. The keeper ends.
     fn stop(&mut self, grace: Duration) -> Result<()>;
+    /// Running, and adopted: gives it back to whoever started it, as it runs. The keeper ends.
+    fn let_go(&mut self) -> Result<()> {
+        Err(WorkloadError::Unsupported("Letting go"))
+    }
 }

@@ -37,6 +37,9 @@ pub(super) enum Ask {
     Discard = 16,
     Stop = 17,
     Liveness = 18,
+    Configure = 19,
+    Ways = 20,
+    LetGo = 21,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -53,6 +56,8 @@ pub(super) struct Request {
     pub token: u64,
     #[prost(uint64, tag = "6")]
     pub grace_ms: u64,
+    #[prost(string, tag = "7")]
+    pub json: String,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -66,6 +71,15 @@ pub(super) struct Reply {
     pub dirty: Vec<DirtyChunk>,
     #[prost(string, tag = "4")]
     pub json: String,
+    /// With a harvest of a workload that stands still and whose memory may come and go: whether
+    /// `exists` is said, and all pages that there are.
+    #[prost(bool, tag = "5")]
+    pub bounded: bool,
+    #[prost(message, repeated, tag = "6")]
+    pub exists: Vec<DirtyChunk>,
+    /// With a harvest: the longest that any part of the workload stood still for the tracking.
+    #[prost(uint64, tag = "7")]
+    pub stall_us: u64,
 }
 
 /// Bits of a page set: bit 0 of the first byte is page `first`.

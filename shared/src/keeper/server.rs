@@ -13,12 +13,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::protocol::{self, Ask, Reply, Request};
-use super::{Beginning, ExitRecord, KeeperConfig, Kept, Phase, client, spawn};
+use super::{Beginning, ExitRecord, Harvest, KeeperConfig, Kept, Phase, client, spawn};
 use crate::pages::{PageSet, SpaceId};
 use crate::workload::{Result, WorkloadError};
 
 /// A peer that began a frame must end it within this.
 const FRAME_WITHIN: Duration = Duration::from_secs(30);
+
+/// What could not be undone after the agent was lost is tried again after this.
+const SETTLE_AGAIN: Duration = Duration::from_secs(1);
 
 /// How a workload says that it ended by itself.
 #[derive(Clone, Debug)]
@@ -65,9 +68,22 @@ pub fn serve(config: &KeeperConfig, kept: Box<dyn Kept>, exit: &ExitSignal) -> R
     let listener = UnixListener::bind(&socket).map_err(failed)?;
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).map_err(failed)?;
     spawn::report_ready().map_err(failed)?;
-    let ended = Server::new(config, kept).run(&listener, exit);
+    let ended = serve_on(&listener, config, kept, exit);
     let _ = fs::remove_file(&socket);
     ended.map_err(failed)
+}
+
+/// As [`serve`], on a socket that listens already.
+///
+/// # Errors
+/// When the kernel does not let it wait.
+pub fn serve_on(
+    listener: &UnixListener,
+    config: &KeeperConfig,
+    kept: Box<dyn Kept>,
+    exit: &ExitSignal,
+) -> io::Result<()> {
+    Server::new(config, kept).run(listener, exit)
 }
 
 struct Server<'a> {
@@ -83,7 +99,7 @@ struct Server<'a> {
 impl<'a> Server<'a> {
     fn new(config: &'a KeeperConfig, kept: Box<dyn Kept>) -> Self {
         let phase = match config.beginning {
-            Beginning::Run => Phase::Running,
+            Beginning::Run | Beginning::Adopt => Phase::Running,
             Beginning::Incoming => Phase::Incoming,
         };
         Self { config, kept, phase, disturbed: false, over: false }
@@ -100,6 +116,7 @@ impl<'a> Server<'a> {
                     self.record_exit(exit);
                     return Ok(());
                 }
+                Woken::Deadline if self.phase == Phase::Running => self.settle_after_loss(),
                 Woken::Deadline => self.resume_alone(),
                 Woken::Ready => match &mut agent {
                     None => {
@@ -126,8 +143,13 @@ impl<'a> Server<'a> {
 
     /// How long to wait for an agent before the workload runs on by itself.
     fn patience(&self, has_agent: bool, lost_at: Instant) -> Option<Duration> {
-        let paused = self.phase == Phase::Paused && !has_agent;
-        paused.then(|| self.config.tools.resume_after.saturating_sub(lost_at.elapsed()))
+        match self.phase {
+            _ if has_agent => None,
+            Phase::Paused => Some(self.config.tools.resume_after.saturating_sub(lost_at.elapsed())),
+            // What could not be undone is tried again.
+            Phase::Running => self.disturbed.then_some(SETTLE_AGAIN),
+            _ => None,
+        }
     }
 
     /// Nobody came back in time, and nobody fenced it: nothing can run elsewhere.
@@ -214,6 +236,14 @@ impl<'a> Server<'a> {
             Ask::Phase => reply.json = json(&self.phase)?,
             Ask::Facts => reply.json = json(&self.kept.facts()?)?,
             Ask::Liveness => reply.json = json(&self.kept.liveness())?,
+            Ask::Configure => {
+                self.must_be("configured", &[Phase::Running])?;
+                let methods = serde_json::from_str(&request.json).map_err(|error| {
+                    WorkloadError::new("Cannot read a choice of methods", error)
+                })?;
+                self.kept.configure(methods)?;
+            }
+            Ask::Ways => reply.json = json(&self.kept.ways())?,
             Ask::Spaces => reply.spaces = self.kept.spaces()?,
             Ask::MakeSpaces => {
                 self.must_be("given memory", &[Phase::Incoming])?;
@@ -227,8 +257,11 @@ impl<'a> Server<'a> {
             }
             Ask::Harvest => {
                 let mut dirty = PageSet::new();
-                self.kept.harvest(&mut dirty)?;
+                let Harvest { exists, stall } = self.kept.harvest(&mut dirty)?;
                 reply.dirty = protocol::pack_pages(&dirty);
+                reply.bounded = exists.is_some();
+                reply.exists = protocol::pack_pages(&exists.unwrap_or_default());
+                reply.stall_us = stall.as_micros() as u64;
             }
             Ask::Throttle => {
                 self.must_be("throttled", &[Phase::Running])?;
@@ -237,6 +270,8 @@ impl<'a> Server<'a> {
             }
             Ask::Pause => {
                 self.must_be("paused", &[Phase::Running])?;
+                // One that fails may leave it standing still, if what undoes it fails too.
+                self.disturbed = true;
                 self.kept.pause()?;
                 self.phase = Phase::Paused;
             }
@@ -249,14 +284,15 @@ impl<'a> Server<'a> {
                         WorkloadError::new("Cannot hand the state over", error)
                     })?);
             }
-            Ask::Resume => self.resume()?,
+            Ask::Resume => self.resume(request.token)?,
             Ask::Fence => self.fence(request.token)?,
             Ask::Load => self.load(descriptor)?,
             Ask::Activate => self.activate()?,
             Ask::Release => {
-                let Phase::Fenced { .. } = self.phase else {
+                let Phase::Fenced { token } = self.phase else {
                     return Err(self.out_of_turn("released"));
                 };
+                self.must_hold(token, request.token)?;
                 self.kept.release()?;
                 self.over = true;
             }
@@ -270,11 +306,21 @@ impl<'a> Server<'a> {
                 self.kept.stop(Duration::from_millis(request.grace_ms))?;
                 self.over = true;
             }
+            Ask::LetGo => {
+                self.must_be("let go", &[Phase::Running])?;
+                self.kept.let_go()?;
+                self.over = true;
+            }
         }
         Ok(reply)
     }
 
-    fn resume(&mut self) -> Result<()> {
+    /// Of a fenced workload nobody decides but the change of ownership that fenced it: another one, which
+    /// was left open and is late, knows nothing of a copy that may run elsewhere.
+    fn resume(&mut self, token: u64) -> Result<()> {
+        if let Phase::Fenced { token: held } = self.phase {
+            self.must_hold(held, token)?;
+        }
         match self.phase {
             Phase::Running | Phase::Paused | Phase::Fenced { .. } => {
                 self.kept.resume()?;
@@ -321,6 +367,16 @@ impl<'a> Server<'a> {
             }
             _ => Err(self.out_of_turn("activated")),
         }
+    }
+
+    fn must_hold(&self, held: u64, token: u64) -> Result<()> {
+        if held == token {
+            return Ok(());
+        }
+        Err(WorkloadError::plain(format!(
+            "Workload {} is fenced under token {held}, and this was asked under token {token}",
+            self.config.place.name
+        )))
     }
 
     fn must_be(&self, verb: &str, phases: &[Phase]) -> Result<()> {
@@ -393,6 +449,7 @@ mod tests {
 
     use super::*;
     use crate::keeper::KeeperClient;
+    use crate::methods::{Methods, Ways};
     use crate::pages::PageRange;
     use crate::workload::{HostTools, Kind, Liveness, Place, Section, SpaceInfo};
 
@@ -408,6 +465,14 @@ mod tests {
     impl Kept for Told {
         fn liveness(&self) -> Liveness {
             Liveness::Tracked { tracker: "test".to_owned() }
+        }
+
+        fn configure(&mut self, methods: Methods) -> Result<()> {
+            self.tell(methods.tracker.word())
+        }
+
+        fn ways(&self) -> Ways {
+            Ways { restore: Some(Ways::EAGER.to_owned()), ..Ways::default() }
         }
 
         fn facts(&mut self) -> Result<serde_json::Value> {
@@ -430,9 +495,11 @@ mod tests {
             self.tell("track")
         }
 
-        fn harvest(&mut self, dirty: &mut PageSet) -> Result<()> {
+        fn harvest(&mut self, dirty: &mut PageSet) -> Result<Harvest> {
             dirty.insert(PageRange::new(SpaceId(3), 70, 5));
-            Ok(())
+            let exists = [PageRange::new(SpaceId(3), 60, 12)];
+            let exists = Some(exists.into_iter().collect());
+            Ok(Harvest { exists, stall: Duration::from_micros(140) })
         }
 
         fn pause(&mut self) -> Result<()> {
@@ -480,25 +547,29 @@ mod tests {
         _directory: tempfile::TempDir,
     }
 
-    fn keep(beginning: Beginning) -> Fixture {
-        let directory = tempfile::tempdir().expect("a directory");
-        let place = Place {
-            name: "web".to_owned(),
-            uuid: "u".to_owned(),
-            dir: directory.path().to_owned(),
-        };
-        let config = KeeperConfig {
+    fn config_of(beginning: Beginning, directory: &std::path::Path) -> KeeperConfig {
+        let place =
+            Place { name: "web".to_owned(), uuid: "u".to_owned(), dir: directory.to_owned() };
+        KeeperConfig {
             kind: Kind::Vm,
             beginning,
-            place: place.clone(),
+            place,
             tools: HostTools {
                 decamp: "decamp".into(),
                 criu: "criu".into(),
                 runc: "runc".into(),
+                crun: "crun".into(),
                 resume_after: Duration::from_millis(200),
+                methods: Methods::default(),
             },
             spec: serde_json::Value::Null,
-        };
+        }
+    }
+
+    fn keep(beginning: Beginning) -> Fixture {
+        let directory = tempfile::tempdir().expect("a directory");
+        let config = config_of(beginning, directory.path());
+        let place = config.place.clone();
         let listener = UnixListener::bind(place.socket()).expect("a socket");
         let (tell, told) = mpsc::channel();
         let exit = ExitSignal::new().expect("a signal");
@@ -530,6 +601,23 @@ mod tests {
         assert_eq!(kept.said(), "resume");
         assert!(lost.elapsed() >= Duration::from_millis(200), "not before its deadline");
         assert_eq!(kept.client().phase().expect("answers"), Phase::Running);
+    }
+
+    /// Whether the workload stands still after that nobody knows.
+    #[test]
+    fn a_pause_that_failed_is_undone_when_the_agent_is_lost() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let config = config_of(Beginning::Run, directory.path());
+        let (tell, told) = mpsc::channel();
+        drop(told);
+        let mut server = Server::new(&config, Box::new(Told(tell)));
+        assert_eq!(server.patience(false, Instant::now()), None);
+        let pause = Request { ask: Ask::Pause.into(), ..Request::default() };
+        assert!(server.act(&pause, None, &mut None).is_err(), "it cannot be paused");
+        assert_eq!(server.phase, Phase::Running);
+        server.settle_after_loss();
+        let again = server.patience(false, Instant::now());
+        assert_eq!(again, Some(SETTLE_AGAIN), "what cannot be undone is tried again");
     }
 
     #[test]
@@ -570,7 +658,7 @@ mod tests {
         let mut client = kept.client();
         assert!(client.fence(4).is_err(), "what runs cannot be fenced");
         client.pause().expect("pauses");
-        assert!(client.release().is_err(), "what is not fenced is not released");
+        assert!(client.release(5).is_err(), "what is not fenced is not released");
         client.fence(5).expect("fences");
         assert!(client.fence(4).is_err(), "an older token");
         assert!(client.stop(Duration::ZERO).is_err(), "a fenced workload is not stopped");
@@ -579,9 +667,28 @@ mod tests {
         assert!(kept.told.recv_timeout(Duration::from_millis(500)).is_err(), "it never resumes");
         let mut client = kept.client();
         assert_eq!(client.phase().expect("answers"), Phase::Fenced { token: 5 });
-        client.release().expect("releases");
+        assert!(client.release(4).is_err(), "another's fence");
+        client.release(5).expect("releases");
         assert_eq!(kept.said(), "release");
         assert!(kept.server.join().expect("ends").is_ok());
+    }
+
+    #[test]
+    fn only_whoever_fenced_it_lets_it_run_again() {
+        let kept = keep(Beginning::Run);
+        let mut client = kept.client();
+        client.resume(3).expect("what is not fenced runs on under any token");
+        client.pause().expect("pauses");
+        client.fence(5).expect("fences");
+        for token in [0, 4, 6] {
+            let error = client.resume(token).expect_err("not its own").to_string();
+            assert!(error.contains("fenced under token 5"), "{error}");
+        }
+        assert_eq!(client.phase().expect("answers"), Phase::Fenced { token: 5 });
+        client.resume(5).expect("its own");
+        assert_eq!(client.phase().expect("answers"), Phase::Running);
+        let said: Vec<_> = kept.told.try_iter().collect();
+        assert_eq!(said, ["resume", "pause", "resume"]);
     }
 
     #[test]
@@ -608,14 +715,29 @@ mod tests {
         let kept = keep(Beginning::Run);
         let mut client = kept.client();
         client.track().expect("tracks");
-        let mut dirty = PageSet::new();
+        let page = |first| PageRange::new(SpaceId(3), first, 1);
+        let mut dirty: PageSet = [page(61), page(80)].into_iter().collect();
         client.harvest(&mut dirty).expect("harvests");
+        // Of what was held before and of what is new, that which exists.
         let ranges: Vec<_> = dirty.ranges().collect();
-        assert_eq!(ranges, [PageRange::new(SpaceId(3), 70, 5)]);
+        assert_eq!(ranges, [page(61), PageRange::new(SpaceId(3), 70, 2)]);
+        assert_eq!(client.stall(), Duration::from_micros(140));
         let error = client.memory(SpaceId(9)).expect_err("no such space").to_string();
         assert!(error.contains("space 9"), "{error}");
         client.pause().expect("pauses");
         assert_eq!(client.save().expect("saves")[0].bytes.len(), 3_000_000);
+    }
+
+    #[test]
+    fn what_the_configuration_says_now_is_heard() {
+        let kept = keep(Beginning::Run);
+        let mut client = kept.client();
+        let tracker = crate::methods::TrackerChoice::PageHash;
+        client.configure(&Methods { tracker, ..Methods::default() }).expect("is heard");
+        assert_eq!(kept.said(), "page-hash");
+        assert_eq!(client.ways().expect("answers").restore.as_deref(), Some("eager"));
+        client.pause().expect("pauses");
+        assert!(client.configure(&Methods::default()).is_err(), "a move is under way");
     }
 
     #[test]

@@ -7,15 +7,43 @@ use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{OnceLock, mpsc};
 use std::thread;
 use std::time::Duration;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::KeeperConfig;
 use crate::workload::{Result, WorkloadError};
 
 /// A keeper that says nothing for so long is ended.
 const READY_WITHIN: Duration = Duration::from_secs(60);
+/// Tells a keeper how many files may be open by default in what it starts.
+const OPEN_FILES: &str = "DECAMP_OPEN_FILES";
+
+/// How many files this process was allowed to open when it began.
+static GIVEN: OnceLock<u64> = OnceLock::new();
+
+/// Agent side: allows this process as many open files as it may allow itself. Keepers that it starts
+/// begin with what it had before: workloads inherit that.
+pub fn allow_many_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(given, most)| {
+        GIVEN.get_or_init(|| given);
+        setrlimit(Resource::RLIMIT_NOFILE, most, most)
+    });
+    if let Err(error) = raised {
+        tracing::warn!(%error, "Cannot allow more open files");
+    }
+}
+
+/// Keeper side: what the agent had before that.
+fn as_given() {
+    let given = std::env::var(OPEN_FILES).ok().and_then(|text| text.parse().ok());
+    let (Some(given), Ok((_, most))) = (given, getrlimit(Resource::RLIMIT_NOFILE)) else { return };
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, most.min(given), most) {
+        tracing::warn!(%error, "Cannot allow as many open files as by default");
+    }
+}
 
 /// Starts a keeper and returns when it is ready: the workload runs, or its empty shell is built.
 /// The keeper is no part of the agent's process group and outlives it.
@@ -33,6 +61,7 @@ pub fn spawn(config: &KeeperConfig) -> Result<()> {
         file.write_all(&serde_json::to_vec_pretty(config)?)?;
         let log = OpenOptions::new().append(true).create(true).open(config.place.keeper_log())?;
         Command::new(&config.tools.decamp)
+            .envs(GIVEN.get().map(|given| (OPEN_FILES, given.to_string())))
             .arg("keeper")
             .arg("--config")
             .arg(&path)
@@ -66,8 +95,10 @@ pub fn spawn(config: &KeeperConfig) -> Result<()> {
     }
 }
 
-/// Keeper side: leaves the agent's session, so that neither its terminal nor its end reach us.
+/// Keeper side: leaves the agent's session, so that neither its terminal nor its end reach us, and takes
+/// back what the agent allowed itself.
 pub fn detach() {
+    as_given();
     // Fails only for a process group leader, which then has left already.
     let _ = nix::unistd::setsid();
 }

@@ -30,6 +30,11 @@ pub trait PageReader: Send + Sync {
     /// # Errors
     /// When any byte could not be read: a short read is an error, never a zero-filled tail.
     fn read(&self, range: PageRange, into: &mut [u8]) -> Result<()>;
+
+    /// Pages that the workload gave back while it ran, after they were asked for and before they were
+    /// read: they were given as zeros, and are to be counted as written again, so that whoever still has
+    /// them when the workload stands still reads them then. Empties the set.
+    fn take_missed(&self) -> PageSet;
 }
 
 /// Where arriving pages are put, on the destination. Called by several threads at once, never for

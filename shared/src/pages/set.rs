@@ -94,6 +94,22 @@ impl PageSet {
         }
     }
 
+    /// Takes every page out that is not in `other`.
+    pub fn intersect(&mut self, other: &PageSet) {
+        self.chunks.retain(|key, ours| {
+            let Some(theirs) = other.chunks.get(key) else { return false };
+            for (word, keep) in ours.iter_mut().zip(theirs.iter()) {
+                *word &= keep;
+            }
+            true
+        });
+    }
+
+    /// Takes every page of the spaces out that `keep` does not want.
+    pub fn retain_spaces(&mut self, mut keep: impl FnMut(SpaceId) -> bool) {
+        self.chunks.retain(|(space, _), _| keep(*space));
+    }
+
     /// Empties the set, and keeps nothing.
     pub fn clear(&mut self) {
         self.chunks.clear();
@@ -273,6 +289,17 @@ mod tests {
             prop_assert_eq!(&copy.ranges().collect::<Vec<_>>(), &set.ranges().collect::<Vec<_>>());
             copy.subtract(&set);
             prop_assert!(copy.is_empty());
+            let some: PageSet = [PageRange::new(SpaceId(1), 100, 40_000)].into_iter().collect();
+            let mut common = set.clone();
+            common.intersect(&some);
+            let expected: BTreeSet<_> = model.iter().copied()
+                .filter(|(space, page)| *space == SpaceId(1) && (100..40_100).contains(page)).collect();
+            let found: BTreeSet<_> =
+                common.ranges().flat_map(|r| (r.first..r.end()).map(move |p| (r.space, p))).collect();
+            prop_assert_eq!(found, expected);
+            let mut kept = set.clone();
+            kept.retain_spaces(|space| space == SpaceId(1));
+            prop_assert_eq!(kept.len(), model.iter().filter(|(space, _)| *space == SpaceId(1)).count() as u64);
             let mut stepped = PageSet::new();
             let (mut space, mut page) = (SpaceId(0), 0);
             while let Some(run) = set.next_run(space, page, 100) {

@@ -70,6 +70,10 @@ impl PageReader for Memory {
         let file = self.file(range.space)?;
         file.read_exact_at(into, range.address()).map_err(|e| WorkloadError::new("Read", e))
     }
+
+    fn take_missed(&self) -> PageSet {
+        PageSet::new()
+    }
 }
 
 impl PageWriter for Memory {
@@ -466,6 +470,10 @@ impl PageReader for Faulty {
     fn read(&self, range: PageRange, _: &mut [u8]) -> WorkResult<()> {
         assert!(!self.0, "a reader that panics, as the test wants it");
         Err(WorkloadError::plain(format!("No memory at {range}")))
+    }
+
+    fn take_missed(&self) -> PageSet {
+        PageSet::new()
     }
 }
 

@@ -225,6 +225,12 @@ pub struct Loaded {
     /// How long loading took, in microseconds.
     #[prost(uint64, tag = "1")]
     pub load_us: u64,
+    /// When memory came, for the report: `lazy`, `eager`, or nothing where that is not known.
+    #[prost(string, tag = "2")]
+    pub restore: String,
+    /// Why it was not restored in the best way, for the report.
+    #[prost(string, repeated, tag = "3")]
+    pub fallbacks: Vec<String>,
 }
 
 /// Run.

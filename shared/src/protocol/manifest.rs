@@ -47,7 +47,9 @@ pub struct SpaceInfo {
     /// Upper bound of page numbers in it, exclusive. A peer's page beyond it is an error.
     #[prost(uint64, tag = "2")]
     pub page_limit: u64,
-    /// For people: `guest memory`, `process 17`.
+    /// For people: `guest memory`, `process 17`. Of a container's shared memory (spaces from 2^22 on) it is
+    /// `shared memory ` and the name that the segment has, `System V segment ` and its number, or
+    /// `tmpfs NUMBER SOURCE PATH`.
     #[prost(string, tag = "3")]
     pub label: String,
     /// The process behind the space as the backend knows it (a container's namespace pid), or 0.
@@ -79,6 +81,31 @@ pub enum FileRole {
     Initrd = 2,
     /// A container's OCI bundle, root file system included; the container writes in it.
     Bundle = 3,
+    /// A directory that is mounted into a container.
+    Volume = 4,
+    /// A single file that is mounted into a container.
+    VolumeFile = 5,
+}
+
+impl FileRole {
+    /// Whether it is mounted into a container, a directory or a file.
+    pub fn is_volume(self) -> bool {
+        matches!(self, Self::Volume | Self::VolumeFile)
+    }
+}
+
+/// What becomes of a file tree in a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, prost::Enumeration, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[repr(i32)]
+pub enum Storage {
+    /// Nobody said. What is mounted into a container is shared if both hosts see the very same, else
+    /// refused; everything else is copied.
+    Unsaid = 0,
+    /// It is copied.
+    Copy = 1,
+    /// Both hosts see the very same: it stays where it is, and nobody ever removes any of it.
+    Shared = 2,
 }
 
 /// A file or directory of the workload that must stand on the destination too.
@@ -100,6 +127,15 @@ pub struct FileTree {
     /// while it stands still.
     #[prost(bool, tag = "5")]
     pub live: bool,
+    /// What becomes of it.
+    #[prost(enumeration = "Storage", tag = "6")]
+    pub storage: i32,
+    /// Where the workload sees it, of what is mounted into a container: it may be in several places.
+    #[prost(string, repeated, tag = "7")]
+    pub mounts: Vec<String>,
+    /// Where it goes on the destination when nobody says otherwise; nothing where it goes to the same path.
+    #[prost(string, tag = "8")]
+    pub place: String,
 }
 
 /// A bridge that the workload's interface hangs on.

@@ -42,7 +42,16 @@ mod tests {
     fn messages() -> Vec<(String, Vec<u32>)> {
         let text = || "x".to_owned();
         let space = SpaceInfo { id: 1, page_limit: 1, label: text(), process: 1 };
-        let tree = FileTree { id: 1, role: 1, path: text(), bytes: 1, live: true };
+        let tree = FileTree {
+            id: 1,
+            role: 1,
+            path: text(),
+            bytes: 1,
+            live: true,
+            storage: 1,
+            mounts: vec![text()],
+            place: text(),
+        };
         let network = NetworkNeed { bridge: text() };
         let mapping = PathMapping { old: text(), new: text() };
         let refusal = Refusal { code: 1, text: text() };
@@ -80,7 +89,10 @@ mod tests {
             row("Verdict", &verdict),
             row("Ready", &Ready {}),
             row("RoundDone", &RoundDone { round: 1, pages: 1 }),
-            row("Loaded", &Loaded { load_us: 1 }),
+            row(
+                "Loaded",
+                &Loaded { load_us: 1, restore: "lazy".into(), fallbacks: vec!["why".into()] },
+            ),
             row("Settled", &Settled { settlement: 1, reason: text() }),
             row("Failed", &Failed { text: text() }),
             row("Pong", &Pong {}),

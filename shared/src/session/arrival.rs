@@ -128,8 +128,8 @@ impl Arrival {
                 tokio::task::spawn_blocking(move || host.gone(&migration, &manifest)).await
             }
             Destination::Undecided => {
-                // Its files stay until an operator has decided.
-                self.landing.keep();
+                // Its files stay, and so does the record of them, by which they go when an operator gives
+                // the arrival up.
                 self.workload = None;
                 tokio::task::spawn_blocking(move || host.undecided(&migration, &manifest)).await
             }
@@ -216,9 +216,9 @@ impl Arrival {
                 self.reason = chain(&error);
                 tracing::error!(migration = %self.migration, error = %self.reason, "Cannot activate");
                 match error {
-                    SessionError::Workload(WorkloadError::Uncertain { .. }) => {
-                        DestinationInput::ActivateLost
-                    }
+                    // A thread of ours that died may have asked the keeper before.
+                    SessionError::Workload(WorkloadError::Uncertain { .. })
+                    | SessionError::Worker(_) => DestinationInput::ActivateLost,
                     _ => DestinationInput::ActivateFailed,
                 }
             }

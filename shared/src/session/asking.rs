@@ -15,13 +15,30 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// Pauses between tries grow from the first to the second.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
+/// The pauses between tries, each twice as long as the one before, up to a limit.
+pub(super) struct Pauses(Duration);
+
+impl Pauses {
+    /// Short at first.
+    pub(super) fn new() -> Self {
+        Self(PAUSES.0)
+    }
+
+    /// How long to wait now.
+    pub(super) fn next(&mut self) -> Duration {
+        let pause = self.0;
+        self.0 = (pause * 2).min(PAUSES.1);
+        pause
+    }
+}
+
 /// Asks until an answer comes; never gives up by itself. The answer, and why.
 pub async fn ask_until_settled(
     dialer: &Dialer,
     peer: &PeerAddress,
     commit: &Commit,
 ) -> (Answer, String) {
-    let mut pause = PAUSES.0;
+    let mut pauses = Pauses::new();
     loop {
         match ask(dialer, peer, commit).await {
             Ok(answer) => return answer,
@@ -30,19 +47,20 @@ pub async fn ask_until_settled(
                     error = %chain(&error), "No answer yet; asking again");
             }
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(PAUSES.1);
+        tokio::time::sleep(pauses.next()).await;
     }
 }
 
 /// Asks once.
 ///
 /// # Errors
-/// When the destination cannot be reached or does not answer sensibly.
+/// [`SessionError::Unreachable`] when nothing was said to the destination; anything else when it was
+/// asked and gave no answer that makes sense. It may act on the question all the same.
 pub async fn ask(dialer: &Dialer, peer: &PeerAddress, commit: &Commit) -> Result<(Answer, String)> {
-    let connection = dialer.dial(peer, Role::Control, CONNECT_WITHIN).await.map_err(|source| {
-        SessionError::Transport { what: format!("Cannot ask {}", peer.name), source }
-    })?;
+    let connection = dialer
+        .dial(peer, Role::Control, CONNECT_WITHIN)
+        .await
+        .map_err(|source| SessionError::Unreachable { host: peer.name.clone(), source })?;
     let mut link = Link::new(Control::new(connection));
     link.send(request::Body::Commit(commit.clone())).await;
     let body = link.reply(ANSWER_WITHIN, "asking what became of the workload").await?;

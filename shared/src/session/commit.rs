@@ -158,7 +158,8 @@ pub enum SourceAction {
     /// Tell the keeper; then [`SourceInput::KeeperFenced`], or [`SourceInput::GiveUp`].
     FenceKeeper,
     /// Write the record; then [`SourceInput::Journaled`]. A FENCED that cannot be written is
-    /// [`SourceInput::GiveUp`]; any other write is tried again.
+    /// [`SourceInput::GiveUp`]; a ROLLED_BACK that cannot be written is left to the next agent, which
+    /// finds the workload running; RELEASED is tried again.
     Journal(Record),
     /// Send Commit, now or as soon as the destination can be reached.
     SendCommit,

@@ -1,6 +1,7 @@
 //! What the source sends: files, rounds of pages, the final stop's rest and the state sections.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -9,19 +10,19 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::interval;
 
 use super::departure::Departure;
-use super::error::{Result, SessionError};
+use super::error::{Result, SessionError, chain};
 use super::policy::{Decision, Policy, Remaining};
 use super::progress::Progress;
 use super::report::{PageCounts, Report, Round};
 use super::source::{Wire, millis};
-use super::{Compress, MoveOptions};
-use crate::files::{FileCounters, TreeSender};
+use super::{Compress, MaxDowntime, MoveOptions};
+use crate::files::{FileCounters, TreeSender, settle};
 use crate::pages::{
     Compression, PAGE_SIZE, PageReader, PageSet, SendCounters, SendOptions, SendPool,
 };
 use crate::protocol::control::{self, Load, Part, reply, request};
 use crate::transport::{Canceller, DataStream};
-use crate::workload::{FileTree, Section, SpaceInfo};
+use crate::workload::{FileTree, Section, SpaceInfo, Storage};
 
 /// Bytes of a state section that travel in one control message.
 const PART: usize = 1 << 20;
@@ -44,8 +45,11 @@ pub(super) struct Copying {
     files: Option<TreeSender<DataStream>>,
     file_canceller: Canceller,
     file_counters: Arc<FileCounters>,
+    /// Those that are copied.
     trees: Vec<FileTree>,
-    max_downtime: Duration,
+    /// Where the shared ones are.
+    shared: Vec<String>,
+    max_downtime: MaxDowntime,
     timeout: Duration,
     started: Instant,
     announced: BTreeSet<u32>,
@@ -68,6 +72,8 @@ impl Copying {
             Compress::Lz4 => Compression::Lz4,
             Compress::Zstd => Compression::Zstd,
         };
+        let (shared, trees): (Vec<_>, Vec<_>) =
+            trees.into_iter().partition(|tree| tree.storage() == Storage::Shared);
         let cancellers = pages.iter().map(DataStream::canceller).collect();
         let pool = SendPool::start(pages, SendOptions { compression })
             .map_err(|error| SessionError::Pages { round: 0, source: Box::new(error) })?;
@@ -80,6 +86,7 @@ impl Copying {
             files: Some(TreeSender::new(files, file_counters.clone())),
             file_counters,
             trees,
+            shared: shared.into_iter().map(|tree| tree.path).collect(),
             max_downtime: options.max_downtime(),
             timeout: options.timeout(),
             started,
@@ -91,6 +98,8 @@ impl Copying {
 
     /// Sends every file tree while the workload runs.
     pub(super) async fn send_files(&mut self, wire: &mut Wire<'_>) -> Result<()> {
+        // Most of it, so that the stop is short.
+        wire.halt.or(self.settle_shared()).await?;
         if self.trees.is_empty() {
             return Ok(());
         }
@@ -119,6 +128,21 @@ impl Copying {
                 }
             }
         }
+    }
+
+    /// Has what was written to shared trees stored where the other host sees it: what is only in this
+    /// host's memory may never come there.
+    fn settle_shared(&self) -> impl Future<Output = Result<()>> + use<> {
+        let paths = self.shared.clone();
+        let settling = spawn_blocking(move || {
+            paths.iter().try_for_each(|path| {
+                settle(Path::new(path)).map_err(|source| SessionError::Files {
+                    path: path.clone(),
+                    source: Box::new(source),
+                })
+            })
+        });
+        async { settling.await? }
     }
 
     fn tell_files(&self, wire: &Wire<'_>) {
@@ -158,20 +182,39 @@ impl Copying {
         wire: &mut Wire<'_>,
         report: &mut Report,
     ) -> Result<PageSet> {
-        let reader = departure.with(|workload| workload.reader()).await?;
         departure.with(|workload| workload.track()).await?;
         let fixed = Duration::from_secs_f64(wire.fixed_stop_ms.max(0.0) / 1e3);
         let mut policy = Policy::new(self.max_downtime, self.timeout, fixed);
+        if let MaxDowntime::Aimed(aim) = self.max_downtime
+            && fixed > aim
+        {
+            let text = format!(
+                "A stop costs about {} ms on these hosts before any memory is sent, more than the {} ms \
+                 that are aimed at; --max-downtime makes it a promise",
+                fixed.as_millis(),
+                aim.as_millis()
+            );
+            wire.progress.tell(Progress::Note { text });
+        }
         let mut dirty = harvest(departure, PageSet::new()).await?;
         loop {
             wire.halt.check()?;
+            // After the harvest, so that every page of it is read from the memory that it is of: spaces
+            // come and go, and one whose process ended in between needs not travel.
             let spaces = departure.with(|workload| workload.spaces()).await?;
+            let reader = departure.with(|workload| workload.reader()).await?;
+            let known: BTreeSet<u32> = spaces.iter().map(|space| space.id).collect();
+            dirty.retain_spaces(|space| known.contains(&space.0));
             let sent = self.send_round(reader.clone(), dirty, &spaces, wire, report).await?;
-            dirty = harvest(departure, PageSet::new()).await?;
+            dirty = harvest(departure, reader.take_missed()).await?;
+            let (stall, look) =
+                departure.with(|workload| Ok((workload.stall(), workload.look()))).await?;
+            report.source_stall_ms = millis(stall);
             let remaining = Remaining {
                 dirty_pages: dirty.len(),
                 wire_ratio: sent.wire_ratio,
                 wire_rate: self.rate.unwrap_or(sent.wire_rate),
+                look,
                 elapsed: self.started.elapsed(),
             };
             let predicted = millis(policy.predict(&remaining));
@@ -186,7 +229,14 @@ impl Copying {
                         "It writes faster than the link: taking {percent} % of its processor time"
                     );
                     wire.progress.tell(Progress::Note { text });
-                    departure.with(move |workload| workload.throttle(percent)).await?;
+                    let throttled =
+                        departure.with(move |workload| workload.throttle(percent)).await;
+                    if let Err(error) = throttled {
+                        // It is no less whole for that; the timeout ends what does not get there.
+                        policy.cannot_throttle();
+                        let text = format!("It cannot be slowed down here: {}", chain(&error));
+                        wire.progress.tell(Progress::Note { text });
+                    }
                 }
                 Decision::Stop => {
                     report.predicted.downtime_ms = Some(predicted);
@@ -211,7 +261,9 @@ impl Copying {
         let spaces = departure.with(|workload| workload.spaces()).await?;
         let reader = departure.with(|workload| workload.reader()).await?;
         let files = self.on_files(|sender, tree| sender.send_changes(tree), |tree| tree.live)?;
+        let settled = self.settle_shared();
         let last = harvest(departure, held).await?;
+        report.compare_ms = millis(departure.with(|workload| Ok(workload.look())).await?);
         let cancellers = self.cancellers.clone();
         let saving = async {
             let saved = departure.with(|workload| workload.save()).await;
@@ -231,19 +283,21 @@ impl Copying {
         }
         report.downtime.memory_ms = millis(begun.elapsed());
         let stating = Instant::now();
-        self.end_files(files, wire).await?;
+        self.end_files(files, settled, wire).await?;
         send_sections(sections, wire).await;
         report.downtime.state_ms = millis(stating.elapsed());
         Ok(())
     }
 
-    /// Waits for the changed files, and ends their stream.
+    /// Waits for the changed files, and for what is shared to be stored, and ends the files' stream.
     async fn end_files(
         &mut self,
         files: JoinHandle<Result<TreeSender<DataStream>>>,
+        settled: impl Future<Output = Result<()>>,
         wire: &Wire<'_>,
     ) -> Result<()> {
         let ending = async {
+            settled.await?;
             let sender = files.await??;
             spawn_blocking(move || sender.finish()).await?.map_err(|error| SessionError::Files {
                 path: "the end of the file stream".to_owned(),

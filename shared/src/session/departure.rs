@@ -8,10 +8,14 @@ use std::time::Duration;
 use super::commit::{Answer, Keep, Record, Sight, Source, SourceAction, SourceInput};
 use super::error::{Result, SessionError, chain, fail_here};
 use super::journal::{Journal, Role};
+use super::link::Aborter;
 use crate::workload::{self, SourceWorkload, WorkloadError};
 
 /// Pause between two tries of something that must work in the end.
 const RETRY: Duration = Duration::from_secs(1);
+/// Tries to write that the workload runs on here. It does so already, and a restart finds that out by
+/// itself: nobody has to wait for a disk that stays full.
+const ROLLED_BACK_TRIES: u32 = 5;
 /// Tries to take a copy away that does not go.
 const RELEASE_TRIES: u32 = 600;
 
@@ -24,6 +28,8 @@ pub struct Departure {
     workload: Option<Box<dyn SourceWorkload>>,
     /// Whether the journal has a row of this session.
     begun: bool,
+    /// How to tell the destination that nothing will come, and why.
+    farewell: Option<(Aborter, String)>,
 }
 
 /// What the machine wants of the network.
@@ -31,8 +37,6 @@ pub struct Departure {
 pub enum Wish {
     /// Send Commit and feed the answer to [`Departure::answered`].
     Commit,
-    /// Tell the destination that nothing will come.
-    Abort,
 }
 
 impl Departure {
@@ -50,6 +54,7 @@ impl Departure {
             machine: Source::Open,
             workload: Some(workload),
             begun: false,
+            farewell: None,
         }
     }
 
@@ -71,6 +76,7 @@ impl Departure {
             machine,
             workload,
             begun: true,
+            farewell: None,
         };
         let wishes = departure.carry_out(actions).await;
         (departure, wishes)
@@ -113,13 +119,18 @@ impl Departure {
         Ok(result?)
     }
 
-    /// The destination is prepared: fences. On success the wish is to send Commit.
-    pub async fn hand_over(&mut self) -> Vec<Wish> {
+    /// The destination is prepared: fences. On success the wish is to send Commit. When it cannot be
+    /// fenced, the destination is told so through `farewell`, and the workload runs on.
+    pub(super) async fn hand_over(&mut self, farewell: Option<Aborter>) -> Vec<Wish> {
+        let reason = "the source could not fence the workload".to_owned();
+        self.farewell = farewell.map(|aborter| (aborter, reason));
         self.feed(SourceInput::HandOver).await
     }
 
-    /// Gives up where that is still possible: the workload runs on when this returns.
-    pub async fn give_up(&mut self) -> Vec<Wish> {
+    /// Gives up where that is still possible: the destination is told why through `farewell`, and the
+    /// workload runs on when this returns.
+    pub(super) async fn give_up(&mut self, farewell: Option<Aborter>, reason: &str) -> Vec<Wish> {
+        self.farewell = farewell.map(|aborter| (aborter, reason.to_owned()));
         self.feed(SourceInput::GiveUp).await
     }
 
@@ -144,13 +155,16 @@ impl Departure {
         for action in actions {
             let input = match action {
                 SourceAction::FenceKeeper => Some(self.fence_keeper().await),
-                SourceAction::Journal(record) => Some(self.write(record).await),
+                SourceAction::Journal(record) => self.write(record).await,
                 SourceAction::SendCommit => {
                     wishes.push(Wish::Commit);
                     None
                 }
                 SourceAction::SendAbort => {
-                    wishes.push(Wish::Abort);
+                    // At once: what comes next may take long, and the destination holds a copy.
+                    if let Some((aborter, reason)) = self.farewell.take() {
+                        aborter.abort(&reason).await;
+                    }
                     None
                 }
                 SourceAction::Resume => {
@@ -181,23 +195,27 @@ impl Departure {
     }
 
     /// Writes `record`. Only FENCED may fail, because only before it giving up is still possible.
-    async fn write(&mut self, record: Record) -> SourceInput {
+    /// ROLLED_BACK is left out when it cannot be written for long: nothing comes of it then.
+    async fn write(&mut self, record: Record) -> Option<SourceInput> {
         if !self.begun {
-            return SourceInput::Journaled(record);
+            return Some(SourceInput::Journaled(record));
         }
-        loop {
-            match self.write_once(record).await {
-                Ok(()) => return SourceInput::Journaled(record),
-                Err(error) => {
-                    tracing::error!(migration = %self.migration, error = %chain(&error),
-                        "Cannot write {} to the journal", record.word());
-                    if record == Record::Fenced {
-                        return SourceInput::GiveUp;
-                    }
-                    tokio::time::sleep(RETRY).await;
+        for tries in 1.. {
+            let Err(error) = self.write_once(record).await else { break };
+            tracing::error!(migration = %self.migration, error = %chain(&error),
+                "Cannot write {} to the journal", record.word());
+            match record {
+                Record::Fenced => return Some(SourceInput::GiveUp),
+                Record::RolledBack if tries >= ROLLED_BACK_TRIES => {
+                    tracing::error!(migration = %self.migration,
+                        "The workload runs on here; the journal does not say so yet, and the next agent \
+                         finds it out");
+                    return None;
                 }
+                _ => tokio::time::sleep(RETRY).await,
             }
         }
+        Some(SourceInput::Journaled(record))
     }
 
     async fn write_once(&mut self, record: Record) -> Result<()> {
@@ -211,7 +229,8 @@ impl Departure {
             .map_err(SessionError::from)
     }
 
-    /// Resumes, trying again as long as the keeper is there: nothing runs elsewhere.
+    /// Resumes, trying again as long as the keeper is there: nothing runs elsewhere. Whoever took the
+    /// session up without a workload has made sure that no keeper listens.
     async fn resume(&mut self) {
         loop {
             if self.workload.is_none() {
@@ -240,10 +259,17 @@ impl Departure {
         }
         let failed = self.with(|workload| workload.release()).await.err();
         let Some(held) = self.workload.take() else { return };
-        if let Some(error) = failed {
-            tracing::error!(migration = %self.migration, error = %chain(&error),
-                "Cannot take the old copy away; it stays stopped, and is tried again");
-            tokio::task::spawn_blocking(move || release_later(held));
+        match failed {
+            None => {}
+            Some(SessionError::Workload(WorkloadError::KeeperGone { what, .. })) => {
+                // What it left on the host is for the host to sweep.
+                tracing::warn!(migration = %self.migration, what, "The old copy's keeper is gone");
+            }
+            Some(error) => {
+                tracing::error!(migration = %self.migration, error = %chain(&error),
+                    "Cannot take the old copy away; it stays stopped, and is tried again");
+                tokio::task::spawn_blocking(move || release_later(held));
+            }
         }
     }
 }

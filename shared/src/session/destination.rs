@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use super::commit::Answer;
 use super::error::{Result, SessionError, chain, fail_here};
 use super::sessions::Live;
+use super::storage;
 use crate::files::{Incoming, receive};
 use crate::pages::ReceivePool;
 use crate::protocol::control::{
@@ -18,7 +19,8 @@ use crate::protocol::control::{
 };
 use crate::transport::{ControlReader, ControlWriter, DataStream, Role};
 use crate::workload::{
-    DestinationWorkload, Manifest, PlacedTree, Refusal, Section, SpaceInfo, is_plain_absolute,
+    DestinationWorkload, Manifest, PlacedTree, Refusal, Section, SpaceInfo, Storage, WorkloadError,
+    is_plain_absolute,
 };
 
 /// A source that sends nothing at all, not even a ping, for so long is lost.
@@ -71,8 +73,12 @@ pub trait DestinationHost: Send + Sync + 'static {
     fn running(&self, migration: &str, manifest: &Manifest);
     /// It did not come, and everything of it is gone.
     fn gone(&self, migration: &str, manifest: &Manifest);
-    /// Nobody can say whether it ran here: an operator must.
+    /// Its keeper was lost while it was let run, and the journal says COMMITTED. Looks after what is left
+    /// of it: nothing of it runs any more when this returns, or the journal says RUNNING, or
+    /// [`DestinationHost::recovers`] says that it is still being looked after.
     fn undecided(&self, migration: &str, manifest: &Manifest);
+    /// Whether this host is still finding out what became of a session that its journal leaves open.
+    fn recovers(&self, migration: &str) -> bool;
 }
 
 /// An accepted offer.
@@ -82,6 +88,8 @@ pub(super) struct Accepted {
     /// For each tree: what stands there is an earlier copy of this very workload. Asked before
     /// the workload is entered as incoming, while the host still remembers its earlier stay.
     pub(super) known: Vec<bool>,
+    /// What stood at each shared tree when it was seen to be the source's.
+    pub(super) shared: Vec<(PathBuf, Option<(u64, u64)>)>,
     pub(super) streams: u32,
 }
 
@@ -182,31 +190,31 @@ pub(super) fn judge(
         .iter()
         .map(|path| (PathBuf::from(&path.old), PathBuf::from(&path.new)))
         .collect();
-    let trees = host.place_trees(&manifest, &paths)?;
-    let mut refusals = Vec::new();
-    for (tree, probe) in trees.iter().zip(&offer.probes) {
-        if tree.tree.live && !probe.is_empty() && crate::files::is_same_place(&tree.path, probe) {
-            refusals.push(Refusal::new(
-                RefusalCode::SameFile,
-                format!(
-                    "{} at {} is the very same place as at the source: it would be written onto \
-                     itself. Give another with --path {}=NEW",
-                    tree.path.display(),
-                    host.name(),
-                    tree.tree.path
-                ),
-            ));
-        }
-    }
-    if refusals.is_empty() {
-        refusals = host.preflight(&manifest, &trees);
+    let mut trees = host.place_trees(&manifest, &paths)?;
+    let mut refusals = storage::judge(&mut trees, &offer.probes, host.name());
+    let onto_itself = i32::from(RefusalCode::SameFile);
+    // Whose own place is taken is told that alone.
+    if refusals.iter().all(|refusal| refusal.code != onto_itself) {
+        refusals.extend(host.preflight(&manifest, &trees));
     }
     if refusals.is_empty() {
         let known = trees.iter().map(|tree| host.known_copy(&manifest, tree)).collect();
-        Ok(Accepted { manifest, trees, known, streams: offer.streams.clamp(1, 64) })
+        let shared = seen(&trees);
+        let streams = offer.streams.clamp(1, 64);
+        Ok(Accepted { manifest, trees, known, shared, streams })
     } else {
         Err(refusals)
     }
+}
+
+/// Which file or directory stands at each shared tree now.
+fn seen(trees: &[PlacedTree]) -> Vec<(PathBuf, Option<(u64, u64)>)> {
+    use std::os::unix::fs::MetadataExt;
+    let identity = |placed: &PlacedTree| {
+        let found = std::fs::metadata(&placed.path);
+        (placed.path.clone(), found.ok().map(|found| (found.dev(), found.ino())))
+    };
+    trees.iter().filter(|placed| placed.tree.storage() == Storage::Shared).map(identity).collect()
 }
 
 /// Builds, receives and loads the workload of an accepted offer; returns when it is prepared.
@@ -232,6 +240,16 @@ pub(super) async fn receive_workload(
                 Some(request::Body::Round(round)) => receiving.begin_round(round, wire).await?,
                 Some(request::Body::Part(part)) => receiving.take_part(part)?,
                 Some(request::Body::Load(load)) => {
+                    let trees = accepted.trees.clone();
+                    let still = tokio::task::spawn_blocking(move || seen(&trees)).await?;
+                    if let Some((path, _)) = still.iter().find(|one| !accepted.shared.contains(one))
+                    {
+                        let what = format!(
+                            "{} is not what it was when the move began: was it unmounted?",
+                            path.display()
+                        );
+                        return Err(WorkloadError::plain(what).into());
+                    }
                     let loaded = receiving.load(load.sections).await?;
                     live.arrival.lock().await.loaded().await;
                     wire.reply(reply::Body::Loaded(loaded)).await;
@@ -307,6 +325,7 @@ impl Receiving {
             .trees
             .iter()
             .zip(known)
+            .filter(|(tree, _)| tree.tree.storage() != Storage::Shared)
             .map(|(tree, known)| Incoming { tree: tree.clone(), keep_equal: *known })
             .collect();
         let landing = live.landing.clone();
@@ -424,8 +443,16 @@ impl Receiving {
         fail_here!("destination.load");
         let begun = Instant::now();
         let sections = std::mem::take(&mut self.sections);
-        self.live.arrival.lock().await.with(move |workload| workload.load(sections)).await?;
-        Ok(Loaded { load_us: begun.elapsed().as_micros() as u64 })
+        let load = move |workload: &mut dyn DestinationWorkload| {
+            workload.load(sections)?;
+            Ok(workload.ways())
+        };
+        let ways = self.live.arrival.lock().await.with(load).await?;
+        Ok(Loaded {
+            load_us: begun.elapsed().as_micros() as u64,
+            restore: ways.restore.unwrap_or_default(),
+            fallbacks: ways.fallbacks,
+        })
     }
 }
 

@@ -41,6 +41,15 @@ pub enum SessionError {
         #[source]
         source: TransportError,
     },
+    /// No connection came about: nothing was said to the peer.
+    #[error("Cannot ask {host}")]
+    Unreachable {
+        /// Name of the other host.
+        host: String,
+        /// Why not.
+        #[source]
+        source: TransportError,
+    },
     /// The workload or its keeper.
     #[error(transparent)]
     Workload(#[from] WorkloadError),

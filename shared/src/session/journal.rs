@@ -17,6 +17,8 @@ use crate::workload::Kind;
 const TABLES: i64 = 1;
 /// Fewer moves than this tell nothing about the next.
 const TELLING: usize = 3;
+/// How many of the newest moves say what the next will cost.
+const REMEMBERED: usize = 20;
 
 /// What can go wrong with a journal.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +85,7 @@ pub struct SessionRow {
     pub boot_id: String,
     /// Milliseconds since 1970 of the last change.
     pub updated_ms: u64,
-    /// The manifest as it was offered (destination), encoded.
+    /// The manifest as it was offered (destination), encoded; none once the record is final.
     pub manifest: Vec<u8>,
 }
 
@@ -126,6 +128,14 @@ impl Journal {
                     report TEXT NOT NULL) STRICT;",
             )
             .map_err(failed("prepare"))?;
+        // Earlier versions kept them.
+        database
+            .execute(
+                "UPDATE sessions SET manifest=x'' WHERE length(manifest) > 0
+                 AND record IN ('ROLLED_BACK', 'RELEASED', 'RUNNING', 'ABORTED')",
+                [],
+            )
+            .map_err(failed("prepare"))?;
         database.pragma_update(None, "user_version", TABLES).map_err(failed("prepare"))?;
         Ok(Self { path: path.to_owned(), database: Mutex::new(database) })
     }
@@ -160,7 +170,8 @@ impl Journal {
         write(&mut database).map_err(|error| self.failed("write", error))
     }
 
-    /// Writes what is now known of a session. On disk when this returns.
+    /// Writes what is now known of a session. On disk when this returns. What is final needs no manifest any
+    /// more: sessions stay for good, and a manifest may be megabytes.
     ///
     /// # Errors
     /// When it could not be written, there is no such session, or what it says is final already.
@@ -168,7 +179,10 @@ impl Journal {
         let changed = self
             .lock()
             .execute(
-                "UPDATE sessions SET record=?3, updated_ms=?4 WHERE migration=?1 AND role=?2
+                "UPDATE sessions SET record=?3, updated_ms=?4,
+                    manifest=CASE WHEN ?3 IN ('ROLLED_BACK', 'RELEASED', 'RUNNING', 'ABORTED')
+                             THEN x'' ELSE manifest END
+                 WHERE migration=?1 AND role=?2
                  AND (record=?3
                       OR record NOT IN ('ROLLED_BACK', 'RELEASED', 'RUNNING', 'ABORTED'))",
                 params![migration, role.word(), record.word(), now_ms()],
@@ -268,25 +282,20 @@ impl Journal {
         Ok(texts.iter().filter_map(|text| serde_json::from_str(text).ok()).collect())
     }
 
-    /// What the stop of this kind of workload cost lately beyond its memory, in milliseconds: the
-    /// median over the last completed moves. `None` while those are too few to tell: one stop that was
-    /// long for reasons of its own, as when an agent was lost in it, must not forbid all later moves.
+    /// What the stop of this workload cost lately beyond its memory, in milliseconds: the median over
+    /// its own last completed moves, or over those of its kind while its own are too few to tell. A
+    /// database says little of a cache. `None` while both are: one stop that was long for reasons of
+    /// its own, as when an agent was lost in it, must not forbid all later moves.
     ///
     /// # Errors
     /// When the journal cannot be read.
-    pub fn fixed_stop_ms(&self, kind: Kind) -> Result<Option<f64>, JournalError> {
-        let mut costs: Vec<f64> = self
-            .reports(20)?
+    pub fn fixed_stop_ms(&self, kind: Kind, workload: &str) -> Result<Option<f64>, JournalError> {
+        let reports = self.reports(60)?;
+        let mut all = reports
             .iter()
-            .filter(|report| report.kind == kind && report.outcome == Outcome::Completed)
-            .filter_map(|report| Some(report.downtime_ms? - report.downtime.memory_ms))
-            .filter(|cost| *cost > 0.0)
-            .collect();
-        if costs.len() < TELLING {
-            return Ok(None);
-        }
-        costs.sort_by(f64::total_cmp);
-        Ok(costs.get(costs.len() / 2).copied())
+            .filter(|report| report.kind == kind && report.outcome == Outcome::Completed);
+        let own = all.clone().filter(|report| report.workload == workload);
+        Ok(median_cost(own).or_else(|| median_cost(&mut all)))
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
@@ -297,6 +306,24 @@ impl Journal {
     fn failed(&self, what: &'static str, source: rusqlite::Error) -> JournalError {
         JournalError::Database { what, path: self.path.clone(), source }
     }
+}
+
+/// The median of what the stops of the newest of these cost beyond the memory, if there are enough.
+fn median_cost<'a>(reports: impl Iterator<Item = &'a Report>) -> Option<f64> {
+    let mut costs: Vec<f64> = reports
+        .take(REMEMBERED)
+        // CRIU dumps and devices are saved while the last pages travel: what of that takes longer
+        // than the pages counts.
+        .filter_map(|report| {
+            Some(report.downtime_ms? - report.rounds.last()?.ms - report.compare_ms)
+        })
+        .filter(|cost| *cost > 0.0)
+        .collect();
+    if costs.len() < TELLING {
+        return None;
+    }
+    costs.sort_by(f64::total_cmp);
+    costs.get(costs.len() / 2).copied()
 }
 
 /// Identity of this boot of the host.
@@ -369,7 +396,8 @@ mod tests {
                 "pause_ms": 0.0, "memory_ms": 5.0, "state_ms": 0.0, "restore_ms": 0.0,
                 "switch_ms": 0.0
             },
-            "rounds": [], "memory_bytes": 0, "wire_bytes": 0, "file_bytes": 0,
+            "rounds": [{ "round": 1, "dirty_pages": 1, "wire_bytes": 1, "ms": 5.0 }],
+            "memory_bytes": 0, "wire_bytes": 0, "file_bytes": 0,
             "pages": { "zero": 0, "same": 0, "delta": 0, "lz4": 0, "zstd": 0, "raw": 0 },
             "streams": 2, "encrypted": true,
             "predicted": { "total_ms": null, "downtime_ms": null }, "source_stall_ms": 0.0
@@ -383,12 +411,32 @@ mod tests {
         let journal = Journal::open(&dir.path().join("journal.db")).expect("opens");
         let cost = |number, downtime| {
             journal.save_report(&moved(number, downtime)).expect("writes");
-            journal.fixed_stop_ms(Kind::Vm).expect("reads")
+            journal.fixed_stop_ms(Kind::Vm, "web").expect("reads")
         };
         assert_eq!(cost(1, 3_000.0), None);
         assert_eq!(cost(2, 15.0), None);
         assert_eq!(cost(3, 17.0), Some(12.0));
-        assert_eq!(journal.fixed_stop_ms(Kind::Container).expect("reads"), None);
+        assert_eq!(journal.fixed_stop_ms(Kind::Container, "web").expect("reads"), None);
+    }
+
+    #[test]
+    fn a_workload_is_judged_by_its_own_moves_where_there_are_enough() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let journal = Journal::open(&dir.path().join("journal.db")).expect("opens");
+        let cost = |workload: &str| journal.fixed_stop_ms(Kind::Vm, workload).expect("reads");
+        let save = |number, name: &str, downtime| {
+            let report = Report { workload: name.to_owned(), ..moved(number, downtime) };
+            journal.save_report(&report).expect("writes");
+        };
+        for number in 0..5 {
+            save(number, "database", 4_005.0);
+        }
+        assert_eq!(cost("cache"), Some(4_000.0));
+        for number in 5..8 {
+            save(number, "cache", 105.0);
+        }
+        assert_eq!((cost("cache"), cost("database")), (Some(100.0), Some(4_000.0)));
+        assert_eq!(cost("another"), Some(4_000.0));
     }
 
     #[test]
@@ -409,8 +457,11 @@ mod tests {
         assert_eq!(journal.next_token("u-1").expect("reads"), 2, "and never lowers the newest");
         assert!(journal.begin(&row("m-1", 3)).is_err(), "a session begins once");
         assert!(journal.record("m-9", Role::Source, Record::Fenced).is_err());
+        assert_eq!(found.manifest, [1, 2], "as long as it is open");
         journal.record("m-1", Role::Source, Record::Released).expect("writes");
         journal.record("m-1", Role::Source, Record::Released).expect("says the same again");
+        let found = journal.session("m-1", Role::Source).expect("reads").expect("is there");
+        assert_eq!((found.record, found.manifest.len()), (Record::Released, 0));
         assert!(journal.record("m-1", Role::Source, Record::RolledBack).is_err(), "final");
     }
 

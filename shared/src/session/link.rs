@@ -7,13 +7,16 @@ use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::error::{Result, SessionError};
-use crate::protocol::control::{Ping, Reply, Request, reply, request};
+use crate::protocol::control::{Abort, Ping, Reply, Request, reply, request};
 use crate::transport::{Control, Peer, TransportError};
 
 /// How often the peer is asked whether it is there.
 const PULSE: Duration = Duration::from_secs(2);
 /// A peer that said nothing at all for so long is lost.
 const SILENCE: Duration = Duration::from_secs(15);
+
+/// How long it may take to hand an Abort to a connection.
+const ABORT_WITHIN: Duration = Duration::from_secs(1);
 
 /// The source's end of a control connection.
 #[derive(Debug)]
@@ -23,6 +26,22 @@ pub(super) struct Link {
     replies: mpsc::Receiver<std::result::Result<reply::Body, Lost>>,
     writer: JoinHandle<()>,
     reader: JoinHandle<()>,
+}
+
+/// Tells the destination that nothing will come, for whoever decides that. Does not keep the
+/// connection open.
+#[derive(Clone, Debug)]
+pub(super) struct Aborter(mpsc::WeakSender<Request>);
+
+impl Aborter {
+    /// Hands the message to the connection, if that is still there. A connection that stalls is not
+    /// waited for: the workload shall run on.
+    pub(super) async fn abort(&self, reason: &str) {
+        if let Some(out) = self.0.upgrade() {
+            let abort = request::Body::Abort(Abort { reason: reason.to_owned() });
+            let _ = timeout(ABORT_WITHIN, out.send(abort.into())).await;
+        }
+    }
 }
 
 /// How a link ended.
@@ -79,6 +98,11 @@ impl Link {
     /// Name of the destination host.
     pub(super) fn host(&self) -> &str {
         &self.host
+    }
+
+    /// Says over this connection that nothing will come.
+    pub(super) fn aborter(&self) -> Aborter {
+        Aborter(self.out.downgrade())
     }
 
     /// Hands `body` to the connection; a broken one is noticed by the next [`Link::reply`].

@@ -20,6 +20,7 @@ pub mod recovery;
 pub mod report;
 pub mod sessions;
 pub mod source;
+pub mod storage;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -31,6 +32,8 @@ pub use progress::{Progress, ProgressSender};
 pub use report::{Outcome, Report};
 pub use sessions::DestinationSessions;
 pub use source::{Ending, Fate, SourceContext, SourceMove, migrate};
+
+use crate::workload::Storage;
 
 /// How memory is to travel, as the user asked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,8 +69,9 @@ pub enum Compress {
 pub struct MoveOptions {
     /// How memory travels.
     pub mode: Mode,
-    /// The final stop is not entered before it is predicted to be shorter than this.
-    pub max_downtime_ms: u64,
+    /// The final stop is not entered before it is predicted to be shorter than this. Where nothing is
+    /// said, [`AIM`] is aimed at, and missed where a stop costs more before any memory is sent.
+    pub max_downtime_ms: Option<u64>,
     /// Page connections, 1 to 64.
     pub streams: u32,
     /// Compression of pages.
@@ -76,21 +80,39 @@ pub struct MoveOptions {
     pub timeout_ms: u64,
     /// `OLD=NEW` path mappings for the destination.
     pub paths: Vec<(PathBuf, PathBuf)>,
+    /// What becomes of what is mounted into it, where [`MoveOptions::storage_of`] does not say.
+    pub storage: Option<Storage>,
+    /// The same by tree: its path on the source, or where the workload sees it.
+    pub storage_of: Vec<(PathBuf, Storage)>,
     /// Check everything, touch nothing.
     pub dry_run: bool,
     /// Remove the source's files after the move.
     pub remove_source: bool,
 }
 
+/// The stop that is aimed at where nobody asked for another.
+pub const AIM: Duration = Duration::from_millis(300);
+
+/// How long a stop may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MaxDowntime {
+    /// No longer than this, or the move is given up.
+    Promised(Duration),
+    /// No longer than this where it can be.
+    Aimed(Duration),
+}
+
 impl Default for MoveOptions {
     fn default() -> Self {
         Self {
             mode: Mode::Auto,
-            max_downtime_ms: 300,
+            max_downtime_ms: None,
             streams: 2,
             compress: Compress::Auto,
             timeout_ms: 600_000,
             paths: Vec::new(),
+            storage: None,
+            storage_of: Vec::new(),
             dry_run: false,
             remove_source: false,
         }
@@ -98,9 +120,12 @@ impl Default for MoveOptions {
 }
 
 impl MoveOptions {
-    /// [`MoveOptions::max_downtime_ms`] as a duration.
-    pub fn max_downtime(&self) -> Duration {
-        Duration::from_millis(self.max_downtime_ms)
+    /// How long the stop may be.
+    pub fn max_downtime(&self) -> MaxDowntime {
+        match self.max_downtime_ms {
+            Some(ms) => MaxDowntime::Promised(Duration::from_millis(ms)),
+            None => MaxDowntime::Aimed(AIM),
+        }
     }
 
     /// [`MoveOptions::timeout_ms`] as a duration.

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use super::MaxDowntime;
 use crate::pages::PAGE_SIZE;
 
 /// What is known after a round, before the next.
@@ -15,6 +16,9 @@ pub struct Remaining {
     pub wire_ratio: f64,
     /// Bytes on the wire a second, over the last round that was long enough to measure.
     pub wire_rate: f64,
+    /// What the look for written pages will take in the stop, where that is not part of what every stop
+    /// costs.
+    pub look: Duration,
     /// Since the move began.
     pub elapsed: Duration,
 }
@@ -41,7 +45,7 @@ pub enum Decision {
 /// The policy of one move.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    target: Duration,
+    target: MaxDowntime,
     timeout: Duration,
     /// What a stop costs beyond its memory.
     fixed: Duration,
@@ -60,13 +64,15 @@ const STEP: u8 = 20;
 const MOST: u8 = 80;
 /// The remaining pages count as fewer when they fall below this share of the least so far.
 const FEWER: f64 = 0.9;
+/// An aim is raised to so much of what a stop costs beyond its memory.
+const RAISED: f64 = 1.25;
 /// Rounds that are made to get below a target that is already met.
 const POLISH: u32 = 8;
 
 impl Policy {
     /// A policy for a stop of at most `target`, given up after `timeout`; `fixed` is what a stop
-    /// costs beyond its memory.
-    pub fn new(target: Duration, timeout: Duration, fixed: Duration) -> Self {
+    /// costs beyond its memory. An aim that is below that is raised: to a stop that is little longer.
+    pub fn new(target: MaxDowntime, timeout: Duration, fixed: Duration) -> Self {
         Self { target, timeout, fixed, rounds: 0, least: u64::MAX, stuck: 0, percent: 0 }
     }
 
@@ -74,7 +80,25 @@ impl Policy {
     pub fn predict(&self, remaining: &Remaining) -> Duration {
         let bytes = remaining.dirty_pages as f64 * PAGE_SIZE as f64 * remaining.wire_ratio;
         let seconds = bytes / remaining.wire_rate.max(1.0);
-        self.fixed + Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 2)
+        let sending = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 4);
+        self.cost(remaining).saturating_add(sending)
+    }
+
+    /// What a stop costs beyond sending memory.
+    fn cost(&self, remaining: &Remaining) -> Duration {
+        self.fixed + remaining.look
+    }
+
+    fn target(&self, remaining: &Remaining) -> Duration {
+        match self.target {
+            MaxDowntime::Promised(target) => target,
+            MaxDowntime::Aimed(aim) => aim.max(self.cost(remaining).mul_f64(RAISED)),
+        }
+    }
+
+    /// Nothing can be taken from this workload: no more of it is asked for.
+    pub fn cannot_throttle(&mut self) {
+        self.percent = MOST;
     }
 
     /// What to do now that a round is over.
@@ -84,13 +108,14 @@ impl Policy {
         self.least = self.least.min(remaining.dirty_pages);
         self.stuck = if falling { 0 } else { self.stuck + 1 };
         let predicted = self.predict(remaining);
-        if predicted <= self.target {
+        let target = self.target(remaining);
+        if predicted <= target {
             // Within the target: go on only as long as each round makes the stop shorter.
             let done = remaining.dirty_pages == 0 || !falling || self.rounds >= POLISH;
             return if done { Decision::Stop } else { Decision::Another };
         }
-        if remaining.elapsed >= self.timeout || (self.fixed > self.target && self.stuck >= PATIENCE)
-        {
+        let too_dear = self.cost(remaining) > target;
+        if remaining.elapsed >= self.timeout || (too_dear && self.stuck >= PATIENCE) {
             return Decision::GiveUp { reason: self.reason(remaining, predicted) };
         }
         if self.stuck >= PATIENCE && self.percent < MOST {
@@ -104,12 +129,13 @@ impl Policy {
 
     fn reason(&self, remaining: &Remaining, predicted: Duration) -> String {
         let ms = |duration: Duration| duration.as_millis();
-        if self.fixed > self.target {
+        let (cost, target) = (self.cost(remaining), self.target(remaining));
+        if cost > target {
             return format!(
                 "A stop costs about {} ms on these hosts before any memory is sent, more than \
                  --max-downtime {} ms; --max-downtime {}ms would have worked",
-                ms(self.fixed),
-                ms(self.target),
+                ms(cost),
+                ms(target),
                 ms(predicted) + 1
             );
         }
@@ -119,7 +145,7 @@ impl Policy {
             (remaining.dirty_pages * PAGE_SIZE as u64) >> 20,
             remaining.wire_rate / 1e6,
             ms(predicted),
-            ms(self.target),
+            ms(target),
             ms(predicted) + 1
         )
     }
@@ -130,12 +156,13 @@ mod tests {
     use super::*;
 
     fn after(dirty_pages: u64) -> Remaining {
-        Remaining { dirty_pages, wire_ratio: 1.0, wire_rate: 1e9, elapsed: Duration::from_secs(1) }
+        let elapsed = Duration::from_secs(1);
+        Remaining { dirty_pages, wire_ratio: 1.0, wire_rate: 1e9, look: Duration::ZERO, elapsed }
     }
 
     fn policy(target_ms: u64) -> Policy {
         Policy::new(
-            Duration::from_millis(target_ms),
+            MaxDowntime::Promised(Duration::from_millis(target_ms)),
             Duration::from_secs(60),
             Duration::from_millis(10),
         )
@@ -169,6 +196,40 @@ mod tests {
         let late = Remaining { elapsed: Duration::from_secs(61), ..after(100_000) };
         let Decision::GiveUp { reason } = policy.decide(&late) else { panic!("must give up") };
         assert!(reason.contains("--max-downtime 420ms"), "{reason}");
+    }
+
+    #[test]
+    fn an_aim_below_what_a_stop_costs_is_raised_and_a_promise_is_not() {
+        let fixed = Duration::from_millis(400);
+        let policy = |target| Policy::new(target, Duration::from_secs(60), fixed);
+        let within = Duration::from_millis(300);
+        let mut aimed = policy(MaxDowntime::Aimed(within));
+        let stops = (0..10).any(|_| aimed.decide(&after(5_000)) == Decision::Stop);
+        assert!(stops, "an aim is no reason to give up");
+        let mut promised = policy(MaxDowntime::Promised(within));
+        let gives_up = |decision| matches!(decision, Decision::GiveUp { .. });
+        assert!((0..10).any(|_| gives_up(promised.decide(&after(10)))));
+        // What is written faster than it can be sent is throttled all the same.
+        let mut busy = policy(MaxDowntime::Aimed(within));
+        let throttled = |decision| matches!(decision, Decision::Throttle { .. });
+        assert!((0..10).any(|_| throttled(busy.decide(&after(200_000)))));
+    }
+
+    #[test]
+    fn a_long_look_in_the_stop_counts() {
+        let long = |pages| Remaining { look: Duration::from_millis(800), ..after(pages) };
+        let mut promised = policy(300);
+        let said: Vec<_> = (0..10).map(|_| promised.decide(&long(10))).collect();
+        assert!(!said.contains(&Decision::Stop), "it would be longer than promised");
+        let reason = said.iter().find_map(|said| match said {
+            Decision::GiveUp { reason } => Some(reason),
+            _ => None,
+        });
+        let reason = reason.expect("no round makes it shorter");
+        assert!(reason.contains("A stop costs about 810 ms"), "{reason}");
+        let aim = MaxDowntime::Aimed(Duration::from_millis(300));
+        let mut aimed = Policy::new(aim, Duration::from_secs(60), Duration::from_millis(10));
+        assert!((0..10).any(|_| aimed.decide(&long(10)) == Decision::Stop));
     }
 
     #[test]

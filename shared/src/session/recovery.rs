@@ -1,7 +1,12 @@
 //! What a restart left open, settled: at the start of an agent, before it listens to anybody, and
 //! whenever a move ended without an answer.
 
-use super::asking::{ask, ask_until_settled};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::asking::{Pauses, ask};
 use super::commit::{
     Answer, Destination, DestinationAction, DestinationInput, Keep, Record, Sight, Source,
 };
@@ -9,28 +14,59 @@ use super::departure::{Departure, Wish};
 use super::error::{Result, SessionError, chain};
 use super::journal::{Journal, JournalError, Role, SessionRow};
 use super::source::Fate;
-use std::sync::Arc;
-use tokio_util::sync::CancellationToken;
-
 use crate::files::Landing;
 use crate::protocol::control::Commit;
 use crate::transport::{Dialer, PeerAddress};
 use crate::workload::SourceWorkload;
 
-/// A source session that a restart, or silence, left open.
+/// Between two questions to a destination that does not know either: an operator may have told it.
+const ASK_SLOWLY: Duration = Duration::from_secs(30);
+
+/// An operator waits so long for a question that is under way.
+const WORD_HEARD_WITHIN: Duration = Duration::from_secs(60);
+
+/// A source session that a restart, or silence, left open. It holds the workload's keeper, which
+/// serves nobody else meanwhile, until the session is settled.
 pub struct OpenDeparture {
     row: SessionRow,
     dialer: Dialer,
     departure: tokio::sync::Mutex<Departure>,
-    /// An operator speaks: nobody asks any more.
-    decided: CancellationToken,
-    /// Held by whoever asks, so that no question is under way when an operator's word is carried out.
+    /// Held by whoever asks and does as the answer says. A question that was begun is brought to its
+    /// end: the destination may act on it.
     asking: tokio::sync::Mutex<()>,
+    /// Settled, by whomever: nobody asks any more.
+    over: CancellationToken,
+    ask_slowly: Duration,
+}
+
+/// What came of an operator's word.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// It was carried out.
+    Obeyed(Fate),
+    /// The destination knew better.
+    Known(Fate),
+    /// It had been settled before.
+    Before(Fate),
+    /// The destination is there, or was a moment ago, and has not said what it knows, as when it is just
+    /// letting the workload run. Nothing was done. Why.
+    Open(String),
+}
+
+impl Resolution {
+    /// Where the workload is, if that is settled.
+    pub fn fate(&self) -> Option<Fate> {
+        match self {
+            Self::Obeyed(fate) | Self::Known(fate) | Self::Before(fate) => Some(*fate),
+            Self::Open(_) => None,
+        }
+    }
 }
 
 impl OpenDeparture {
     /// Takes the session up again: does what can be done alone (an unfenced workload is resumed
-    /// when this returns) and keeps the rest for [`OpenDeparture::settle`].
+    /// when this returns) and keeps the rest for [`OpenDeparture::settle`]. `workload` must be there
+    /// if its keeper is.
     pub async fn take_up(
         journal: Arc<Journal>,
         dialer: Dialer,
@@ -43,8 +79,14 @@ impl OpenDeparture {
                 .await;
         let fate = if wishes.contains(&Wish::Commit) { None } else { fate(departure.machine()) };
         let departure = tokio::sync::Mutex::new(departure);
-        let (decided, asking) = (CancellationToken::new(), tokio::sync::Mutex::default());
-        (Self { row, dialer, departure, decided, asking }, fate)
+        let (over, asking) = (CancellationToken::new(), tokio::sync::Mutex::default());
+        (Self { row, dialer, departure, asking, over, ask_slowly: ASK_SLOWLY }, fate)
+    }
+
+    /// Asks a destination that does not know this often. For tests.
+    #[cfg(test)]
+    pub(super) fn asking_every(self, ask_slowly: Duration) -> Self {
+        Self { ask_slowly, ..self }
     }
 
     /// What the journal said when it was taken up.
@@ -52,57 +94,88 @@ impl OpenDeparture {
         &self.row
     }
 
-    /// Asks the destination until it answers, and does as it says. Gives
-    /// [`Fate::Unresolved`] when it does not know either, and nothing when an operator spoke first.
-    pub async fn settle(&self) -> Option<Fate> {
-        let (answer, reason) = {
-            let _asking = self.asking.lock().await;
-            let (peer, commit) = (self.peer(), self.commit());
+    /// Asks the destination, again and again, until it knows, and does as it says; slowly once it has
+    /// said that it does not know. Ends too when an operator's word has settled it.
+    pub async fn settle(&self) -> Fate {
+        let mut pauses = Pauses::new();
+        loop {
+            let pause = {
+                let _asking = self.asking.lock().await;
+                if let Some(fate) = self.fate().await {
+                    return fate;
+                }
+                match self.ask().await {
+                    Ok(_) => {}
+                    Err(error) => {
+                        tracing::info!(migration = %self.row.migration, peer = %self.row.peer,
+                            error = %chain(&error), "No answer yet; asking again");
+                    }
+                }
+                match self.departure.lock().await.machine() {
+                    Source::Undecided => self.ask_slowly,
+                    _ => pauses.next(),
+                }
+            };
             tokio::select! {
-                biased;
-                () = self.decided.cancelled() => return None,
-                answer = ask_until_settled(&self.dialer, &peer, &commit) => answer,
+                () = self.over.cancelled() => {}
+                () = tokio::time::sleep(pause) => {}
             }
-        };
-        let mut departure = self.departure.lock().await;
-        if answer == Answer::Undecided {
-            tracing::warn!(migration = %self.row.migration, reason, "The destination does not know");
         }
-        departure.answered(answer).await;
-        Some(fate(departure.machine()).unwrap_or(Fate::Unresolved))
     }
 
     /// An operator's word. The destination is asked first: when it knows, its answer counts, and
-    /// the fate given may not be the one asked for. While it can be reached and does not say, as when
-    /// it is just letting the workload run, nothing is done, and [`Fate::Unresolved`] given.
-    pub async fn resolve(&self, keep: Keep) -> Fate {
-        self.decided.cancel();
-        let _asking = self.asking.lock().await;
-        let asked = ask(&self.dialer, &self.peer(), &self.commit()).await;
-        let mut departure = self.departure.lock().await;
-        match asked {
-            Ok((Answer::Undecided, _)) | Err(SessionError::Transport { .. }) => {}
-            Ok((answer, _)) => {
-                departure.answered(answer).await;
-            }
+    /// the fate may not be the one asked for. Only when it does not know, or nothing could be said to
+    /// it, is the operator's word carried out. A connection that broke after the question may have
+    /// carried it there.
+    pub async fn resolve(&self, keep: Keep) -> Resolution {
+        let Ok(_asking) = tokio::time::timeout(WORD_HEARD_WITHIN, self.asking.lock()).await else {
+            return Resolution::Open(
+                "the destination's answer is being carried out, and the workload's keeper here does \
+                 not answer"
+                    .to_owned(),
+            );
+        };
+        if let Some(fate) = self.fate().await {
+            return Resolution::Before(fate);
+        }
+        match self.ask().await {
+            Ok(Some(fate)) => return Resolution::Known(fate),
+            Ok(None) | Err(SessionError::Unreachable { .. }) => {}
             Err(error) => {
                 tracing::warn!(migration = %self.row.migration, error = %chain(&error),
                     "The destination is there and does not say");
-                return fate(departure.machine()).unwrap_or(Fate::Unresolved);
+                return Resolution::Open(chain(&error));
             }
         }
-        if fate(departure.machine()).is_none() {
-            departure.resolve(keep).await;
+        self.departure.lock().await.resolve(keep).await;
+        match self.fate().await {
+            Some(fate) => Resolution::Obeyed(fate),
+            None => Resolution::Open("the word could not be carried out".to_owned()),
         }
-        fate(departure.machine()).unwrap_or(Fate::Unresolved)
     }
 
-    fn peer(&self) -> PeerAddress {
-        PeerAddress { name: self.row.peer.clone(), address: self.row.peer_address.clone() }
+    /// Asks once and does as the answer says. Nothing: the destination does not know either.
+    async fn ask(&self) -> Result<Option<Fate>> {
+        let peer =
+            PeerAddress { name: self.row.peer.clone(), address: self.row.peer_address.clone() };
+        let commit = Commit { migration: self.row.migration.clone(), token: self.row.token };
+        let (answer, reason) = ask(&self.dialer, &peer, &commit).await?;
+        let mut departure = self.departure.lock().await;
+        if answer == Answer::Undecided && departure.machine() != Source::Undecided {
+            tracing::warn!(migration = %self.row.migration, reason, "The destination does not know");
+        }
+        departure.answered(answer).await;
+        drop(departure);
+        Ok(self.fate().await)
     }
 
-    fn commit(&self) -> Commit {
-        Commit { migration: self.row.migration.clone(), token: self.row.token }
+    /// Where the workload is, once that is settled. Whoever waits to ask again is told.
+    async fn fate(&self) -> Option<Fate> {
+        let fate = fate(self.departure.lock().await.machine());
+        if fate.is_some() {
+            self.over.cancel();
+        }
+        fate
     }
 }
 

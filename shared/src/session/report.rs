@@ -32,6 +32,13 @@ impl Outcome {
     }
 }
 
+impl Report {
+    /// The exit code of the command contract. 3 and 4 promise that the workload runs on.
+    pub fn exit_code(&self) -> u8 {
+        if self.lost { 1 } else { self.outcome.exit_code() }
+    }
+}
+
 /// What the downtime was made of, in milliseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DowntimeParts {
@@ -103,6 +110,10 @@ pub struct Report {
     pub outcome: Outcome,
     /// Why, when it did not complete: what happened, what state the workload is in, what to do.
     pub reason: Option<String>,
+    /// Whether the workload ended by itself, or its keeper was killed, while it was being moved: then it
+    /// runs on neither host, whatever the outcome.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lost: bool,
     /// Every refusal, when refused.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub refusals: Vec<Refusal>,
@@ -110,6 +121,17 @@ pub struct Report {
     pub mode: String,
     /// Which dirty tracker, or why there was none.
     pub tracker: Option<String>,
+    /// Of a container: `hidden` when CRIU did not see the memory that pages were sent of, `criu` when its
+    /// own images hold all memory.
+    #[serde(default)]
+    pub dump: Option<String>,
+    /// Of a container that arrived: `lazy` when memory came while it ran already, `eager` when all of it
+    /// was there before.
+    #[serde(default)]
+    pub restore: Option<String>,
+    /// Why each way that is not the best was taken, at the source and at the destination.
+    #[serde(default)]
+    pub fallbacks: Vec<String>,
     /// From the request to the end.
     pub total_ms: f64,
     /// From the moment the source stops the workload to the answer that it runs, by the source's
@@ -135,4 +157,8 @@ pub struct Report {
     pub predicted: Predicted,
     /// How long tracking stopped the workload before the final stop, in all.
     pub source_stall_ms: f64,
+    /// How much of the downtime went into comparing all memory with what was sent; nothing where the
+    /// kernel tells what was written.
+    #[serde(default)]
+    pub compare_ms: f64,
 }

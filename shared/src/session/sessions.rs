@@ -340,6 +340,13 @@ impl DestinationSessions {
                 return Err(forged());
             }
             let answer = arrival.commit().await;
+            if answer == Some(Answer::Undecided) {
+                // The source may be let run on this word: nothing may run here any more before it is
+                // given. What the host finds out then stands in the journal.
+                arrival.tell_host().await;
+                drop(arrival);
+                return self.settle_from_journal(commit, peer).await;
+            }
             let reason = arrival.reason().to_owned();
             if answer.is_some() {
                 // Not in the way of the answer.
@@ -365,6 +372,8 @@ impl DestinationSessions {
         peer: &Peer,
     ) -> Result<crate::protocol::control::Settled> {
         let journal = self.journal.clone();
+        // Looked up first: what a recovery finds out is in the journal when it is over.
+        let recovers = self.host.recovers(&commit.migration);
         let (commit, peer) = (commit.clone(), peer.name.clone());
         let row = tokio::task::spawn_blocking(move || {
             if let Some(row) = journal.session(&commit.migration, End::Destination)? {
@@ -395,7 +404,7 @@ impl DestinationSessions {
             Record::Aborted => {
                 Ok(settled(Answer::Aborted, "the session was given up there before Commit came"))
             }
-            Record::Committed => Ok(settled(
+            Record::Committed if !recovers => Ok(settled(
                 Answer::Undecided,
                 "its keeper was lost between its commit and its confirmation, perhaps with the host",
             )),

@@ -4,7 +4,7 @@
 //! workload resumes, the peer is told, nothing is left behind. After it only the destination's
 //! durable answer counts.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,14 +19,17 @@ use super::journal::{Journal, Role, SessionRow, boot_id};
 use super::link::Link;
 use super::progress::{Phase, Progress, ProgressSender};
 use super::report::{DowntimeParts, Outcome, PageCounts, Predicted, Report};
-use super::{Mode, MoveOptions};
-use crate::files::Probe;
+use super::{Mode, MoveOptions, storage};
+use crate::files::{Probe, look_of};
+use crate::methods::Ways;
 use crate::pages::PageSet;
 use crate::protocol::control::{
-    Abort, Commit, Hello, Offer, PathMapping, Prepare, Verdict, reply, request,
+    Commit, Hello, Offer, PathMapping, Prepare, Verdict, reply, request,
 };
 use crate::transport::{Control, Dialer, Join, PeerAddress, Role as StreamRole, Secret};
-use crate::workload::{FileTree, Kind, Liveness, Manifest, Refusal, RefusalCode, SourceWorkload};
+use crate::workload::{
+    FileRole, FileTree, Kind, Liveness, Manifest, Refusal, RefusalCode, SourceWorkload,
+};
 
 /// How long connecting and the first answers may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -95,14 +98,15 @@ pub struct Ending {
 pub async fn migrate(context: &SourceContext, request: SourceMove) -> Ending {
     let SourceMove { migration, mut workload, options, progress, cancel } = request;
     progress.phase(Phase::Negotiate);
+    let asked = options.clone();
     let described = tokio::task::spawn_blocking(move || {
-        let manifest = workload.manifest();
+        let manifest = workload.manifest().map(|manifest| described(manifest, &asked));
         let liveness = workload.liveness();
         (workload, manifest, liveness)
     })
     .await;
     let ending = match described {
-        Ok((workload, Ok(manifest), liveness)) => {
+        Ok((workload, Ok((manifest, fits)), liveness)) => {
             let mut departing = Departing::new(
                 context,
                 &migration,
@@ -113,7 +117,10 @@ pub async fn migrate(context: &SourceContext, request: SourceMove) -> Ending {
                 manifest,
                 liveness,
             );
-            let result = departing.run().await;
+            let result = match fits {
+                Ok(()) => departing.run().await,
+                Err(refusals) => Err(SessionError::Refused(refusals)),
+            };
             departing.end(result).await
         }
         Ok((_, Err(error), _)) => nothing_moved(context, &migration, chain(&error)),
@@ -124,6 +131,19 @@ pub async fn migrate(context: &SourceContext, request: SourceMove) -> Ending {
     }
     progress.tell(Progress::Report { report: Box::new(ending.report.clone()) });
     ending
+}
+
+/// The manifest with what the user said of its trees, and what of that does not fit.
+fn described(
+    mut manifest: Manifest,
+    options: &MoveOptions,
+) -> (Manifest, std::result::Result<(), Vec<Refusal>>) {
+    let said = storage::said(manifest.files.clone(), options).and_then(|mut trees| {
+        storage::measure(&mut trees)?;
+        Ok(trees)
+    });
+    let fits = said.map(|trees| manifest.files = trees);
+    (manifest, fits)
 }
 
 /// A move under way at the source.
@@ -198,6 +218,9 @@ impl<'a> Departing<'a> {
         report.workload = manifest.name.clone();
         report.kind = manifest.kind();
         report.memory_bytes = manifest.memory_bytes;
+        let ways = workload.ways();
+        report.dump = ways.dump;
+        report.fallbacks = ways.fallbacks;
         report.tracker = Some(match &liveness {
             Liveness::Tracked { tracker } => tracker.clone(),
             Liveness::StopOnly { reason } => format!("none: {reason}"),
@@ -313,20 +336,16 @@ impl<'a> Departing<'a> {
         let uuid = self.manifest.uuid.clone();
         self.token = tokio::task::spawn_blocking(move || journal.next_token(&uuid)).await??;
         // Held until the verdict is there: the destination looks for them.
-        let probes: Vec<_> =
-            self.manifest.files.iter().map(|tree| probe(&PathBuf::from(&tree.path))).collect();
+        let trees = self.manifest.files.clone();
+        let left = tokio::task::spawn_blocking(move || trees.iter().map(Left::at).collect());
+        let probes: Vec<Left> = left.await?;
         link.send(request::Body::Offer(Offer {
             manifest: Some(self.manifest.clone()),
             token: self.token,
             paths: self.options.paths.iter().map(mapping).collect(),
             streams: self.options.streams,
             dry_run: self.options.dry_run,
-            probes: probes
-                .iter()
-                .map(|probe| {
-                    probe.as_ref().map(|probe| probe.name().to_owned()).unwrap_or_default()
-                })
-                .collect(),
+            probes: probes.iter().map(Left::name).collect(),
         }))
         .await;
         let verdict = match self.halt.or(link.reply(PATIENCE, "offering the workload")).await? {
@@ -337,6 +356,7 @@ impl<'a> Departing<'a> {
         if !verdict.refusals.is_empty() {
             return Err(SessionError::Refused(verdict.refusals));
         }
+        storage::accepted(&mut self.manifest.files);
         self.link = Some(link);
         Ok(verdict)
     }
@@ -430,11 +450,19 @@ impl<'a> Departing<'a> {
         let tracked = matches!(self.liveness, Liveness::Tracked { .. });
         let (departure, mut wire, report) = self.parts()?;
         copying.final_stop(departure, held, tracked, &mut wire, report).await?;
+        // The workload may have left another way than it had set out on.
+        let ways = self.departure.with(|workload| Ok(workload.ways())).await?;
+        self.report.dump = ways.dump;
+        self.report.fallbacks = ways.fallbacks;
         let loading = Instant::now();
         let halt = self.halt.clone();
         let link = self.link()?;
         match halt.or(link.reply(LOAD_WITHIN, "restoring the workload")).await? {
-            reply::Body::Loaded(_) => {}
+            reply::Body::Loaded(loaded) => {
+                let ways = Ways::from_peer(&loaded.restore, loaded.fallbacks);
+                self.report.restore = ways.restore;
+                self.report.fallbacks.extend(ways.fallbacks);
+            }
             other => return Err(link.unexpected(&other, "restoring the workload")),
         }
         self.report.downtime.restore_ms = millis(loading.elapsed());
@@ -445,10 +473,9 @@ impl<'a> Departing<'a> {
     async fn hand_over(&mut self) -> Result<()> {
         self.enter(Phase::Fence);
         let switching = Instant::now();
-        let wishes = self.departure.hand_over().await;
+        let farewell = self.link.as_ref().map(Link::aborter);
+        let wishes = self.departure.hand_over(farewell).await;
         if !wishes.contains(&Wish::Commit) {
-            let reason = "the source could not fence the workload".to_owned();
-            self.link()?.send(request::Body::Abort(Abort { reason })).await;
             return Err(SessionError::Workload(crate::workload::WorkloadError::plain(
                 "The workload could not be fenced; see the agent's log",
             )));
@@ -531,7 +558,7 @@ impl<'a> Departing<'a> {
             what: "there is no connection".to_owned(),
         })?;
         let kind = self.manifest.kind();
-        let fixed = self.context.journal.fixed_stop_ms(kind).ok().flatten();
+        let fixed = self.context.journal.fixed_stop_ms(kind, &self.report.workload).ok().flatten();
         let wire = Wire {
             link,
             halt: self.halt.clone(),
@@ -544,12 +571,10 @@ impl<'a> Departing<'a> {
     /// The one way out: everything that is still ours to undo is undone here.
     async fn end(mut self, result: Result<()>) -> Ending {
         if self.departure.machine().may_give_up() {
-            // First, so that the destination lets go while the workload resumes.
-            if let Some(link) = &self.link {
-                let reason = result.as_ref().err().map(|error| chain(error)).unwrap_or_default();
-                link.send(request::Body::Abort(Abort { reason })).await;
-            }
-            self.departure.give_up().await;
+            // The destination lets go while the workload resumes.
+            let farewell = self.link.as_ref().map(Link::aborter);
+            let reason = result.as_ref().err().map(|error| chain(error)).unwrap_or_default();
+            self.departure.give_up(farewell, &reason).await;
         }
         if let Some(link) = self.link.take() {
             link.close().await;
@@ -571,6 +596,7 @@ impl<'a> Departing<'a> {
                 Some(format!("Dry run: nothing was touched; {} would take it", self.report.to)),
             ),
             (Fate::Here, Err(error)) => {
+                self.report.lost = lost;
                 (outcome_of(error, self.halt.phase), Some(self.advice(error, lost)))
             }
         };
@@ -644,12 +670,38 @@ fn unresolved_advice(report: &Report, why: &str) -> String {
     )
 }
 
-fn probe(path: &std::path::Path) -> Option<Probe> {
-    Probe::create(path)
-        .inspect_err(
-            |error| tracing::debug!(path = %path.display(), %error, "Cannot leave a probe"),
-        )
-        .ok()
+/// What tells the destination whether it sees the very same tree.
+enum Left {
+    /// A file, as long as this lives.
+    Probe(Probe),
+    /// What the tree looks like: it cannot be written here.
+    Look(String),
+    Nothing,
+}
+
+impl Left {
+    fn at(tree: &FileTree) -> Self {
+        let path = Path::new(&tree.path);
+        let left = match tree.role() {
+            FileRole::Volume => Probe::inside(path),
+            _ => Probe::create(path),
+        };
+        let error = match left {
+            Ok(probe) => return Self::Probe(probe),
+            Err(error) => error,
+        };
+        tracing::debug!(path = %path.display(), %error, "Cannot leave a probe");
+        let look = tree.role().is_volume().then(|| look_of(path).ok().flatten()).flatten();
+        look.map_or(Self::Nothing, Self::Look)
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Self::Probe(probe) => probe.name().to_owned(),
+            Self::Look(look) => look.clone(),
+            Self::Nothing => String::new(),
+        }
+    }
 }
 
 fn mapping((old, new): &(PathBuf, PathBuf)) -> PathMapping {
@@ -670,9 +722,13 @@ fn empty_report(context: &SourceContext, migration: &str) -> Report {
         to: context.peer.name.clone(),
         outcome: Outcome::Failed,
         reason: None,
+        lost: false,
         refusals: Vec::new(),
         mode: "stop-and-copy".to_owned(),
         tracker: None,
+        dump: None,
+        restore: None,
+        fallbacks: Vec::new(),
         total_ms: 0.0,
         downtime_ms: None,
         downtime: DowntimeParts::default(),
@@ -685,6 +741,7 @@ fn empty_report(context: &SourceContext, migration: &str) -> Report {
         encrypted: context.page_encryption,
         predicted: Predicted::default(),
         source_stall_ms: 0.0,
+        compare_ms: 0.0,
     }
 }
 

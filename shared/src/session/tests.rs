@@ -13,6 +13,7 @@ use super::commit::Record;
 use super::journal::{Journal, Role as End};
 use super::progress::Progress;
 use super::*;
+use crate::methods::Ways;
 use crate::pages::{PAGE_SIZE, PageRange, PageReader, PageSet, PageWriter, SpaceId};
 use crate::transport::testing::Authority;
 use crate::transport::{Acceptor, Dialer, PeerAddress, Versions};
@@ -20,6 +21,8 @@ use crate::workload::{
     self, DestinationWorkload, Kind, Liveness, Manifest, PlacedTree, Refusal, RefusalCode, Section,
     SourceWorkload, SpaceInfo, WorkloadError,
 };
+
+mod open;
 
 const PAGES: u64 = 2048;
 const SPACE: SpaceId = SpaceId(0);
@@ -53,6 +56,10 @@ impl PageReader for Memory {
         }
         Ok(())
     }
+
+    fn take_missed(&self) -> PageSet {
+        PageSet::new()
+    }
 }
 
 impl PageWriter for Memory {
@@ -80,7 +87,13 @@ struct Copies {
     writes: AtomicU64,
     refuse_activation: AtomicBool,
     lose_activation: AtomicBool,
+    /// The thread that activates panics when it has done so.
+    die_activating: AtomicBool,
     undecided: AtomicBool,
+    /// The destination is still finding out what became of it.
+    recovers: AtomicBool,
+    /// The source's keeper ends when it is told to pause.
+    keeper_dies: AtomicBool,
 }
 
 impl Copies {
@@ -139,12 +152,24 @@ impl SourceWorkload for Leaving {
         Ok(())
     }
 
+    fn stall(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn ways(&self) -> Ways {
+        let fallbacks = vec!["the source's reason".to_owned()];
+        Ways { dump: Some(Ways::HIDDEN.to_owned()), restore: None, fallbacks }
+    }
+
     fn throttle(&mut self, _percent: u8) -> workload::Result<()> {
         Ok(())
     }
 
     fn pause(&mut self) -> workload::Result<()> {
         self.copies.source_runs.store(false, Ordering::SeqCst);
+        if self.copies.keeper_dies.load(Ordering::SeqCst) {
+            return Err(keeper_gone());
+        }
         // The writer may be in the middle of a page.
         std::thread::sleep(Duration::from_millis(5));
         Ok(())
@@ -164,6 +189,9 @@ impl SourceWorkload for Leaving {
     }
 
     fn resume(&mut self) -> workload::Result<()> {
+        if self.copies.keeper_dies.load(Ordering::SeqCst) {
+            return Err(keeper_gone());
+        }
         self.copies.source_runs.store(true, Ordering::SeqCst);
         Ok(())
     }
@@ -193,6 +221,11 @@ impl DestinationWorkload for Arriving {
         }
     }
 
+    fn ways(&self) -> Ways {
+        let fallbacks = vec!["the destination's reason".to_owned()];
+        Ways { dump: None, restore: Some(Ways::EAGER.to_owned()), fallbacks }
+    }
+
     fn activate(&mut self, _token: u64) -> workload::Result<()> {
         if self.copies.lose_activation.load(Ordering::SeqCst) {
             return Err(WorkloadError::Uncertain { source: "its keeper is gone".into() });
@@ -201,6 +234,7 @@ impl DestinationWorkload for Arriving {
             return Err(WorkloadError::plain("It would not start"));
         }
         self.copies.destination_runs.store(true, Ordering::SeqCst);
+        assert!(!self.copies.die_activating.load(Ordering::SeqCst), "the test says so");
         Ok(())
     }
 
@@ -257,6 +291,14 @@ impl DestinationHost for Beta {
     fn undecided(&self, _migration: &str, _manifest: &Manifest) {
         self.copies.undecided.store(true, Ordering::SeqCst);
     }
+
+    fn recovers(&self, _migration: &str) -> bool {
+        self.copies.recovers.load(Ordering::SeqCst)
+    }
+}
+
+fn keeper_gone() -> WorkloadError {
+    WorkloadError::KeeperGone { name: "web".to_owned(), what: "it ended".to_owned() }
 }
 
 /// Two hosts, a workload that writes, and everything that a test looks at.
@@ -394,6 +436,12 @@ async fn a_running_workload_moves_and_only_one_copy_runs() {
     assert_eq!(ending.report.mode, "pre-copy");
     assert!(ending.report.rounds.len() >= 2, "{:?}", ending.report.rounds);
     assert!(ending.report.downtime_ms.is_some());
+    let report = &ending.report;
+    assert_eq!(
+        (report.dump.as_deref(), report.restore.as_deref()),
+        (Some("hidden"), Some("eager"))
+    );
+    assert_eq!(report.fallbacks, ["the source's reason", "the destination's reason"]);
     assert!(pair.same_memory());
     assert_eq!(pair.copies.running(), 1);
     assert!(pair.copies.released.load(Ordering::SeqCst));
@@ -469,13 +517,15 @@ async fn a_keeper_lost_while_it_is_let_run_is_for_an_operator() {
     }
     assert!(pair.copies.undecided.load(Ordering::SeqCst));
     assert!(!pair.copies.discarded.load(Ordering::SeqCst));
+    let made = pair.journals.1.landing_record(&ending.report.migration);
+    assert!(made.exists(), "what it made on the disk can still be taken away");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_move_leaves_the_workload_running_and_nothing_behind() {
     let pair = Pair::new(true, Vec::new()).await;
     let cancel = CancellationToken::new();
-    let slow = MoveOptions { max_downtime_ms: 0, ..MoveOptions::default() };
+    let slow = MoveOptions { max_downtime_ms: Some(0), ..MoveOptions::default() };
     let later = cancel.clone();
     tokio::spawn(async move {
         tokio::time::sleep(Duration::from_millis(150)).await;

@@ -19,6 +19,7 @@ mod places;
 mod random;
 mod scale;
 mod swaps;
+mod tars;
 mod trees;
 
 /// Everything of a tree that must be the same on both sides, read without the code under test.
@@ -134,6 +135,7 @@ pub(super) fn bundle(path: &Path) -> FileTree {
         path: path.to_str().expect("a plain path").to_owned(),
         bytes: 0,
         live: true,
+        ..FileTree::default()
     }
 }
 

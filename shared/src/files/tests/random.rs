@@ -173,6 +173,7 @@ proptest! {
         assert_same(&source, &destination, "at the end");
         landing.keep();
         drop(landing);
+        super::tars::assert_comes_back(&source, &room.path().join("through-a-tar"));
 
         // And back, over what stayed there.
         perform_all(&destination, &away);

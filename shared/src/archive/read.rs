@@ -1,0 +1,276 @@
+//! The reading end: an archive is gone through from its first byte to its last, everything in it held to
+//! the header and to the sums. It is done twice: to find out that all is well, and then to restore.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufReader, Read, Seek};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::error::{ArchiveError, Result};
+use super::header::{HEADER, Header, JSON_MOST, PartInfo, SUMS, Sums, hex};
+
+/// How every zstd frame begins.
+const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+/// Memory that decompression may ask for, as a power of two.
+const WINDOW_LOG: u32 = 27;
+/// Zeros that may end a tar: two blocks, and what fills a record of the usual length.
+const TRAILER: u64 = 16 << 10;
+
+/// An archive whose header has been read.
+#[derive(Debug)]
+pub struct Archive {
+    file: File,
+    path: PathBuf,
+    header: Header,
+    /// SHA-256 of each part, the header's first, in hexadecimal digits: once it was verified.
+    sums: Vec<String>,
+}
+
+/// Takes a part; what it does not read is passed over.
+pub type Take<'a> = dyn FnMut(&PartInfo, &mut dyn Read) -> Result<()> + 'a;
+
+impl Archive {
+    /// Opens `path` and reads its header. Touches nothing.
+    ///
+    /// # Errors
+    /// When it is no checkpoint, or of another version, or its header lies.
+    pub fn open(path: &Path) -> Result<Self> {
+        let failed = |source| ArchiveError::Io { what: "open", path: path.to_owned(), source };
+        let refused =
+            |what: &str| ArchiveError::Refused { path: path.to_owned(), what: what.to_owned() };
+        // What waits for a writer must not hold us up.
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open(path)
+            .map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        if !metadata.is_file() {
+            return Err(refused("it is no file"));
+        }
+        if metadata.len() == 0 {
+            return Err(refused("it is empty"));
+        }
+        let mut magic = [0; 4];
+        let begins = (&file).read_exact(&mut magic).is_ok() && magic == ZSTD_MAGIC;
+        if !begins {
+            return Err(refused("it is not compressed by zstd, so it is no checkpoint"));
+        }
+        let refused = |what: String| ArchiveError::Refused { path: path.to_owned(), what };
+        let header = read_header(&file).map_err(refused)?;
+        Ok(Self { file, path: path.to_owned(), header, sums: Vec::new() })
+    }
+
+    /// What it says of itself.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Goes through all of it and checks it against header and sums. `look` is shown each part.
+    ///
+    /// # Errors
+    /// [`ArchiveError::Refused`] when not all of it is there as it was written.
+    pub fn verify(&mut self, look: &mut Take<'_>) -> Result<()> {
+        let (found, said) = self.walk(look)?;
+        let wrong = found
+            .iter()
+            .zip(&said.sha256)
+            .find(|((name, sum), said)| *name != said.name || *sum != said.sum);
+        if let Some(((name, _), _)) = wrong {
+            return Err(self.refused(format!("part {name} is damaged: its sum is another one")));
+        }
+        if said.sha256.len() != found.len() {
+            return Err(self.refused("its sums are not those of its parts"));
+        }
+        self.sums = found.into_iter().map(|(_, sum)| sum).collect();
+        Ok(())
+    }
+
+    /// Goes through it once more; it was verified.
+    ///
+    /// # Errors
+    /// When `take` fails, or the file is not any more what was verified.
+    pub fn unpack(&self, take: &mut Take<'_>) -> Result<()> {
+        let (found, _) = self.walk(take)?;
+        let same = found.iter().map(|(_, sum)| sum).eq(&self.sums);
+        if same { Ok(()) } else { Err(self.refused("it was changed while it was being restored")) }
+    }
+
+    /// SHA-256 of a part, in hexadecimal digits; nothing before [`Archive::verify`].
+    pub fn sum_of(&self, name: &str) -> Option<&str> {
+        let at = self.header.parts.iter().position(|part| part.name == name)?;
+        self.sums.get(at + 1).map(String::as_str)
+    }
+
+    fn refused(&self, what: impl Into<String>) -> ArchiveError {
+        ArchiveError::Refused { path: self.path.clone(), what: what.into() }
+    }
+
+    /// Gives the sums that the parts have, and those that the archive says they have.
+    fn walk(&self, take: &mut Take<'_>) -> Result<(Vec<(String, String)>, Sums)> {
+        let damaged = |error: io::Error| self.refused(said(&error));
+        let mut tar = tar::Archive::new(decoder(&self.file).map_err(damaged)?);
+        let mut entries = tar.entries().map_err(damaged)?.raw(true);
+        let mut found = Vec::new();
+        let mut sums = Vec::new();
+        let header = PartInfo { name: HEADER.to_owned(), size: JSON_MOST };
+        let last = PartInfo { name: SUMS.to_owned(), size: JSON_MOST };
+        let promised = std::iter::once(&header).chain(&self.header.parts).chain([&last]);
+        for part in promised {
+            let missing = || self.refused(format!("it ends before part {}", part.name));
+            let entry = entries.next().ok_or_else(missing)?.map_err(damaged)?;
+            let size = self.expect(&entry, part)?;
+            let mut content = Content { from: entry, sum: Sha256::new(), left: size, fault: None };
+            let taken = match part.name.as_str() {
+                HEADER => self.same_header(&mut content),
+                SUMS => content.read_to_end(&mut sums).map(drop).map_err(damaged),
+                _ => take(part, &mut content),
+            };
+            // What was not read is read for its sum. Damage says more than what came of it.
+            let rest = if taken.is_ok() { content.pass_over() } else { Ok(()) };
+            if let Some(fault) = content.fault.take() {
+                return Err(damaged(fault));
+            }
+            taken?;
+            rest.map_err(damaged)?;
+            let sum = hex(&content.sum.finalize().into());
+            if part.name != SUMS {
+                found.push((part.name.clone(), sum));
+            }
+        }
+        if entries.next().is_some() {
+            return Err(self.refused("it has more parts than its header says"));
+        }
+        self.must_end(tar.into_inner())?;
+        let sums = serde_json::from_slice(&sums)
+            .map_err(|error| self.refused(format!("its sums cannot be read: {error}")))?;
+        Ok((found, sums))
+    }
+
+    /// Whether the next entry is the one that was promised; gives its size.
+    fn expect<R: Read>(&self, entry: &tar::Entry<'_, R>, part: &PartInfo) -> Result<u64> {
+        let name = entry.path_bytes();
+        let shown = String::from_utf8_lossy(&name);
+        if *name != *part.name.as_bytes() {
+            return Err(self.refused(format!("it has {shown:?} where {} should be", part.name)));
+        }
+        if entry.header().entry_type() != tar::EntryType::Regular {
+            return Err(self.refused(format!("its part {shown} is no file")));
+        }
+        let size = entry.size();
+        let json = matches!(part.name.as_str(), HEADER | SUMS);
+        let right = if json { size <= JSON_MOST } else { size == part.size };
+        if right {
+            Ok(size)
+        } else {
+            Err(self
+                .refused(format!("its part {shown} has {size} bytes, which is not what it says")))
+        }
+    }
+
+    fn same_header(&self, content: &mut dyn Read) -> Result<()> {
+        let mut bytes = Vec::new();
+        let read = content.take(JSON_MOST).read_to_end(&mut bytes);
+        match read.map_err(|error| said(&error)).and_then(|_| Header::parse(&bytes)) {
+            Ok(header) if header == self.header => Ok(()),
+            Ok(_) => Err(self.refused("it was changed while it was being read")),
+            Err(what) => Err(self.refused(what)),
+        }
+    }
+
+    fn must_end(&self, mut rest: impl Read) -> Result<()> {
+        let mut left = Vec::new();
+        let read = rest.by_ref().take(TRAILER + 1).read_to_end(&mut left);
+        read.map_err(|error| self.refused(said(&error)))?;
+        if left.len() as u64 > TRAILER || left.iter().any(|byte| *byte != 0) {
+            return Err(self.refused("it has data after its end"));
+        }
+        Ok(())
+    }
+}
+
+type Decoder<'a> = zstd::Decoder<'static, BufReader<&'a File>>;
+
+/// From the beginning of `file`.
+fn decoder(mut file: &File) -> io::Result<Decoder<'_>> {
+    file.rewind()?;
+    let mut decoder = zstd::Decoder::new(file)?;
+    decoder.window_log_max(WINDOW_LOG)?;
+    Ok(decoder)
+}
+
+fn read_header(file: &File) -> std::result::Result<Header, String> {
+    let broken = |error: io::Error| said(&error);
+    let mut tar = tar::Archive::new(decoder(file).map_err(broken)?);
+    let mut entries = tar.entries().map_err(broken)?.raw(true);
+    let first = entries.next().ok_or("it is an empty archive")?;
+    let mut first = first.map_err(broken)?;
+    let is_header = *first.path_bytes() == *HEADER.as_bytes()
+        && first.header().entry_type() == tar::EntryType::Regular;
+    if !is_header {
+        return Err(format!("it does not begin with {HEADER}, as a checkpoint of decamp's does"));
+    }
+    if first.size() > JSON_MOST {
+        return Err("its header is longer than any".to_owned());
+    }
+    let mut bytes = Vec::new();
+    first.read_to_end(&mut bytes).map_err(broken)?;
+    if bytes.len() as u64 != first.size() {
+        return Err("it ends within its header".to_owned());
+    }
+    Header::parse(&bytes)
+}
+
+fn said(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "it is cut short".to_owned(),
+        _ => format!("it is damaged ({error})"),
+    }
+}
+
+/// What a part is read through.
+struct Content<R> {
+    from: R,
+    sum: Sha256,
+    left: u64,
+    /// What the archive's own bytes had to say; whoever reads may have other words for it.
+    fault: Option<io::Error>,
+}
+
+impl<R: Read> Content<R> {
+    fn pass_over(&mut self) -> io::Result<()> {
+        io::copy(self, &mut io::sink()).map(drop)
+    }
+}
+
+impl<R: Read> Read for Content<R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.left == 0 || into.is_empty() {
+            return Ok(0);
+        }
+        match self.from.read(into) {
+            Ok(0) => {
+                self.fault = Some(io::ErrorKind::UnexpectedEof.into());
+                Err(io::ErrorKind::UnexpectedEof.into())
+            }
+            Ok(read) => {
+                self.sum.update(&into[..read]);
+                self.left -= read as u64;
+                Ok(read)
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Err(error),
+            Err(error) => {
+                let kind = error.kind();
+                self.fault = Some(error);
+                Err(kind.into())
+            }
+        }
+    }
+}
