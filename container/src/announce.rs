@@ -42,6 +42,21 @@ impl Announcer {
         }
     }
 
+    /// Sends one round.
+    pub(crate) fn once(&self) {
+        if let Ok(socket) = self.socket.try_clone() {
+            round(&mut File::from(socket), &self.frames);
+        }
+    }
+
+    /// Sends all rounds after the first, and returns when the last one is out.
+    pub(crate) fn repeat(&self) {
+        for wait in WAITS_MS {
+            thread::sleep(Duration::from_millis(wait));
+            self.once();
+        }
+    }
+
     /// Sends the first round now and the others from a thread of their own.
     pub(crate) fn begin(&self) {
         let Ok(socket) = self.socket.try_clone() else { return };

@@ -4,32 +4,40 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use decamp_shared::keeper::ends::{KeeperDestination, KeeperSource};
+use decamp_shared::archive::{Frozen, Parcel, Unpacking};
+use decamp_shared::keeper::ends::KeeperDestination;
 use decamp_shared::keeper::{Beginning, KeeperClient, KeeperConfig, spawn};
+use decamp_shared::methods::{Methods, TrackerChoice};
 use decamp_shared::workload::{
-    Backend, DestinationWorkload, FileRole, FileTree, HostTools, Kind, Manifest, NetworkNeed,
-    Place, PlacedTree, Refusal, Result, SourceWorkload, WorkloadError,
+    Backend, DestinationWorkload, FileRole, FileTree, Foreign, HostTools, Kind, Liveness, Manifest,
+    NetworkNeed, Place, PlacedTree, Refusal, Result, SourceWorkload, WorkloadError,
 };
 use serde_json::Value;
 
+use crate::adopt;
+use crate::archive::{self, ContainerUnpacking};
 use crate::begin::write_config;
-use crate::cgroup::Cgroups;
+use crate::bundle::Bundle;
+use crate::claim;
+use crate::comparing::Comparing;
 use crate::error::ContainerError;
 use crate::facts::{Facts, Needs};
 use crate::network::delete_link;
+use crate::obstacles::host::criu_obstacle;
+use crate::podman::found;
 use crate::preflight;
-use crate::reader::ProcessReader;
 use crate::restore::oci_directory;
-use crate::runtime::Runtime;
-use crate::spec::{ContainerSpec, runtime_id, veth_name};
+use crate::source::ContainerSource;
+use crate::spec::{ContainerSpec, veth_name};
 use crate::swrk;
+use crate::volumes::{self, Found};
 
 /// A stopped container has this long to end by itself.
 const GRACE: Duration = Duration::from_secs(10);
 /// Memory that a container without a limit may grow by while it is moved.
 const HEADROOM: u64 = 64 << 20;
 
-/// Containers by runc and CRIU.
+/// Containers by OCI runtimes and CRIU.
 #[derive(Clone, Debug)]
 pub struct ContainerBackend {
     tools: HostTools,
@@ -51,6 +59,31 @@ impl ContainerBackend {
         }
     }
 
+    /// Tells a keeper what this host's configuration says now: it may have been started under another.
+    fn configure(&self, client: &mut KeeperClient, methods: &Methods) -> Result<()> {
+        match client.configure(methods) {
+            // It is stopped already, or older than the question, and knows no other than this.
+            Err(error) if self.tools.methods == Methods::default() => {
+                tracing::debug!(%error, "The keeper takes no configuration");
+                Ok(())
+            }
+            Err(error) => Err(WorkloadError::new(
+                "Its keeper does not take what the configuration says under [containers]",
+                error,
+            )),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    fn leaving(&self, spec: &Value, place: &Place, methods: &Methods) -> Result<ContainerSource> {
+        // On the next host it is like any other.
+        let spec = ContainerSpec { adopted: None, ..ContainerSpec::from_json(spec)? };
+        let mut client = KeeperClient::connect(place)?;
+        self.configure(&mut client, methods)?;
+        let manifest = self.manifest(&mut client, &spec, place)?;
+        ContainerSource::new(client, manifest)
+    }
+
     fn manifest(
         &self,
         client: &mut KeeperClient,
@@ -63,19 +96,28 @@ impl ContainerBackend {
         let config = fs::read_to_string(&path).map_err(|error| {
             WorkloadError::new(format!("Cannot read {}", path.display()), error)
         })?;
+        let mut obstacles = facts.obstacles;
+        obstacles
+            .extend(criu_obstacle(&self.tools.criu).map(|said| format!("At the source: {said}")));
         let needs = Needs {
             config,
             resident: facts.resident,
             criu: swrk::version(&self.tools.criu)?,
-            obstacles: facts.obstacles,
+            obstacles,
+            host: facts.host,
         };
         let bundle = FileTree {
             id: 0,
             role: FileRole::Bundle.into(),
             path: spec.bundle.display().to_string(),
+            place: place_of(spec),
             bytes: bytes_below(&spec.bundle),
             live: true,
+            ..FileTree::default()
         };
+        let Found { trees, volumes, .. } = volumes_of(spec, needs.config.as_bytes())?;
+        let numbered = (1..).zip(trees).map(|(id, tree)| FileTree { id, ..tree });
+        let spec = ContainerSpec { volumes, ..spec.clone() };
         let bridge = spec.net.iter().map(|net| NetworkNeed { bridge: net.bridge.clone() });
         Ok(Manifest {
             name: place.name.clone(),
@@ -83,9 +125,9 @@ impl ContainerBackend {
             kind: Kind::Container.into(),
             memory_bytes: facts.memory_limit.unwrap_or(facts.resident + HEADROOM),
             spaces: client.spaces()?,
-            files: vec![bundle],
+            files: [bundle].into_iter().chain(numbered).collect(),
             networks: bridge.collect(),
-            spec: json(spec)?,
+            spec: json(&spec)?,
             needs: json(&needs)?,
         })
     }
@@ -101,15 +143,42 @@ impl Backend for ContainerBackend {
     }
 
     fn run(&self, spec: &Value, place: &Place) -> Result<()> {
+        // The keeper looks again; here nothing was touched yet.
+        let kind = ContainerSpec::from_json(spec)?.kind()?;
+        if let Some(taken) = claim::taken(&self.tools, place, kind)? {
+            return Err(WorkloadError::plain(taken));
+        }
         spawn(&self.keeper(Beginning::Run, spec, place))
     }
 
+    fn find_foreign(&self, what: &str) -> std::result::Result<Foreign, Vec<Refusal>> {
+        adopt::survey(&self.tools, what)
+    }
+
+    fn awaits_start(&self, what: &str) -> bool {
+        adopt::awaits_start(&self.tools, what)
+    }
+
+    fn adopt(&self, spec: &Value, place: &Place) -> Result<()> {
+        spawn(&self.keeper(Beginning::Adopt, spec, place))
+    }
+
+    fn let_go(&self, place: &Place) -> Result<()> {
+        KeeperClient::connect(place)?.let_go()
+    }
+
     fn source(&self, spec: &Value, place: &Place) -> Result<Box<dyn SourceWorkload>> {
-        let spec = ContainerSpec::from_json(spec)?;
-        let mut client = KeeperClient::connect(place)?;
-        let manifest = self.manifest(&mut client, &spec, place)?;
-        let source = KeeperSource::new(client, manifest, Box::new(ProcessReader::open))?;
-        Ok(Box::new(source))
+        let source: Box<dyn SourceWorkload> =
+            Box::new(self.leaving(spec, place, &self.tools.methods)?);
+        let compares = matches!(source.liveness(), Liveness::Tracked { tracker }
+            if tracker == TrackerChoice::PageHash.word());
+        Ok(if compares { Box::new(Comparing::new(source)) } else { source })
+    }
+
+    /// Without a tracker shared memory stays in CRIU's images, where other tools look for it too.
+    fn source_for_file(&self, spec: &Value, place: &Place) -> Result<Box<dyn SourceWorkload>> {
+        let methods = Methods { tracker: TrackerChoice::None, ..self.tools.methods };
+        Ok(Box::new(self.leaving(spec, place, &methods)?))
     }
 
     fn preflight(&self, manifest: &Manifest, trees: &[PlacedTree]) -> Vec<Refusal> {
@@ -119,14 +188,20 @@ impl Backend for ContainerBackend {
     fn respec(&self, manifest: &Manifest, trees: &[PlacedTree]) -> Result<Value> {
         let spec: Value = serde_json::from_slice(&manifest.spec)
             .map_err(|error| WorkloadError::new("Cannot read the manifest's spec", error))?;
-        let mut spec = ContainerSpec::from_json(&spec)?;
-        let [bundle] = trees else {
+        let mut spec = ContainerSpec { adopted: None, ..ContainerSpec::from_json(&spec)? };
+        let (volumes, bundles): (Vec<_>, Vec<_>) =
+            trees.iter().partition(|placed| placed.tree.role().is_volume());
+        let [bundle] = bundles[..] else {
             return Err(WorkloadError::plain(format!(
                 "A container has one bundle, not {}",
-                trees.len()
+                trees.len() - volumes.len()
             )));
         };
         spec.bundle = bundle.path.clone();
+        if spec.podman.is_some() {
+            spec.adopted = Some(manifest.name.clone());
+        }
+        spec.volumes = volumes::placed(&spec.volumes, trees)?;
         serde_json::to_value(spec)
             .map_err(|error| WorkloadError::new("Cannot write the spec", error))
     }
@@ -151,6 +226,28 @@ impl Backend for ContainerBackend {
         }
     }
 
+    fn pack_refusals(&self, manifest: &Manifest) -> Vec<Refusal> {
+        archive::refusals(manifest)
+    }
+
+    fn pack(&self, frozen: Frozen) -> decamp_shared::archive::Result<Vec<Parcel>> {
+        archive::pack(frozen)
+    }
+
+    fn unpack(
+        &self,
+        manifest: &Manifest,
+        trees: &[PlacedTree],
+    ) -> decamp_shared::archive::Result<Box<dyn Unpacking>> {
+        let spec: Value = serde_json::from_slice(&manifest.spec)
+            .map_err(|error| WorkloadError::new("Cannot read the checkpoint's spec", error))?;
+        if ContainerSpec::from_json(&spec).map_err(WorkloadError::from)?.podman.is_some() {
+            let text = "The checkpoint is of a container of podman's, which no version writes";
+            return Err(WorkloadError::plain(text).into());
+        }
+        Ok(Box::new(ContainerUnpacking::new(manifest, trees)?))
+    }
+
     fn stop(&self, _: &Value, place: &Place) -> Result<()> {
         KeeperClient::connect(place)?.stop(GRACE)
     }
@@ -158,8 +255,7 @@ impl Backend for ContainerBackend {
     fn sweep(&self, _: &Value, place: &Place) -> Result<()> {
         // Interface first, as ever: what is killed next shall not say goodbye to its peers.
         delete_link(&veth_name(place));
-        Cgroups::of_place(place)?.sweep()?;
-        Runtime::new(&self.tools.runc, runtime_id(place)?).forget()?;
+        claim::sweep(&self.tools, place)?;
         for left in ["oci", "store"] {
             let path = place.dir.join(left);
             match fs::remove_dir_all(&path) {
@@ -173,6 +269,30 @@ impl Backend for ContainerBackend {
         }
         Ok(())
     }
+}
+
+/// Where a container's files go on the next host, where that is not where they stand here.
+fn place_of(spec: &ContainerSpec) -> String {
+    spec.podman
+        .as_ref()
+        .map_or(String::new(), |made| found::place_of(&made.name).display().to_string())
+}
+
+/// What of the host is mounted from outside of the bundle of `spec`, whose configuration is `config`.
+fn volumes_of(spec: &ContainerSpec, config: &[u8]) -> crate::error::Result<Found> {
+    let bundle = Bundle::parse(&spec.bundle, config)?;
+    Ok(volumes::found(&bundle.with_volumes(&spec.volumes)))
+}
+
+/// The trees of this host that are mounted into a container of `spec` from outside of its bundle; none
+/// for a bundle that cannot be read.
+pub fn volume_trees(spec: &Value) -> Vec<FileTree> {
+    let read = || {
+        let spec = ContainerSpec::from_json(spec)?;
+        let bundle = Bundle::read(&spec.bundle)?;
+        Ok::<_, ContainerError>(volumes::found(&bundle.with_volumes(&spec.volumes)).trees)
+    };
+    read().unwrap_or_default()
 }
 
 /// Bytes of the files below `directory`; what cannot be read is not counted.

@@ -7,20 +7,27 @@ use std::time::Instant;
 
 use decamp_shared::keeper::{Beginning, ExitSignal, KeeperConfig};
 use decamp_shared::workload::Place;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::bundle::Bundle;
 use crate::cgroup::{Cgroups, cgroups_path};
+use crate::claim::{self, Arriving, Claim};
 use crate::dump::ms;
 use crate::error::{ContainerError, Result};
-use crate::hiding;
+use crate::filling::Holder;
 use crate::init::Init;
 use crate::kept::Container;
 use crate::network::Network;
+use crate::podman::arrival::Arrival;
 use crate::restore::{Shell, oci_directory};
-use crate::runtime::{self, Runtime};
-use crate::spec::{ContainerSpec, runtime_id, veth_name};
+use crate::runtime::Runtime;
+use crate::segments::found::Segments;
+use crate::segments::landing::Landing;
+use crate::spec::{ContainerSpec, console as console_of, veth_name};
 use crate::store::Store;
 use crate::streams::Streams;
+use crate::terminal::{ConsoleSocket, Terminal};
+use crate::ways;
 
 impl Container {
     /// Starts the container of `config`, or builds its empty shell, as `config` says.
@@ -31,14 +38,17 @@ impl Container {
         match config.beginning {
             Beginning::Run => Self::run(config, exit),
             Beginning::Incoming => Self::incoming(config, exit),
+            Beginning::Adopt => Self::adopt(config, exit),
         }
     }
 
     fn run(config: &KeeperConfig, exit: &ExitSignal) -> Result<Self> {
         let spec = ContainerSpec::from_json(&config.spec)?;
         let place = &config.place;
-        let bundle = Bundle::read(&spec.bundle)?;
-        let runtime = fresh_runtime(config)?;
+        let bundle = Bundle::read(&spec.bundle)?.with_volumes(&spec.volumes);
+        let bundle = if spec.tty { bundle.with_terminal() } else { bundle };
+        let mut undo =
+            Undo { config, claim: Some(Claim::take(&config.tools, place, spec.kind()?)?) };
         let directory = oci_directory(place);
         write_config(&directory, "original.json", &bundle.config_text())?;
         let network = Network::make(interface(&spec, place), &veth_name(place), true)?;
@@ -47,53 +57,84 @@ impl Container {
         write_config(&directory, "config.json", patched.as_bytes())?;
         let streams = Streams::open(&place.log())?;
         let store = Store::mount(&place.dir.join("store"))?;
+        let runtime = undo.runtime()?;
         let begun = Instant::now();
-        let started = runtime.run(&directory, streams.write_end()?);
-        let mut undo = Undo { place, runtime: Some(&runtime) };
-        let init = Init::watch(started?, exit)?;
-        let cgroups = runtime::cgroups(&runtime.state()?)?;
-        undo.runtime = None;
+        let console = bundle.wants_terminal().then(|| ConsoleSocket::listen(&place.dir));
+        let console = console.transpose()?;
+        let path = console.as_ref().map(ConsoleSocket::path);
+        let init = runtime.run(&directory, streams.write_end()?, path)?;
+        let init = Init::watch(init, exit)?;
+        let keep = |master| Terminal::keep(master, &place.log(), &console_of(place));
+        let terminal = console.map(|console| console.master().and_then(keep)).transpose()?;
+        let cgroups = runtime.cgroups(&runtime.state()?, init.pid())?;
+        undo.claim = None;
         tracing::debug!(ms = ms(begun), pid = init.pid(), "The runtime started the container");
-        Ok(Self::of(config, exit, spec, bundle, runtime.clone(), network, streams, store, cgroups)
-            .with_init(init))
+        let mut container =
+            Self::of(config, exit, bundle, runtime, network, streams, store, cgroups);
+        container.terminal = terminal;
+        Ok(container.with_init(init))
     }
 
     fn incoming(config: &KeeperConfig, exit: &ExitSignal) -> Result<Self> {
+        // Two descriptors for each process of the container while its memory comes. What the runtime
+        // starts here is the stand-in alone.
+        if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+            let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+        }
         let spec = ContainerSpec::from_json(&config.spec)?;
         let place = &config.place;
         let path = oci_directory(place).join("original.json");
         let text =
             fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
-        let bundle = Bundle::parse(&spec.bundle, &text)?;
-        let runtime = fresh_runtime(config)?;
-        let network = Network::make(interface(&spec, place), &veth_name(place), false)?;
+        let bundle = Bundle::parse(&spec.bundle, &text)?.with_volumes(&spec.volumes);
+        let mut undo =
+            Undo { config, claim: Some(Claim::take(&config.tools, place, spec.kind()?)?) };
+        let arrival = spec
+            .podman
+            .as_ref()
+            .map(|made| Arrival::make(&config.tools, place, &spec, made, &bundle));
+        let arrival = arrival.transpose()?;
+        // podman makes that of its own.
+        let interface = if arrival.is_none() { interface(&spec, place) } else { None };
+        let network = Network::make(interface, &veth_name(place), false)?;
         let streams = Streams::open(&place.log())?;
         let store = Store::mount(&place.dir.join("store"))?;
-        let cgroups_path = cgroups_path(place)?;
-        let mut undo = Undo { place, runtime: Some(&runtime) };
+        let (runtime, cgroups_path) = match &arrival {
+            None => (undo.runtime()?, cgroups_path(place)?),
+            Some(arrival) => (
+                Runtime::new(spec.kind()?, &config.tools, arrival.id()),
+                arrival.cgroups_path().to_owned(),
+            ),
+        };
         let shell = Shell::make(&runtime, &bundle, &network, &cgroups_path, &streams, &store)?;
-        undo.runtime = None;
-        let mut container = Self::of(
-            config,
-            exit,
-            spec,
-            bundle,
-            runtime.clone(),
-            network,
-            streams,
-            store,
-            shell.cgroups,
-        );
+        let mut container =
+            Self::of(config, exit, bundle, runtime, network, streams, store, shell.cgroups);
         container.stand_in = Some(shell.state);
+        match ways::late(&container.methods) {
+            Ok(()) => container.holder = Some(Holder::start()?),
+            Err(reason) => {
+                tracing::warn!(reason, "Memory is restored before it runs");
+                container.eager = Some(reason);
+            }
+        }
+        if let Some(arrival) = arrival {
+            let (id, rootfs) = (arrival.id().to_owned(), spec.bundle.clone());
+            let arriving = Arriving { id, cgroups: container.cgroups.clone(), rootfs };
+            container.arrival = Some(arrival);
+            undo.claim = None;
+            claim::note_arriving(place, spec.kind()?, arriving)?;
+            return Ok(container);
+        }
+        // It is in the cgroups, and so nobody else takes them for free.
         container.criu = Some(container.restoring().begin()?);
+        undo.claim = None;
         Ok(container)
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn of(
+    pub(crate) fn of(
         config: &KeeperConfig,
         exit: &ExitSignal,
-        spec: ContainerSpec,
         bundle: Bundle,
         runtime: Runtime,
         network: Network,
@@ -101,61 +142,72 @@ impl Container {
         store: Store,
         cgroups: Cgroups,
     ) -> Self {
-        let unhidden = hiding::probe().err();
-        if let Some(reason) = &unhidden {
+        let methods = config.tools.methods;
+        // Before it has processes. It is asked again when it is to leave.
+        let hiding = ways::hiding(&methods, false);
+        if let Err(reason) = &hiding {
             tracing::warn!(reason, "CRIU will dump all memory by itself");
         }
         Self {
             config: config.clone(),
             exit: exit.clone(),
-            spec,
             bundle,
             runtime,
             network,
             streams,
+            terminal: None,
+            foreign: None,
+            arrival: None,
+            settling: None,
             store,
             cgroups,
             stand_in: None,
             criu: None,
+            holder: None,
+            filling: None,
             init: None,
-            unhidden,
+            methods,
+            hiding,
+            eager: None,
+            arrived: None,
+            known: Vec::new(),
+            segments: Segments::default(),
+            landing: Landing::default(),
+            tracker: None,
+            throttle: None,
             paused: None,
             over: false,
         }
     }
 
-    fn with_init(mut self, init: Init) -> Self {
+    pub(crate) fn with_init(mut self, init: Init) -> Self {
         self.init = Some(init);
         self
     }
 }
 
-/// Takes away what a runtime has made, when the next step fails before a [`Container`] exists.
+/// Takes away what a runtime has made under a name that was claimed, when a step fails before there
+/// is a [`Container`], which does so itself from then on.
 struct Undo<'a> {
-    place: &'a Place,
-    runtime: Option<&'a Runtime>,
+    config: &'a KeeperConfig,
+    claim: Option<Claim>,
+}
+
+impl Undo<'_> {
+    fn runtime(&self) -> Result<Runtime> {
+        let gone = || ContainerError::State("The container's name is not claimed".to_owned());
+        self.claim.as_ref().map(|claim| claim.runtime().clone()).ok_or_else(gone)
+    }
 }
 
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
-        let Some(runtime) = self.runtime else { return };
-        let undone = Cgroups::of_place(self.place).and_then(|cgroups| cgroups.sweep());
-        if let Err(error) = undone.and_then(|()| runtime.forget()) {
+        if self.claim.is_some()
+            && let Err(error) = claim::sweep(&self.config.tools, &self.config.place)
+        {
             tracing::error!(%error, "Cannot take a half made container away");
         }
     }
-}
-
-/// The runtime for a container that does not exist yet.
-fn fresh_runtime(config: &KeeperConfig) -> Result<Runtime> {
-    let runtime = Runtime::new(&config.tools.runc, runtime_id(&config.place)?);
-    if runtime.exists() {
-        return Err(ContainerError::State(format!(
-            "runc has a container {} already",
-            config.place.name
-        )));
-    }
-    Ok(runtime)
 }
 
 fn interface<'a>(

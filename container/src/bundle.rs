@@ -1,6 +1,7 @@
 //! An OCI bundle: reading `config.json`, what in it keeps a container from being run or moved by
 //! this version, and the copy of it that the runtime is given.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
@@ -8,11 +9,13 @@ use decamp_shared::workload::{Refusal, RefusalCode};
 use serde_json::{Value, json};
 
 use crate::error::{ContainerError, Result};
+use crate::volumes::Volume;
 
 /// A `config.json` is never longer.
 const CONFIG_CAP: u64 = 16 << 20;
 /// Files of the host that any container may mount without being bound to its host by it.
-const HOST_FILES: [&str; 3] = ["/etc/resolv.conf", "/etc/hosts", "/etc/hostname"];
+const HOST_FILES: [&str; 4] =
+    ["/etc/resolv.conf", "/etc/hosts", "/etc/hostname", "/run/.containerenv"];
 const CGROUP_NAMESPACE: &str = "The container has a cgroup namespace, which CRIU cannot rebuild";
 /// Namespaces that a container must have of its own.
 const NEEDED_NAMESPACES: [&str; 5] = ["pid", "network", "ipc", "uts", "mount"];
@@ -33,6 +36,10 @@ const SHAPES: [Shape; 6] = [
 pub(crate) struct Bundle {
     directory: PathBuf,
     config: Value,
+    /// What stands for files of the host here, by destination.
+    stand_ins: BTreeMap<String, PathBuf>,
+    /// Where sources of bind mounts stand on this host that are not where the configuration has them.
+    volumes: Vec<Volume>,
 }
 
 /// A bind mount of the configuration.
@@ -42,20 +49,28 @@ pub(crate) struct Bind {
     pub(crate) destination: String,
     /// What of the host it shows, absolute.
     pub(crate) source: PathBuf,
+    /// The same as the configuration has it.
+    pub(crate) written: String,
+    /// Whether something in the container may write there.
+    pub(crate) writable: bool,
 }
 
 impl Bundle {
     /// Reads `directory/config.json`.
     pub(crate) fn read(directory: &Path) -> Result<Self> {
-        let path = directory.join("config.json");
-        let length = fs::metadata(&path)
+        Self::read_from(directory, &directory.join("config.json"))
+    }
+
+    /// A bundle at `directory` whose configuration stands in `path`.
+    pub(crate) fn read_from(directory: &Path, path: &Path) -> Result<Self> {
+        let length = fs::metadata(path)
             .map_err(ContainerError::io(format!("read {}", path.display())))?
             .len();
         if length > CONFIG_CAP {
             return Err(ContainerError::malformed(path, "is longer than any configuration"));
         }
         let text =
-            fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
+            fs::read(path).map_err(ContainerError::io(format!("read {}", path.display())))?;
         Self::parse(directory, &text)
     }
 
@@ -75,13 +90,33 @@ impl Bundle {
                 ));
             }
         }
-        Ok(Self { directory: directory.to_owned(), config })
+        Ok(Self {
+            directory: directory.to_owned(),
+            config,
+            stand_ins: BTreeMap::new(),
+            volumes: Vec::new(),
+        })
+    }
+
+    /// The same bundle, with what is mounted from outside of it where `volumes` say.
+    pub(crate) fn with_volumes(self, volumes: &[Volume]) -> Self {
+        Self { volumes: volumes.to_owned(), ..self }
+    }
+
+    /// Where it stands.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// The root file system: the path in the configuration, relative to the bundle.
     pub(crate) fn rootfs(&self) -> PathBuf {
         let path = self.config.pointer("/root/path").and_then(Value::as_str).unwrap_or("rootfs");
         self.directory.join(path)
+    }
+
+    /// The configuration.
+    pub(crate) fn config(&self) -> &Value {
+        &self.config
     }
 
     /// The configuration as text, for the manifest.
@@ -97,12 +132,41 @@ impl Bundle {
             .flatten()
             .filter(|mount| is_bind(mount))
             .filter_map(|mount| {
+                let written = mount.get("source")?.as_str()?;
                 Some(Bind {
                     destination: mount.get("destination")?.as_str()?.to_owned(),
-                    source: self.directory.join(mount.get("source")?.as_str()?),
+                    source: self.source(written),
+                    written: written.to_owned(),
+                    writable: is_writable(mount),
                 })
             })
             .collect()
+    }
+
+    /// What of this host the configuration means by `written`.
+    fn source(&self, written: &str) -> PathBuf {
+        match self.volume(written) {
+            Some(volume) => volume.path.clone(),
+            None => self.directory.join(written),
+        }
+    }
+
+    /// Where the source that the configuration has as `written` stands, if it is noted.
+    pub(crate) fn volume(&self, written: &str) -> Option<&Volume> {
+        self.volumes.iter().find(|volume| volume.source == written)
+    }
+
+    /// Whether a source of a bind mount is something of the host that does not travel with the bundle,
+    /// and is not the same on every host.
+    pub(crate) fn is_outside(&self, source: &Path) -> bool {
+        let below = is_plainly_below(source, &self.directory) || is_inside(source, &self.directory);
+        !is_host_file(source) && !below
+    }
+
+    /// Where it mounts anything.
+    pub(crate) fn destinations(&self) -> impl Iterator<Item = &str> {
+        let mounts = self.config.get("mounts").and_then(Value::as_array);
+        mounts.into_iter().flatten().filter_map(|mount| mount.get("destination")?.as_str())
     }
 
     /// Whether it mounts the cgroup hierarchies.
@@ -118,6 +182,45 @@ impl Bundle {
     pub(crate) fn masked_paths(&self) -> Vec<String> {
         let paths = self.config.pointer("/linux/maskedPaths").and_then(Value::as_array);
         paths.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+    }
+
+    /// Whether it asks for a terminal.
+    pub(crate) fn wants_terminal(&self) -> bool {
+        self.config.pointer("/process/terminal").and_then(Value::as_bool) == Some(true)
+    }
+
+    /// The same bundle, with a terminal.
+    pub(crate) fn with_terminal(mut self) -> Self {
+        self.config["process"]["terminal"] = json!(true);
+        self
+    }
+
+    /// A bundle at `directory` whose configuration is `changed` from this one's.
+    pub(crate) fn moved_to(self, directory: &Path, changed: impl FnOnce(Value) -> Value) -> Self {
+        Self { directory: directory.to_owned(), config: changed(self.config), ..self }
+    }
+
+    /// Has `files` mounted, by destination, where the configuration mounts files of the host.
+    pub(crate) fn stand_in(&mut self, files: BTreeMap<String, PathBuf>) {
+        self.stand_ins = files;
+    }
+
+    /// The file of this host that is mounted on `destination`, where the configuration says `source`.
+    pub(crate) fn host_file(&self, destination: &str, source: PathBuf) -> PathBuf {
+        self.stand_ins.get(destination).cloned().unwrap_or(source)
+    }
+
+    /// The same bundle as if its network namespace was its own: one that it joined by a path is made anew
+    /// wherever it comes.
+    pub(crate) fn with_own_network(mut self) -> Self {
+        if let Some(namespaces) = self.config["linux"]["namespaces"].as_array_mut() {
+            for namespace in namespaces.iter_mut().filter_map(Value::as_object_mut) {
+                if namespace.get("type").and_then(Value::as_str) == Some("network") {
+                    namespace.remove("path");
+                }
+            }
+        }
+        self
     }
 
     /// Why this version cannot run it under a keeper.
@@ -145,9 +248,6 @@ impl Bundle {
     /// The part of [`Bundle::run_refusals`] for which no file is looked at.
     pub(crate) fn config_refusals(&self) -> Vec<Refusal> {
         let mut found = Vec::new();
-        if self.config.pointer("/process/terminal").and_then(Value::as_bool) == Some(true) {
-            found.push(unsupported("The configuration asks for a terminal (process.terminal)"));
-        }
         for needed in NEEDED_NAMESPACES {
             match self.namespace(needed) {
                 None => found.push(unsupported(&format!(
@@ -166,12 +266,7 @@ impl Bundle {
         if self.namespace("user").is_some() {
             found.push(unsupported("The container has a user namespace"));
         }
-        if self
-            .config
-            .get("hooks")
-            .and_then(Value::as_object)
-            .is_some_and(|hooks| !hooks.is_empty())
-        {
+        if self.config.get("hooks").and_then(Value::as_object).is_some_and(has_foreign_hooks) {
             found.push(unsupported("The configuration has hooks"));
         }
         found
@@ -182,15 +277,6 @@ impl Bundle {
         let mut found = Vec::new();
         if self.namespace("cgroup").is_some() {
             found.push(CGROUP_NAMESPACE.to_owned());
-        }
-        for bind in self.binds() {
-            if !is_host_file(&bind.source) && !is_inside(&bind.source, &self.directory) {
-                found.push(format!(
-                    "{} is mounted from {}, outside of the bundle; only the bundle moves",
-                    bind.destination,
-                    bind.source.display()
-                ));
-            }
         }
         found
     }
@@ -211,9 +297,11 @@ impl Bundle {
             ));
         }
         for bind in self.binds() {
-            if !is_host_file(&bind.source) && !is_plainly_below(&bind.source, &self.directory) {
+            let comes = self.volume(&bind.written).is_some_and(Volume::is_plain);
+            let below = is_plainly_below(&bind.source, &self.directory);
+            if !comes && !below && !is_host_file(&bind.source) {
                 refuse(format!(
-                    "{} is mounted from {}, which is not inside of the bundle as {}; only the bundle moves",
+                    "{} is mounted from {}, which is neither inside of the bundle as {} nor comes along",
                     bind.destination,
                     bind.source.display(),
                     self.directory.display()
@@ -223,29 +311,14 @@ impl Bundle {
         found
     }
 
-    /// Whether all that is mounted of it lies in it, now that its files are here.
-    ///
-    /// # Errors
-    /// When something is elsewhere: by a symbolic link, for what it is called was checked before.
-    pub(crate) fn check_inside(&self) -> Result<()> {
-        let binds = self.binds().into_iter().map(|bind| bind.source);
-        let sources = binds.filter(|source| !is_host_file(source));
-        for path in sources.chain([self.rootfs()]) {
-            if !is_inside(&path, &self.directory) {
-                return Err(ContainerError::State(format!(
-                    "{} leads out of the bundle {}",
-                    path.display(),
-                    self.directory.display()
-                )));
-            }
-        }
-        Ok(())
-    }
-
     /// The configuration that the runtime is given: root and bind sources absolute, the network
-    /// namespace at `netns`, the cgroup at `cgroups_path`.
+    /// namespace at `netns`, the cgroup at `cgroups_path`. Without hooks: the only ones that are not
+    /// refused register a container with an agent, and one that decamp starts has an agent.
     pub(crate) fn for_runtime(&self, netns: &str, cgroups_path: &str) -> Value {
         let mut config = self.config.clone();
+        if let Some(config) = config.as_object_mut() {
+            config.remove("hooks");
+        }
         config["root"]["path"] = json!(self.rootfs());
         config["linux"]["cgroupsPath"] = json!(cgroups_path);
         if let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
@@ -258,7 +331,7 @@ impl Bundle {
         if let Some(mounts) = config["mounts"].as_array_mut() {
             for mount in mounts.iter_mut().filter(|mount| is_bind(mount)) {
                 if let Some(source) = mount.get("source").and_then(Value::as_str) {
-                    mount["source"] = json!(self.directory.join(source));
+                    mount["source"] = json!(self.source(source));
                 }
             }
         }
@@ -273,10 +346,9 @@ impl Bundle {
         config["root"]["readonly"] = json!(false);
         config["process"]["args"] = json!(["/stand-in"]);
         config["process"]["cwd"] = json!("/");
+        // Nobody would be there to take it.
+        config["process"]["terminal"] = json!(false);
         config["process"]["user"] = json!({"uid": 0, "gid": 0});
-        if let Some(config) = config.as_object_mut() {
-            config.remove("hooks");
-        }
         if let Some(mounts) = config["mounts"].as_array_mut() {
             // Their sources may still be on their way, and nobody will look at them.
             mounts.retain(|mount| !is_bind(mount));
@@ -292,6 +364,20 @@ impl Bundle {
     }
 }
 
+/// Whether anything but `decamp hook oci` would be called. That one does nothing that would be missing
+/// on another host, and is never called by what decamp starts.
+fn has_foreign_hooks(hooks: &serde_json::Map<String, Value>) -> bool {
+    let ours = |hook: &Value| {
+        let words = hook.get("args").and_then(Value::as_array);
+        let words: Vec<_> = words.into_iter().flatten().map(Value::as_str).collect();
+        words.windows(2).any(|pair| pair == [Some("hook"), Some("oci")])
+    };
+    hooks
+        .values()
+        .filter(|stage| !stage.is_null())
+        .any(|stage| stage.as_array().is_none_or(|hooks| !hooks.iter().all(ours)))
+}
+
 /// Whether `path` lies below `directory`, symbolic links followed where they exist.
 fn is_inside(path: &Path, directory: &Path) -> bool {
     let resolve = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
@@ -304,8 +390,17 @@ fn is_plainly_below(path: &Path, directory: &Path) -> bool {
         .is_ok_and(|rest| rest.components().all(|part| matches!(part, Component::Normal(_))))
 }
 
-fn is_host_file(path: &Path) -> bool {
+/// Whether any container may mount it from any host.
+pub(crate) fn is_host_file(path: &Path) -> bool {
     HOST_FILES.iter().any(|file| Path::new(file) == path)
+}
+
+/// Whether what is mounted can be written.
+fn is_writable(mount: &Value) -> bool {
+    let options = mount.get("options").and_then(Value::as_array);
+    let words: Vec<&str> = options.into_iter().flatten().filter_map(Value::as_str).collect();
+    let last = words.iter().rfind(|word| matches!(**word, "ro" | "rw"));
+    last != Some(&"ro")
 }
 
 fn is_bind(mount: &Value) -> bool {
@@ -341,14 +436,17 @@ mod tests {
         ]}));
         let sources: Vec<_> = bundle.binds().into_iter().map(|bind| bind.source).collect();
         assert_eq!(sources, [PathBuf::from("/b/data"), PathBuf::from("/c")]);
-        assert_eq!(bundle.move_obstacles().len(), 1);
+        let outside: Vec<_> =
+            bundle.binds().iter().map(|bind| bundle.is_outside(&bind.source)).collect();
+        assert_eq!(outside, [false, true]);
     }
 
     #[test]
     fn a_bundle_without_namespaces_is_refused_with_every_reason() {
-        let refusals = bundle(json!({"process": {"terminal": true}, "hooks": {"poststop": []}}))
-            .run_refusals();
-        assert_eq!(refusals.len(), 1 + 1 + NEEDED_NAMESPACES.len() + 1);
+        let refusals =
+            bundle(json!({"process": {"terminal": true}, "hooks": {"poststop": [{"path": "/x"}]}}))
+                .run_refusals();
+        assert_eq!(refusals.len(), 1 + NEEDED_NAMESPACES.len() + 1);
     }
 
     #[test]
@@ -395,14 +493,23 @@ mod tests {
     }
 
     #[test]
-    fn links_out_of_the_bundle_are_noticed() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let bundle = Bundle::parse(directory.path(), b"{}").expect("a bundle");
-        fs::create_dir(directory.path().join("rootfs")).expect("a directory");
-        bundle.check_inside().expect("inside");
-        fs::remove_dir(directory.path().join("rootfs")).expect("removed");
-        std::os::unix::fs::symlink("/etc", directory.path().join("rootfs")).expect("a link");
-        assert!(bundle.check_inside().is_err());
+    fn our_own_hook_is_no_obstacle_and_others_are() {
+        let ours = json!({"path": "/bin/decamp", "args": ["decamp", "hook", "oci"]});
+        let other = json!({"path": "/bin/sh", "args": ["sh", "-c", "hook oci"]});
+        for (hooks, refused) in [
+            (json!({}), false),
+            (json!({"poststart": [ours], "poststop": null, "prestart": []}), false),
+            (json!({"poststart": [ours, other]}), true),
+            (json!({"poststart": "decamp hook oci"}), true),
+            (json!({"poststop": [{"path": "/bin/decamp"}]}), true),
+            (json!({"poststop": [7]}), true),
+        ] {
+            let bundle = bundle(json!({"hooks": hooks}));
+            let found = bundle.config_refusals();
+            let said = found.iter().any(|refusal| refusal.text.contains("hooks"));
+            assert_eq!(said, refused, "{hooks}");
+            assert_eq!(bundle.for_runtime("/n", "/c").get("hooks"), None);
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! The runtime makes them; both hierarchies (v1 with a freezer of its own, and v2) are spoken here.
 //! CRIU never touches them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -37,7 +37,7 @@ const SETTINGS: [(&str, &[&str]); 4] = [
 const VALUE_CAP: usize = 128;
 
 /// The directories of one container, by controller; one entry with an empty name on v2.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Cgroups {
     paths: BTreeMap<String, PathBuf>,
 }
@@ -52,6 +52,18 @@ pub(crate) struct Setting {
     file: String,
     /// Its content without the newline.
     value: String,
+}
+
+impl Setting {
+    /// Whether it limits how many tasks there are.
+    pub(crate) fn limits_tasks(&self) -> bool {
+        self.file == "pids.max"
+    }
+
+    /// The same, of no effect.
+    pub(crate) fn lifted(&self) -> Self {
+        Self { value: "max".to_owned(), ..self.clone() }
+    }
 }
 
 /// What the runtime's configuration calls the container's cgroup.
@@ -86,6 +98,37 @@ impl Cgroups {
         })
     }
 
+    /// Where a hierarchy of [`Cgroups::of_place`] is mounted: one that everybody on this host has.
+    pub(crate) fn mount_point(&self) -> Result<PathBuf> {
+        // One that another mount hides is still listed.
+        let mut mounted = self.paths.keys().map(PathBuf::from);
+        mounted.find(|path| path.is_dir()).ok_or_else(|| {
+            ContainerError::State("No cgroup hierarchy is mounted on this host".to_owned())
+        })
+    }
+
+    /// A directory, among these, those beside them and those below, that has tasks in it.
+    pub(crate) fn peopled(&self) -> Result<Option<PathBuf>> {
+        let found = self.paths.values().flat_map(|path| [path.clone(), beside(path)]);
+        found.map(|path| peopled(&path)).find_map(Result::transpose).transpose()
+    }
+
+    /// All processes in the directories and below them, each with its directory: what killing and
+    /// removing would reach.
+    pub(crate) fn within_reach(&self) -> Result<Vec<(i32, PathBuf)>> {
+        let mut found = Vec::new();
+        let mut to_look: Vec<PathBuf> = self.paths.values().cloned().collect();
+        while let Some(directory) = to_look.pop() {
+            found.extend(processes_in(&directory)?.into_iter().map(|pid| (pid, directory.clone())));
+            let entries = fs::read_dir(&directory)
+                .map_err(ContainerError::io(format!("list {}", directory.display())))?;
+            let below =
+                entries.flatten().filter(|entry| entry.file_type().is_ok_and(|it| it.is_dir()));
+            to_look.extend(below.map(|entry| entry.path()));
+        }
+        Ok(found)
+    }
+
     fn is_v2(&self) -> bool {
         !self.paths.contains_key("freezer")
     }
@@ -103,16 +146,22 @@ impl Cgroups {
         self.paths.get(name).map(PathBuf::as_path)
     }
 
-    /// Stops every task, and returns when all of them stand still.
+    /// Stops every task, and returns when all of them stand still. On an error all of them run.
     pub(crate) fn freeze(&self) -> Result<()> {
+        self.stop_all().inspect_err(|_| {
+            if let Err(error) = self.thaw() {
+                tracing::error!(%error, "Cannot thaw what could not be frozen");
+            }
+        })
+    }
+
+    fn stop_all(&self) -> Result<()> {
         let directory = self.freezer()?;
         let begun = Instant::now();
         let mut again = Instant::now();
         self.write_freezer(true)?;
         while !self.is_frozen()? {
             if begun.elapsed() > FREEZE_WITHIN {
-                // Whatever stopped shall run again.
-                self.thaw()?;
                 return Err(ContainerError::State(format!(
                     "The tasks in {} did not stop within {} s",
                     directory.display(),
@@ -135,9 +184,9 @@ impl Cgroups {
         self.write_freezer(true)
     }
 
-    /// Lets every task run.
+    /// Lets every task run. Where the cgroup is gone, with all its tasks, there is nothing to do.
     pub(crate) fn thaw(&self) -> Result<()> {
-        self.write_freezer(false)
+        unless_gone(self.write_freezer(false))
     }
 
     /// Whether every task stands still.
@@ -149,6 +198,15 @@ impl Cgroups {
         } else {
             Ok(read(&directory.join("freezer.state"))?.trim() == "FROZEN")
         }
+    }
+
+    /// Whether somebody has it stand still, or is about to.
+    pub(crate) fn is_suspended(&self) -> Result<bool> {
+        let directory = self.freezer()?;
+        if self.is_v2() {
+            return Ok(read(&directory.join("cgroup.freeze"))?.trim() == "1");
+        }
+        Ok(read(&directory.join("freezer.state"))?.trim() != "THAWED")
     }
 
     fn write_freezer(&self, frozen: bool) -> Result<()> {
@@ -194,6 +252,13 @@ impl Cgroups {
             _ => {}
         }
         write(&beside.join("cgroup.procs"), &pid.to_string())
+    }
+
+    /// Removes what a restored one's CRIU stood aside in, once that is gone.
+    pub(crate) fn remove_aside(&self) {
+        for directory in self.paths.values() {
+            let _ = fs::remove_dir(beside(directory));
+        }
     }
 
     /// Limits as they are now.
@@ -251,7 +316,8 @@ impl Cgroups {
         (limit < 1 << 60).then_some(limit)
     }
 
-    /// Kills every member. Frozen members die when they are thawed, before they run anything.
+    /// Kills every member, and those of cgroups below. Frozen members die when they are thawed, before
+    /// they run anything. Where the cgroup is gone there is nothing to do.
     pub(crate) fn kill_all(&self) -> Result<()> {
         kill_in(self.freezer()?)
     }
@@ -263,7 +329,9 @@ impl Cgroups {
             for directory in [directory.clone(), beside(directory)] {
                 remove_tree(&directory, begun)?;
             }
-            if let Some(parent) = directory.parent() {
+            // That of an adopted one is somebody else's.
+            let ours = |parent: &&Path| parent.file_name().is_some_and(|name| name == PARENT);
+            if let Some(parent) = directory.parent().filter(ours) {
                 // Shared with the other containers: gone when the last of them is.
                 let _ = fs::remove_dir(parent);
             }
@@ -293,7 +361,7 @@ impl Cgroups {
             for (file, value) in [("freezer.state", state), ("cgroup.freeze", switch)] {
                 let path = directory.join(file);
                 if path.exists() {
-                    write(&path, value)?;
+                    unless_gone(write(&path, value))?;
                 }
             }
         }
@@ -301,14 +369,80 @@ impl Cgroups {
     }
 }
 
+/// Kills every task in `directory` and below it. On an error some of them live, and would run if they were
+/// thawed.
 fn kill_in(directory: &Path) -> Result<()> {
-    for pid in processes_in(directory)? {
-        // One that has just died by itself is as dead as we want it.
-        if let Ok(process) = sys::pidfd_open(pid) {
-            let _ = sys::pidfd_kill(process.as_fd());
+    // On v2 the kernel does it, newly forked ones included (Linux 5.14).
+    let switch = directory.join("cgroup.kill");
+    if switch.exists() {
+        return unless_gone(write(&switch, "1"));
+    }
+    // Until nobody is found who was not killed before: what runs may have forked meanwhile. What is killed
+    // forks no more, and stays here as long as it is frozen.
+    let begun = Instant::now();
+    let mut killed = BTreeSet::new();
+    loop {
+        let (found, unknown) = processes_below(directory)?;
+        kill_each(&found)?;
+        if found.is_subset(&killed) {
+            return unknown.map_or(Ok(()), Err);
+        }
+        if begun.elapsed() > EMPTY_WITHIN {
+            return Err(ContainerError::State(format!(
+                "The tasks in {} fork faster than they can be killed",
+                directory.display()
+            )));
+        }
+        killed = found;
+    }
+}
+
+fn kill_each(pids: &BTreeSet<i32>) -> Result<()> {
+    let mut first = Ok(());
+    for pid in pids {
+        let killed = sys::pidfd_open(*pid).and_then(|process| sys::pidfd_kill(process.as_fd()));
+        match killed {
+            // One that has just died by itself is as dead as we want it.
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) && first.is_ok() => {
+                first = Err(ContainerError::io(format!("kill process {pid}"))(error));
+            }
+            _ => {}
         }
     }
-    Ok(())
+    first
+}
+
+/// Processes in `directory` and below it (a directory that is gone has none), and an error when there are
+/// others, which have no number here.
+fn processes_below(directory: &Path) -> Result<(BTreeSet<i32>, Option<ContainerError>)> {
+    let (mut found, mut unknown) = (BTreeSet::new(), None);
+    let mut to_look = vec![directory.to_owned()];
+    while let Some(directory) = to_look.pop() {
+        let path = directory.join("cgroup.procs");
+        match fs::read_to_string(&path) {
+            Ok(text) => {
+                let (pids, all) = parse_processes(&text);
+                found.extend(pids);
+                unknown = unknown.or_else(|| (!all).then(|| stranger(path)));
+            }
+            Err(error) if is_gone(&error) => continue,
+            Err(error) => {
+                return Err(ContainerError::io(format!("read {}", path.display()))(error));
+            }
+        }
+        match fs::read_dir(&directory) {
+            Ok(entries) => {
+                let entries = entries.flatten();
+                let below = entries.filter(|entry| entry.file_type().is_ok_and(|it| it.is_dir()));
+                to_look.extend(below.map(|entry| entry.path()));
+            }
+            Err(error) if is_gone(&error) => {}
+            Err(error) => {
+                return Err(ContainerError::io(format!("list {}", directory.display()))(error));
+            }
+        }
+    }
+    Ok((found, unknown))
 }
 
 /// A directory beside a container's own. No workload's name begins with a dot.
@@ -316,6 +450,37 @@ fn beside(directory: &Path) -> PathBuf {
     let mut name = OsString::from(".criu-");
     name.push(directory.file_name().unwrap_or_default());
     directory.with_file_name(name)
+}
+
+/// `directory`, or one below it, when there are tasks in it: of whatever PID namespace.
+fn peopled(directory: &Path) -> Result<Option<PathBuf>> {
+    let failed = |error| ContainerError::io(format!("look into {}", directory.display()))(error);
+    match fs::read_to_string(directory.join("cgroup.procs")) {
+        Ok(text) if text.trim().is_empty() => {}
+        Ok(_) => return Ok(Some(directory.to_owned())),
+        Err(error) if is_gone(&error) => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    }
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if is_gone(&error) => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    };
+    let below = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    below.map(|entry| peopled(&entry.path())).find_map(Result::transpose).transpose()
+}
+
+/// Whether an error says that a cgroup is no longer there.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
+}
+
+/// The outcome of something done to a cgroup, which need not be done where that is no longer there.
+fn unless_gone(outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(ContainerError::Io { source, .. }) if is_gone(&source) => Ok(()),
+        outcome => outcome,
+    }
 }
 
 fn remove_tree(directory: &Path, begun: Instant) -> Result<()> {
@@ -342,11 +507,22 @@ fn remove_tree(directory: &Path, begun: Instant) -> Result<()> {
 
 fn processes_in(directory: &Path) -> Result<Vec<i32>> {
     let path = directory.join("cgroup.procs");
-    let text = read(&path)?;
-    text.lines()
-        .map(|line| line.trim().parse().ok().filter(|pid| *pid > 0))
-        .collect::<Option<Vec<i32>>>()
-        .ok_or_else(|| ContainerError::malformed(path, "names a process of another PID namespace"))
+    match parse_processes(&read(&path)?) {
+        (pids, true) => Ok(pids),
+        (_, false) => Err(stranger(path)),
+    }
+}
+
+/// The numbers in a `cgroup.procs`, and whether all of its processes have one here.
+fn parse_processes(text: &str) -> (Vec<i32>, bool) {
+    let number = |line: &str| line.trim().parse().ok().filter(|pid| *pid > 0);
+    let pids: Vec<i32> = text.lines().filter_map(number).collect();
+    let all = pids.len() == text.lines().count();
+    (pids, all)
+}
+
+fn stranger(path: PathBuf) -> ContainerError {
+    ContainerError::malformed(path, "names a process of another PID namespace")
 }
 
 /// Mount points of all cgroup hierarchies.
@@ -382,6 +558,52 @@ mod tests {
     }
 
     #[test]
+    fn processes_of_other_namespaces_hide_no_others() {
+        assert_eq!(parse_processes("12\n0\n7\n"), (vec![12, 7], false));
+        assert_eq!(parse_processes("12\n7\n"), (vec![12, 7], true));
+        assert_eq!(parse_processes(""), (Vec::new(), true));
+    }
+
+    #[test]
+    fn what_is_gone_is_dead_and_removed() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let paths = BTreeMap::from([("freezer".to_owned(), directory.path().join("gone"))]);
+        let cgroups = Cgroups { paths };
+        for _ in 0..2 {
+            cgroups.kill_all().expect("nobody to kill");
+            cgroups.thaw().expect("nobody to thaw");
+            cgroups.remove().expect("nothing to remove");
+        }
+        assert!(cgroups.freeze().is_err(), "nobody stands still who is not there");
+    }
+
+    /// On v1, where the kernel does not kill a whole tree.
+    #[test]
+    fn who_is_in_a_cgroup_below_is_killed_too() {
+        let name = format!("decamp-below-{}", std::process::id());
+        let top = Path::new("/sys/fs/cgroup/freezer").join(name);
+        let below = top.join("below").join("further");
+        if let Err(error) = fs::create_dir_all(&below) {
+            return eprintln!("skipped: no freezer of cgroups v1 to use: {error}");
+        }
+        let cgroups = Cgroups { paths: BTreeMap::from([("freezer".to_owned(), top.clone())]) };
+        let sleeps = || std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
+        let mut children = [sleeps(), sleeps(), sleeps()];
+        for (child, directory) in children.iter().zip([&top, &top.join("below"), &below]) {
+            write(&directory.join("cgroup.procs"), &child.id().to_string()).expect("moved");
+        }
+        cgroups.freeze().expect("frozen");
+        cgroups.kill_all().expect("killed");
+        cgroups.thaw().expect("thawed");
+        for child in &mut children {
+            let status = child.wait().expect("dead");
+            assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGKILL));
+        }
+        cgroups.remove().expect("removed");
+        assert!(!top.exists());
+    }
+
+    #[test]
     fn a_peer_sets_nothing_but_limits() {
         let cgroups =
             Cgroups { paths: BTreeMap::from([("pids".to_owned(), PathBuf::from("/nowhere"))]) };
@@ -406,6 +628,71 @@ mod tests {
             let taken = beside.file_name().and_then(|name| name.to_str()).expect("a name");
             assert!(runtime_id(&place(taken)).is_err(), "{taken} can be a workload");
         }
+    }
+
+    fn in_one(hierarchy: &str, directory: &Path) -> Cgroups {
+        Cgroups { paths: BTreeMap::from([(hierarchy.to_owned(), directory.to_owned())]) }
+    }
+
+    #[test]
+    fn what_cannot_be_frozen_runs_again() {
+        // A cgroup without the file that says whether all stand still.
+        let directory = tempfile::tempdir().expect("a directory");
+        let cgroups = in_one("", directory.path());
+        cgroups.freeze().expect_err("nothing says whether it is frozen");
+        assert_eq!(read(&directory.path().join("cgroup.freeze")).expect("readable"), "0");
+    }
+
+    #[test]
+    fn only_the_dead_may_fail_to_be_killed() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let sleeper = || std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
+        let procs = |pids: &[u32]| {
+            let text: String = pids.iter().map(|pid| format!("{pid}\n")).collect();
+            fs::write(directory.path().join("cgroup.procs"), text).expect("written");
+        };
+        let mut dead = sleeper();
+        dead.kill().and_then(|()| dead.wait()).expect("ended");
+        let mut one = sleeper();
+        procs(&[dead.id(), one.id()]);
+        kill_in(directory.path()).expect("one was dead, one is now");
+        assert!(!one.wait().expect("reaped").success());
+        // A thread that is no process cannot be killed this way; whoever comes after it still is.
+        let thread = nix::unistd::gettid().as_raw() as u32;
+        assert_ne!(thread, std::process::id(), "tests run in threads");
+        let mut two = sleeper();
+        procs(&[thread, two.id()]);
+        let error = kill_in(directory.path()).expect_err("not killed");
+        assert!(error.to_string().contains(&format!("kill process {thread}")), "{error}");
+        assert!(!two.wait().expect("reaped").success());
+    }
+
+    #[test]
+    fn the_kernel_kills_where_it_can() {
+        let directory = tempfile::tempdir().expect("a directory");
+        fs::write(directory.path().join("cgroup.kill"), "").expect("written");
+        kill_in(directory.path()).expect("killed");
+        assert_eq!(read(&directory.path().join("cgroup.kill")).expect("readable"), "1");
+    }
+
+    #[test]
+    fn tasks_are_found_beside_and_below() {
+        let root = tempfile::tempdir().expect("a directory");
+        let directory = root.path().join("web");
+        let cgroups = in_one("", &directory);
+        assert_eq!(cgroups.peopled().expect("nothing there"), None);
+        let procs = |path: &Path, text: &str| {
+            fs::create_dir_all(path).expect("a directory");
+            fs::write(path.join("cgroup.procs"), text).expect("written");
+        };
+        procs(&directory, "");
+        assert_eq!(cgroups.peopled().expect("empty"), None);
+        // Of another PID namespace.
+        procs(&directory.join("below"), "0\n");
+        assert_eq!(cgroups.peopled().expect("readable"), Some(directory.join("below")));
+        procs(&directory.join("below"), "");
+        procs(&beside(&directory), "7\n");
+        assert_eq!(cgroups.peopled().expect("readable"), Some(beside(&directory)));
     }
 
     #[test]

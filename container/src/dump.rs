@@ -2,12 +2,15 @@
 //! moves, and leaves it frozen.
 
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use decamp_shared::workload::Section;
+use nix::sched::{CloneFlags, setns};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use rust_criu::rust_criu_protobuf::rpc::{
     Criu_cg_mode, Criu_network_lock_method, Criu_opts, Criu_req_type,
 };
@@ -15,19 +18,23 @@ use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{Cgroups, Setting};
 use crate::error::{ContainerError, Result};
-use crate::hiding::{HiddenRanges, Supervisor};
+use crate::hiding::filter::Supervisor;
+use crate::hiding::mounts::Mounts;
+use crate::hiding::{self, Hidden, Way};
 use crate::images;
+use crate::limits;
 use crate::memory::HiddenProcess;
 use crate::mounts::ExternalMount;
+use crate::segments::{self, Moved};
 use crate::swrk::Swrk;
+use crate::tmpfs::{self, Tree};
 
 /// The section of what CRIU does not know.
 pub(crate) const STATE: &str = "container/state";
-const STATE_VERSION: u32 = 1;
-/// What CRIU calls the network namespace that it finds ready at the restore.
-pub(crate) const NETWORK_KEY: &str = "extRootNetNS";
+/// 2: CRIU works within the network namespace, and so its images name none.
+const STATE_VERSION: u32 = 2;
 /// Deleted files that tasks still have open travel in the images up to this size.
-const GHOST_LIMIT: u32 = 64 << 20;
+pub(crate) const GHOST_LIMIT: u32 = 64 << 20;
 const LOG: &str = "dump.log";
 
 /// What CRIU does not know of a container.
@@ -40,8 +47,16 @@ pub(crate) struct ContainerState {
     pub(crate) output_owner: (u32, u32),
     /// Mounts from outside.
     pub(crate) mounts: Vec<ExternalMount>,
+    /// What CRIU calls another pipe for output, and one for input: of a container that was adopted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) second_output: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) input: Option<String>,
     /// Limits of its cgroups.
     pub(crate) settings: Vec<Setting>,
+    /// Whether it has a terminal, whose master is outside.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) terminal: bool,
 }
 
 /// What a dump needs to know.
@@ -49,41 +64,64 @@ pub(crate) struct Dump {
     pub(crate) criu: PathBuf,
     pub(crate) init: i32,
     pub(crate) cgroups: Cgroups,
-    /// Inode of the network namespace.
-    pub(crate) network: u64,
+    /// The network namespace. CRIU works in it, so that it takes it as given: of one that is not its
+    /// own it lists the host's connection tracking table twice, 23 ms for an empty one.
+    pub(crate) network: OwnedFd,
     pub(crate) mounts: Vec<ExternalMount>,
-    /// Memory that CRIU shall not see; nothing when it shall dump all by itself.
-    pub(crate) hidden: Option<HiddenRanges>,
+    /// What else CRIU takes as given from outside, as it is told.
+    pub(crate) external: Vec<String>,
+    /// Memory that CRIU shall not see, and how; nothing when it shall dump all by itself.
+    pub(crate) hidden: Option<(Way, Hidden)>,
     /// An empty directory.
     pub(crate) images: PathBuf,
+    /// Whether it has a terminal, whose master is outside.
+    pub(crate) terminal: bool,
 }
 
 /// A dump that goes on in a thread of its own, while the page engine reads memory.
-pub(crate) struct Dumping(JoinHandle<Result<()>>);
+pub(crate) struct Dumping {
+    thread: JoinHandle<Result<()>>,
+    call_off: Arc<EventFd>,
+}
 
 impl Dumping {
     /// Waits until CRIU has let the tree go; the tree is frozen then, whatever came of the dump.
     pub(crate) fn finish(self) -> Result<()> {
         let panicked = |_| Err(ContainerError::State("The thread that dumps panicked".to_owned()));
-        self.0.join().unwrap_or_else(panicked)
+        self.thread.join().unwrap_or_else(panicked)
+    }
+
+    /// Has CRIU give it up, for nobody wants it, and waits until it has let the tree go. It is not
+    /// killed, unless it is stuck: a task that it works in would be left with CRIU's code in it.
+    pub(crate) fn call_off(self) -> Result<()> {
+        self.call_off.write(1).map_err(ContainerError::errno("call a dump off"))?;
+        self.finish()
     }
 }
 
 impl Dump {
-    /// Begins to dump. The thread is used for nothing else: the filter that hides memory stays on
-    /// it, and on CRIU, and on nothing else.
+    /// Begins to dump. The thread is used for nothing else: what hides memory, a filter or a mount namespace,
+    /// stays on it, and on CRIU, and on nothing else; the same goes for the network namespace.
     pub(crate) fn begin(self) -> Result<Dumping> {
-        let thread = thread::Builder::new().name("dump".to_owned()).spawn(move || self.run());
-        thread.map(Dumping).map_err(ContainerError::io("start a thread"))
+        let call_off = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
+            .map_err(ContainerError::errno("make an event"))?;
+        let call_off = Arc::new(call_off);
+        let called_off = call_off.clone();
+        let thread =
+            thread::Builder::new().name("dump".to_owned()).spawn(move || self.run(&called_off));
+        let thread = thread.map_err(ContainerError::io("start a thread"))?;
+        Ok(Dumping { thread, call_off })
     }
 
-    fn run(self) -> Result<()> {
+    fn run(self, called_off: &Arc<EventFd>) -> Result<()> {
         let begun = Instant::now();
         let images = &self.images;
         let directory =
             File::open(images).map_err(ContainerError::io(format!("open {}", images.display())))?;
         let options = self.options(&directory)?;
-        let dumped = self.criu(options);
+        setns(&self.network, CloneFlags::CLONE_NEWNET)
+            .map_err(ContainerError::errno("enter the network namespace"))?;
+        let dumped = self.criu(options, called_off);
         tell_log(&images.join(LOG));
         let answered = dumped.map_err(|error| with_log(error, &images.join(LOG)))?;
         tracing::debug!(ms = ms(begun), answered, "CRIU dumped");
@@ -93,12 +131,26 @@ impl Dump {
         Ok(())
     }
 
-    /// Gives how many page scans were answered for the kernel.
-    fn criu(&self, options: Criu_opts) -> Result<u64> {
-        let supervisor = self.hidden.clone().map(Supervisor::install).transpose()?;
-        let criu = Swrk::start(&self.criu, &[])?;
-        criu.request(Criu_req_type::DUMP, options, |_| true)?;
-        Ok(supervisor.map_or(0, |supervisor| supervisor.answered()))
+    /// Gives how many of CRIU's calls were answered.
+    fn criu(&self, options: Criu_opts, called_off: &Arc<EventFd>) -> Result<u64> {
+        let pids = self.cgroups.processes()?;
+        let limits = limits::are_out_of_reach(&pids);
+        let (filtered, mounted) = match self.hidden.clone() {
+            Some((Way::Filter, hidden)) => (Some(hidden), None),
+            Some((Way::Mounts, hidden)) => (None, Some(hidden.ranges)),
+            None => (None, None),
+        };
+        let mounts = mounted.map(|ranges| Mounts::enter(ranges, called_off.clone())).transpose()?;
+        // For limits alone only where CRIU may be under a filter. Where not, it says what it may not ask.
+        let wanted = filtered.is_some() || limits && !hiding::are_filtered(&pids);
+        let hidden = wanted.then(|| filtered.unwrap_or_default());
+        let supervisor = hidden
+            .map(|hidden| Supervisor::install(hidden, limits, called_off.clone()))
+            .transpose()?;
+        let mut criu = Swrk::start(&self.criu, &[])?;
+        criu.request(Criu_req_type::DUMP, options, Some(called_off), |_| true)?;
+        let answered = mounts.as_ref().map_or(0, Mounts::answered);
+        Ok(answered + supervisor.as_ref().map_or(0, Supervisor::answered))
     }
 
     fn options(&self, images: &File) -> Result<Criu_opts> {
@@ -119,8 +171,9 @@ impl Dump {
         options.set_network_lock(Criu_network_lock_method::SKIP);
         options.set_file_locks(true);
         options.set_ghost_limit(GHOST_LIMIT);
-        options.external.push(format!("net[{}]:{NETWORK_KEY}", self.network));
+        options.set_orphan_pts_master(self.terminal);
         options.external.extend(self.mounts.iter().map(ExternalMount::at_dump));
+        options.external.extend(self.external.iter().cloned());
         Ok(options)
     }
 }
@@ -151,11 +204,15 @@ impl ContainerState {
 pub(crate) fn sections(
     images: &Path,
     hidden: &[HiddenProcess],
+    moved: &[Moved],
+    trees: &[Tree],
     state: &ContainerState,
 ) -> Result<Vec<Section>> {
     let begun = Instant::now();
     let mut sections = images::collect(images)?;
     sections.push(images::hidden_section(hidden));
+    sections.push(segments::section(moved)?);
+    sections.extend(tmpfs::section(trees));
     sections.push(state.to_section()?);
     let bytes: usize = sections.iter().map(|section| section.bytes.len()).sum();
     tracing::debug!(ms = ms(begun), count = sections.len(), bytes, "Collected the images");

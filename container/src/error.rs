@@ -80,6 +80,12 @@ impl ContainerError {
         move |source| Self::Io { what, source: source.into() }
     }
 
+    /// Whether it says that a process, or its memory, is not there any more.
+    pub(crate) fn is_gone(&self) -> bool {
+        matches!(self, Self::Io { source, .. }
+            if source.raw_os_error() == Some(libc::ESRCH) || source.kind() == io::ErrorKind::NotFound)
+    }
+
     pub(crate) fn malformed(path: impl Into<PathBuf>, what: impl Into<String>) -> Self {
         Self::Malformed { path: path.into(), what: what.into() }
     }

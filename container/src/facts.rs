@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::obstacles::host::HostNeeds;
+
 /// A keeper's facts, for `inspect` and for the agent's end of a session.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Facts {
@@ -20,10 +22,13 @@ pub struct Facts {
     pub memory_limit: Option<u64>,
     /// Resident memory of its processes in bytes; shared pages count for each.
     pub resident: u64,
-    /// Why its memory cannot be hidden from CRIU here, when it cannot: CRIU then dumps all of it.
+    /// Why its memory is not hidden from CRIU here, when it is not: CRIU then dumps all of it.
     pub unhidden: Option<String>,
     /// Everything that keeps it from being moved.
     pub obstacles: Vec<String>,
+    /// What its processes may have found on this host.
+    #[serde(default)]
+    pub host: HostNeeds,
 }
 
 /// What a destination needs to know beforehand; travels in the manifest.
@@ -37,4 +42,7 @@ pub struct Needs {
     pub criu: (i32, i32),
     /// Everything that keeps it from being moved, found at the source.
     pub obstacles: Vec<String>,
+    /// What its processes may have found at the source, and so may depend on.
+    #[serde(default)]
+    pub host: HostNeeds,
 }

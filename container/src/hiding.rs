@@ -1,25 +1,29 @@
-//! Hiding memory from CRIU: the supervisor that answers CRIU's page scans.
+//! Hiding memory from CRIU: what the page engine moves CRIU finds empty, and leaves out of its images.
 //!
-//! CRIU runs under a filter that hands each `ioctl(_, PAGEMAP_SCAN, _)` to us. A scan of a process
-//! whose memory the page engine moves is answered as if the hidden mappings were empty: what is left
-//! between them is scanned through CRIU's own descriptor, and the result is written into CRIU's
-//! memory. Scans of anything else, and scans for guard pages, are let through.
+//! CRIU asks `/proc/PID/pagemap` which pages there are, and we answer: for what is hidden none, for the rest
+//! what the kernel says. There are two ways to be the one that is asked. Under the filter ([`filter`]) CRIU's
+//! calls come to us; so can its questions for segments of shared memory. With the mounts ([`mounts`]) the
+//! file that it opens is ours: that also does where CRIU may be under no filter, because a process that it
+//! has to dump is, and where the kernel does not scan (before Linux 6.7) and page tables are read.
+
+pub(crate) mod files;
+pub(crate) mod filter;
+pub(crate) mod mounts;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 
-use crate::error::{ContainerError, Result};
-use crate::memory::{HiddenProcess, PAGE_IS_GUARD};
-use crate::sys::{self, Notification, PageRegion, PmScanArg, Verdict};
+use crate::error::Result;
+use crate::memory::HiddenProcess;
+use crate::pagemap::{PAGE_IS_GUARD, scans};
+use crate::segments::hide::HiddenSegments;
+use crate::sys::{self, PageRegion, PmScanArg};
 
 /// CRIU asks for 32,768 regions at most; a request for far more is not CRIU's.
 const REGIONS_CAP: u64 = 1 << 20;
@@ -27,11 +31,67 @@ const REGIONS_CAP: u64 = 1 << 20;
 /// Hidden address ranges by process.
 pub(crate) type HiddenRanges = BTreeMap<i32, Vec<Range<u64>>>;
 
-/// Answers the scans of one CRIU for as long as it lives.
-pub(crate) struct Supervisor {
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
-    answered: Arc<AtomicU64>,
+/// All that CRIU shall not see.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Hidden {
+    pub(crate) ranges: HiddenRanges,
+    pub(crate) segments: HiddenSegments,
+}
+
+/// How memory is hidden.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// CRIU is under a filter of ours.
+    Filter,
+    /// CRIU has files of ours in a mount namespace of its own.
+    Mounts,
+}
+
+/// The way to hide memory of a tree, in which somebody is under a seccomp filter when it is `filtered`.
+///
+/// # Errors
+/// Why there is none on this host.
+pub(crate) fn choose(filtered: bool) -> std::result::Result<Way, String> {
+    let filter = match (filtered, scans()) {
+        (true, _) => Err("a process of it is under a seccomp filter".to_owned()),
+        (false, false) => Err("the kernel does not scan page tables (before Linux 6.7)".to_owned()),
+        (false, true) => filter::probe(),
+    };
+    let Err(no_filter) = filter else { return Ok(Way::Filter) };
+    match mounts::probe() {
+        Ok(()) => Ok(Way::Mounts),
+        Err(no_mounts) => Err(format!("{no_filter}, and {no_mounts}")),
+    }
+}
+
+/// Tries on a thread of its own what a thread is not rid of again.
+fn try_on_a_thread(
+    what: impl FnOnce() -> Result<()> + Send + 'static,
+) -> std::result::Result<(), String> {
+    match std::thread::spawn(what).join() {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => {
+            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+            Err(format!("{error}{}", cause.unwrap_or_default()))
+        }
+        Err(_) => Err("the probe ended in a panic".to_owned()),
+    }
+}
+
+/// Whether a thread of these processes is under a seccomp filter. Those that have ended are not.
+pub(crate) fn are_filtered(pids: &[i32]) -> bool {
+    pids.iter().any(|pid| {
+        let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+        threads.flatten().any(|thread| {
+            fs::read_to_string(thread.path().join("status")).is_ok_and(|text| is_filtered(&text))
+        })
+    })
+}
+
+/// Whether `/proc/PID/status` is of a thread under a filter, or in strict mode.
+fn is_filtered(status: &str) -> bool {
+    let mode = status.lines().find_map(|line| line.strip_prefix("Seccomp:"));
+    mode.is_some_and(|mode| mode.trim() != "0")
 }
 
 /// What a scan may be answered with.
@@ -56,153 +116,22 @@ pub(crate) fn ranges(hidden: &[HiddenProcess]) -> HiddenRanges {
     found
 }
 
-impl Supervisor {
-    /// Puts the calling thread under the filter (it never leaves it: use a thread of its own that
-    /// does nothing but start CRIU) and answers scans from another thread.
-    pub(crate) fn install(hidden: HiddenRanges) -> Result<Self> {
-        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
-            .map_err(ContainerError::errno("make an event"))?;
-        let stop = Arc::new(stop);
-        let answered = Arc::new(AtomicU64::new(0));
-        let (sender, receiver) = std::sync::mpsc::channel::<OwnedFd>();
-        let (stopped, count) = (stop.clone(), answered.clone());
-        // Started first: a thread made after the filter would be under it as well.
-        let thread = std::thread::Builder::new()
-            .name("page-scans".to_owned())
-            .spawn(move || {
-                if let Ok(listener) = receiver.recv() {
-                    supervise(&listener, &stopped, &hidden, &count);
-                }
-            })
-            .map_err(ContainerError::io("start a thread"))?;
-        let listener = sys::filter_page_scans()
-            .map_err(ContainerError::io("put a thread under a seccomp filter"))?;
-        // The thread cannot have ended: it waits for this.
-        let _ = sender.send(listener);
-        Ok(Self { stop, thread: Some(thread), answered })
+/// Does a scan of `pagemap` for CRIU as if `hidden` (ascending, disjoint) were empty. A scan for anything else
+/// than pages to be dumped is done as it is.
+fn scan(
+    pagemap: BorrowedFd<'_>,
+    hidden: &[Range<u64>],
+    argument: &PmScanArg,
+) -> io::Result<Answer> {
+    if argument.vec_len > REGIONS_CAP {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
-
-    /// How many scans were answered without the kernel's word for the hidden ranges.
-    pub(crate) fn answered(&self) -> u64 {
-        self.answered.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for Supervisor {
-    fn drop(&mut self) {
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Whether this process may do all that hiding takes: filter a thread, take a descriptor from
-/// another process, scan pages. Tried on a thread that ends.
-pub(crate) fn probe() -> std::result::Result<(), String> {
-    let tried = std::thread::spawn(|| -> Result<()> {
-        let pagemap = fs::File::open("/proc/self/pagemap")
-            .map_err(ContainerError::io("open /proc/self/pagemap"))?;
-        let mut argument =
-            PmScanArg { end: 4096, category_anyof_mask: 8, return_mask: 8, ..PmScanArg::default() };
-        sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut [PageRegion::default()])
-            .map_err(ContainerError::io("scan pages (Linux 6.7 or newer is needed)"))?;
-        sys::filter_page_scans()
-            .map_err(ContainerError::io("put a thread under a seccomp filter"))?;
-        let us = sys::pidfd_open(std::process::id() as i32)
-            .map_err(ContainerError::io("open a process"))?;
-        sys::pidfd_getfd(us.as_fd(), pagemap.as_raw_fd())
-            .map_err(ContainerError::io("take a descriptor from a process"))?;
-        Ok(())
-    });
-    match tried.join() {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => {
-            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
-            Err(format!("{error}{}", cause.unwrap_or_default()))
-        }
-        Err(_) => Err("the probe ended in a panic".to_owned()),
-    }
-}
-
-fn supervise(listener: &OwnedFd, stop: &EventFd, hidden: &HiddenRanges, answered: &AtomicU64) {
-    loop {
-        let mut events = [
-            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
-            PollFd::new(stop.as_fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut events, PollTimeout::NONE) {
-            Err(nix::errno::Errno::EINTR) => continue,
-            Err(error) => {
-                tracing::error!(%error, "Cannot wait for CRIU's page scans");
-                return;
-            }
-            Ok(_) => {}
-        }
-        if events[1].any() == Some(true) {
-            return;
-        }
-        // ENOENT: the caller was killed in between. The listener itself has no other way to fail.
-        let Ok(notification) = sys::next_notification(listener.as_fd()) else { continue };
-        let verdict = match decide(listener, &notification, hidden) {
-            Ok(verdict) => verdict,
-            Err(error) => {
-                tracing::error!(%error, "Cannot answer CRIU's page scan");
-                // CRIU gives up and the dump fails: better than a page that nobody sends.
-                Verdict::Fail(error.raw_os_error().unwrap_or(libc::EIO))
-            }
-        };
-        if matches!(verdict, Verdict::Return(_)) {
-            answered.fetch_add(1, Ordering::Relaxed);
-        }
-        if let Err(error) = sys::answer(listener.as_fd(), &notification, verdict) {
-            tracing::debug!(%error, "CRIU did not wait for the answer to its page scan");
-        }
-    }
-}
-
-fn decide(
-    listener: &OwnedFd,
-    notification: &Notification,
-    hidden: &HiddenRanges,
-) -> io::Result<Verdict> {
-    let [fd, _, address, ..] = notification.arguments;
-    let argument = PmScanArg::read_from(notification.pid, address)?;
-    if !is_page_dump(&argument) {
-        return Ok(Verdict::Continue);
-    }
-    let process = sys::pidfd_open(notification.pid)
-        .or_else(|_| sys::pidfd_open(leader(notification.pid)?))?;
-    let pagemap = sys::pidfd_getfd(process.as_fd(), fd as i32)?;
-    if !sys::still_waits(listener.as_fd(), notification) {
-        return Err(io::Error::from_raw_os_error(libc::ESRCH));
-    }
-    let Some(ranges) = target_of(&pagemap)?.and_then(|target| hidden.get(&target)) else {
-        return Ok(Verdict::Continue);
-    };
-    let asked = argument.start..argument.end;
-    if !ranges.iter().any(|range| overlaps(range, &asked)) {
-        return Ok(Verdict::Continue);
-    }
-    let answer = scan_around(&argument, ranges, |range, regions| {
-        let mut part = PmScanArg { start: range.start, end: range.end, ..argument };
-        let found = sys::pagemap_scan(pagemap.as_fd(), &mut part, regions)?;
+    let hidden = if is_page_dump(argument) { hidden } else { &[] };
+    scan_around(argument, hidden, |range, regions| {
+        let mut part = PmScanArg { start: range.start, end: range.end, ..*argument };
+        let found = sys::pagemap_scan(pagemap, &mut part, regions)?;
         Ok((found, part.walk_end))
-    })?;
-    sys::write_regions(notification.pid, argument.vec, &answer.regions)?;
-    sys::write_memory(
-        notification.pid,
-        address + PmScanArg::WALK_END,
-        &answer.walk_end.to_ne_bytes(),
-    )?;
-    Ok(Verdict::Return(answer.regions.len() as i64))
-}
-
-/// The process that thread `thread` belongs to.
-fn leader(thread: i32) -> io::Result<i32> {
-    let status = fs::read_to_string(format!("/proc/{thread}/status"))?;
-    let number = status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok());
-    number.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))
+    })
 }
 
 /// Whether a scan asks for pages to be dumped, and for nothing else that we would have to know.
@@ -213,16 +142,6 @@ fn is_page_dump(argument: &PmScanArg) -> bool {
         && argument.max_pages == 0
         && argument.start < argument.end
         && (1..=REGIONS_CAP).contains(&argument.vec_len)
-}
-
-/// The process whose pages a descriptor of `/proc/PID/pagemap` describes.
-fn target_of(pagemap: &OwnedFd) -> io::Result<Option<i32>> {
-    let path = fs::read_link(format!("/proc/self/fd/{}", pagemap.as_raw_fd()))?;
-    let mut parts = path.components().rev().map(|part| part.as_os_str());
-    if parts.next().is_none_or(|name| name != "pagemap") {
-        return Ok(None);
-    }
-    Ok(parts.next().and_then(|pid| pid.to_str()).and_then(|pid| pid.parse().ok()))
 }
 
 /// Answers a scan as if `hidden` (ascending, disjoint) were empty; `scan` is the kernel's word for a
@@ -267,6 +186,11 @@ fn visible(range: &Range<u64>, hidden: &[Range<u64>]) -> Vec<Range<u64>> {
         left.push(at..range.end);
     }
     left
+}
+
+fn is_set(event: &EventFd) -> bool {
+    let mut events = [PollFd::new(event.as_fd(), PollFlags::POLLIN)];
+    poll(&mut events, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 fn overlaps(one: &Range<u64>, other: &Range<u64>) -> bool {
@@ -334,6 +258,29 @@ mod tests {
     }
 
     #[test]
+    fn threads_under_a_filter_are_seen() {
+        let status = |mode| format!("Name:\tx\nSeccomp:\t{mode}\nSeccomp_filters:\t1\n");
+        assert!(!is_filtered(&status(0)));
+        assert!(is_filtered(&status(1)) && is_filtered(&status(2)));
+        // One of ours alone, and not the first.
+        let us = [std::process::id() as i32];
+        let (ended, wait) = std::sync::mpsc::channel::<()>();
+        let (say, filtered) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let listener = sys::filter_calls(false);
+            say.send(listener.is_ok()).expect("heard");
+            let _ = wait.recv();
+        });
+        match filtered.recv().expect("told") {
+            true => assert!(are_filtered(&us)),
+            false => eprintln!("skipped: needs root"),
+        }
+        drop(ended);
+        thread.join().expect("no panic");
+        assert!(!are_filtered(&[i32::MAX]));
+    }
+
+    #[test]
     fn scans_for_guard_pages_and_unknown_scans_pass() {
         let dump = PmScanArg {
             start: 0,
@@ -346,48 +293,5 @@ mod tests {
         assert!(!is_page_dump(&PmScanArg { category_mask: PAGE_IS_GUARD, ..dump }));
         assert!(!is_page_dump(&PmScanArg { flags: 1, ..dump }));
         assert!(!is_page_dump(&PmScanArg { max_pages: 5, ..dump }));
-    }
-
-    #[test]
-    fn a_filtered_scan_of_ourselves_is_answered() {
-        // The whole path on this very process: a filtered thread scans, the supervisor answers.
-        let buffer = vec![1u8; 1 << 20];
-        let start = (buffer.as_ptr() as u64).next_multiple_of(4096);
-        let end = start + (buffer.len() as u64 / 4096 - 1) * 4096;
-        let middle = start + 64 * 4096;
-        let hidden = HiddenRanges::from([(
-            std::process::id() as i32,
-            std::iter::once(start..middle).collect(),
-        )]);
-        let scanned = std::thread::spawn(move || {
-            let supervisor = match Supervisor::install(hidden) {
-                Ok(supervisor) => supervisor,
-                Err(error) => {
-                    eprintln!("skipped: {error}: needs root");
-                    return None;
-                }
-            };
-            let pagemap = fs::File::open("/proc/self/pagemap").expect("pagemap");
-            let mut argument = PmScanArg {
-                start,
-                end,
-                category_anyof_mask: 24,
-                return_mask: 24,
-                ..PmScanArg::default()
-            };
-            let mut regions = vec![PageRegion::default(); 600];
-            let found =
-                sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut regions).expect("scan");
-            assert_eq!(supervisor.answered(), 1);
-            Some((regions[..found].to_vec(), argument.walk_end))
-        });
-        let Some((regions, walk_end)) = scanned.join().expect("no panic") else { return };
-        drop(buffer);
-        assert_eq!(walk_end, end);
-        assert_eq!(regions.first().map(|region| region.start), Some(middle));
-        assert_eq!(
-            regions.iter().map(|region| region.end - region.start).sum::<u64>(),
-            end - middle
-        );
     }
 }

@@ -1,9 +1,9 @@
 //! CRIU's image files as sections on the wire, and the surgery that puts hidden pages back.
 //!
 //! A pagemap image is two magic numbers, then messages, each after its length. On the destination
-//! the hidden pages are entered into each process's pagemap as pages of a parent image, and that
-//! parent is the page store itself: a sparse file whose offset is the address. Images come from
-//! another host: names, lengths and numbers are checked before they are used.
+//! the hidden pages are entered into each process's pagemap: as pages that come late, or as pages of a
+//! parent image, and that parent is the page store itself: a sparse file whose offset is the address.
+//! Images come from another host: names, lengths and numbers are checked before they are used.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,18 +18,19 @@ use crate::error::{ContainerError, Result};
 use crate::memory::HiddenProcess;
 
 /// Prefix of the kind of a section that is an image file.
-const PREFIX: &str = "criu/";
+pub(crate) const PREFIX: &str = "criu/";
 /// The section that lists the hidden pages.
 pub(crate) const HIDDEN: &str = "criu/hidden";
-const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 /// A tree has at most so many image files.
 const FILES_CAP: usize = 1 << 16;
 /// CRIU's marks at the head of an image.
 const COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
-/// Flags of a pagemap entry: contents are in the parent image, may come late, are in this image.
-const PE_PARENT: u32 = 1;
-const PE_PRESENT: u32 = 4;
+/// Flags of a pagemap entry: contents are in the parent image, come late, are in this image.
+pub(crate) const PE_PARENT: u32 = 1;
+pub(crate) const PE_LAZY: u32 = 2;
+pub(crate) const PE_PRESENT: u32 = 4;
 /// No message in a pagemap image is longer.
 const MESSAGE_CAP: usize = 64;
 /// One past the last page of a user address space of 47 bits.
@@ -45,39 +46,48 @@ pub(crate) type HiddenPages = BTreeMap<i32, Vec<Range<u64>>>;
 
 /// CRIU's `pagemap_head` (tags from CRIU's pagemap.proto).
 #[derive(Clone, PartialEq, Eq, Message)]
-struct PagemapHead {
+pub(crate) struct PagemapHead {
     #[prost(uint32, required, tag = "1")]
-    pages_id: u32,
+    pub(crate) pages_id: u32,
 }
 
 /// CRIU's `pagemap_entry`. CRIU 4.2 counts pages in a field of 64 bits as well.
 #[derive(Clone, PartialEq, Eq, Message)]
-struct PagemapEntry {
+pub(crate) struct PagemapEntry {
     #[prost(uint64, required, tag = "1")]
     address: u64,
     #[prost(uint32, required, tag = "2")]
     pages: u32,
     #[prost(bool, optional, tag = "3")]
-    in_parent: Option<bool>,
+    pub(crate) in_parent: Option<bool>,
     #[prost(uint32, optional, tag = "4")]
-    flags: Option<u32>,
+    pub(crate) flags: Option<u32>,
     #[prost(uint64, optional, tag = "5")]
     wide_pages: Option<u64>,
 }
 
+/// From where a restore has the hidden pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HiddenIn<'a> {
+    /// They come late, from a daemon.
+    Daemon,
+    /// They are in a parent image, in this directory.
+    Parent(&'a Path),
+}
+
 impl PagemapEntry {
-    fn held_by_parent(range: &Range<u64>) -> Self {
+    pub(crate) fn hidden(range: &Range<u64>, flags: u32) -> Self {
         Self {
             address: range.start * PAGE_SIZE as u64,
             pages: (range.end - range.start) as u32,
             in_parent: None,
-            flags: Some(PE_PARENT),
+            flags: Some(flags),
             wide_pages: None,
         }
     }
 
     /// Its page numbers; nothing when they leave the address space.
-    fn range(&self) -> Option<Range<u64>> {
+    pub(crate) fn range(&self) -> Option<Range<u64>> {
         let first = self.address / PAGE_SIZE as u64;
         let end = first.checked_add(self.wide_pages.unwrap_or(self.pages.into()))?;
         (self.address.is_multiple_of(PAGE_SIZE as u64) && end <= PAGE_LIMIT).then_some(first..end)
@@ -86,9 +96,9 @@ impl PagemapEntry {
 
 /// A process's pagemap image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Pagemap {
-    head: PagemapHead,
-    entries: Vec<PagemapEntry>,
+pub(crate) struct Pagemap {
+    pub(crate) head: PagemapHead,
+    pub(crate) entries: Vec<PagemapEntry>,
 }
 
 /// Every image file in `directory` as a section.
@@ -112,13 +122,21 @@ pub(crate) fn collect(directory: &Path) -> Result<Vec<Section>> {
 
 /// The list of hidden pages as a section.
 pub(crate) fn hidden_section(hidden: &[HiddenProcess]) -> Section {
+    let pages = |range: &Range<u64>| range.start / PAGE_SIZE as u64..range.end / PAGE_SIZE as u64;
+    let pages = |process: &HiddenProcess| process.pages.iter().map(pages).collect();
+    let of = |process: &HiddenProcess| (process.process.inner, pages(process));
+    write_hidden(&hidden.iter().map(of).collect())
+}
+
+/// What [`read_hidden`] reads.
+pub(crate) fn write_hidden(hidden: &HiddenPages) -> Section {
     let mut bytes = (hidden.len() as u32).to_le_bytes().to_vec();
-    for process in hidden {
-        bytes.extend_from_slice(&process.process.inner.to_le_bytes());
-        bytes.extend_from_slice(&(process.pages.len() as u64).to_le_bytes());
-        for range in &process.pages {
-            bytes.extend_from_slice(&(range.start / PAGE_SIZE as u64).to_le_bytes());
-            bytes.extend_from_slice(&(range.end / PAGE_SIZE as u64).to_le_bytes());
+    for (inner, ranges) in hidden {
+        bytes.extend_from_slice(&inner.to_le_bytes());
+        bytes.extend_from_slice(&(ranges.len() as u64).to_le_bytes());
+        for range in ranges {
+            bytes.extend_from_slice(&range.start.to_le_bytes());
+            bytes.extend_from_slice(&range.end.to_le_bytes());
         }
     }
     Section { kind: HIDDEN.to_owned(), version: VERSION, bytes }
@@ -193,33 +211,55 @@ pub(crate) fn unpack(sections: Vec<Section>, directory: &Path) -> Result<Vec<Sec
     Ok(others)
 }
 
-/// Enters the hidden pages of process `inner` into its pagemap in `images`, and makes `parent` the
-/// image that holds them; the pages file itself is `parent/pages_name(inner)`, the store.
+/// Enters the hidden pages of process `inner` into its pagemap in `images`. A parent that holds them is
+/// made an image; its pages file itself is `parent/pages_name(inner)`, the store.
 pub(crate) fn complete(
     images: &Path,
-    parent: &Path,
+    within: HiddenIn<'_>,
     inner: i32,
     hidden: &[Range<u64>],
 ) -> Result<()> {
+    let flags = if within == HiddenIn::Daemon { PE_LAZY } else { PE_PARENT };
     let name = pagemap_name(inner);
     let path = images.join(&name);
     let bytes = fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
     let mut pagemap = Pagemap::parse(&bytes)
         .map_err(|what| ContainerError::section(format!("{PREFIX}{name}"), what))?;
     pagemap
-        .add_hidden(hidden)
+        .add_hidden(hidden, flags)
         .map_err(|what| ContainerError::section(format!("{PREFIX}{name}"), what))?;
     fs::write(&path, pagemap.to_bytes())
         .map_err(ContainerError::io(format!("write {}", path.display())))?;
+    let HiddenIn::Parent(parent) = within else { return Ok(()) };
     let path = parent.join(&name);
     let whole = Pagemap::of_store(pages_id(inner));
     fs::write(&path, whole.to_bytes())
         .map_err(ContainerError::io(format!("write {}", path.display())))
 }
 
+/// That `hidden` names every process that has a pagemap in `images`, with hidden pages or without: where
+/// pages come late, an entry of CRIU's own that may come late must not be left as it is, or it never
+/// comes.
+pub(crate) fn check_all_named(images: &Path, hidden: &HiddenPages) -> Result<()> {
+    let list = || format!("list {}", images.display());
+    for entry in fs::read_dir(images).map_err(ContainerError::io(list()))? {
+        let name = entry.map_err(ContainerError::io(list()))?.file_name();
+        let Some(inner) = name.to_str().and_then(process_of) else { continue };
+        if !hidden.contains_key(&inner) {
+            return Err(ContainerError::section(HIDDEN, format!("does not name process {inner}")));
+        }
+    }
+    Ok(())
+}
+
 /// Name of the pages file that the parent's pagemap of process `inner` points at.
 pub(crate) fn pages_name(inner: i32) -> String {
-    format!("pages-{}.img", pages_id(inner))
+    numbered_pages(pages_id(inner))
+}
+
+/// Name of the pages file of that number.
+pub(crate) fn numbered_pages(pages_id: u32) -> String {
+    format!("pages-{pages_id}.img")
 }
 
 fn pages_id(inner: i32) -> u32 {
@@ -227,11 +267,16 @@ fn pages_id(inner: i32) -> u32 {
     PARENT_PAGES_ID + inner as u32
 }
 
+/// The process whose pagemap image has that name. Those of shared memory have other names.
+pub(crate) fn process_of(name: &str) -> Option<i32> {
+    name.strip_prefix("pagemap-")?.strip_suffix(".img")?.parse().ok()
+}
+
 fn pagemap_name(inner: i32) -> String {
     format!("pagemap-{inner}.img")
 }
 
-fn is_image_name(name: &str) -> bool {
+pub(crate) fn is_image_name(name: &str) -> bool {
     let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:+".contains(&byte);
     name.len() <= 200 && !name.starts_with('.') && name.ends_with(".img") && name.bytes().all(good)
 }
@@ -239,19 +284,17 @@ fn is_image_name(name: &str) -> bool {
 impl Pagemap {
     /// The pagemap of a page store: every page of the address space, at the offset of its address.
     fn of_store(pages_id: u32) -> Self {
-        let entries = (0..PAGE_LIMIT / PARENT_ENTRY)
-            .map(|index| PagemapEntry {
-                address: index * PARENT_ENTRY * PAGE_SIZE as u64,
-                pages: PARENT_ENTRY as u32,
-                in_parent: None,
-                flags: Some(PE_PRESENT),
-                wide_pages: None,
-            })
-            .collect();
+        Self::of_pages(pages_id, PAGE_LIMIT)
+    }
+
+    /// The pagemap of a file that holds all pages below `end`, each at the offset of its address.
+    pub(crate) fn of_pages(pages_id: u32, end: u64) -> Self {
+        let mut entries = Vec::new();
+        push_hidden(&mut entries, &(0..end), PE_PRESENT);
         Self { head: PagemapHead { pages_id }, entries }
     }
 
-    fn parse(bytes: &[u8]) -> std::result::Result<Self, &'static str> {
+    pub(crate) fn parse(bytes: &[u8]) -> std::result::Result<Self, &'static str> {
         let mut rest = bytes;
         let magic = take::<4>(&mut rest).map(u32::from_le_bytes);
         let kind = take::<4>(&mut rest).map(u32::from_le_bytes);
@@ -266,7 +309,7 @@ impl Pagemap {
         Ok(Self { head, entries })
     }
 
-    fn to_bytes(&self) -> Vec<u8> {
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = COMMON_MAGIC.to_le_bytes().to_vec();
         bytes.extend_from_slice(&PAGEMAP_MAGIC.to_le_bytes());
         put_message(&mut bytes, &self.head);
@@ -276,13 +319,18 @@ impl Pagemap {
         bytes
     }
 
-    /// Adds hidden page ranges (ascending) as pages of the parent. What CRIU dumped itself stays as
-    /// it is and in its order, which is the order of its pages file.
-    fn add_hidden(&mut self, hidden: &[Range<u64>]) -> std::result::Result<(), &'static str> {
+    /// Adds hidden page ranges (ascending) with these flags. What CRIU dumped itself stays as it is and
+    /// in its order, which is the order of its pages file; none of it comes late, whatever it was called.
+    pub(crate) fn add_hidden(
+        &mut self,
+        hidden: &[Range<u64>],
+        flags: u32,
+    ) -> std::result::Result<(), &'static str> {
         let mut merged = Vec::with_capacity(self.entries.len() + hidden.len());
         let mut waiting = hidden.iter().cloned().peekable();
         let mut past = 0;
-        for entry in self.entries.drain(..) {
+        for mut entry in self.entries.drain(..) {
+            entry.flags = entry.flags.map(|flags| flags & !PE_LAZY);
             let own = entry.range().ok_or("has an entry that leaves the address space")?;
             if own.start < past {
                 return Err("has entries that are out of order");
@@ -291,7 +339,7 @@ impl Pagemap {
             while let Some(range) = waiting.peek_mut().filter(|range| range.start < own.end) {
                 if range.start < own.start {
                     let before = range.start..range.end.min(own.start);
-                    push_parent(&mut merged, &before);
+                    push_hidden(&mut merged, &before, flags);
                     range.start = before.end;
                 }
                 // What CRIU dumped after all need not come from us.
@@ -303,18 +351,18 @@ impl Pagemap {
             }
             merged.push(entry);
         }
-        waiting.for_each(|range| push_parent(&mut merged, &range));
+        waiting.for_each(|range| push_hidden(&mut merged, &range, flags));
         self.entries = merged;
         Ok(())
     }
 }
 
 /// Adds one range, in entries that CRIU's counters hold.
-fn push_parent(entries: &mut Vec<PagemapEntry>, range: &Range<u64>) {
+fn push_hidden(entries: &mut Vec<PagemapEntry>, range: &Range<u64>, flags: u32) {
     let mut at = range.start;
     while at < range.end {
         let end = range.end.min(at + PARENT_ENTRY);
-        entries.push(PagemapEntry::held_by_parent(&(at..end)));
+        entries.push(PagemapEntry::hidden(&(at..end), flags));
         at = end;
     }
 }
@@ -355,7 +403,7 @@ mod tests {
     use crate::memory::Process;
 
     fn own(range: Range<u64>, flags: u32) -> PagemapEntry {
-        PagemapEntry { flags: Some(flags), ..PagemapEntry::held_by_parent(&range) }
+        PagemapEntry::hidden(&range, flags)
     }
 
     fn disjoint(mut cuts: Vec<u64>) -> Vec<Range<u64>> {
@@ -399,18 +447,20 @@ mod tests {
         fn hidden_pages_fill_what_criu_left_out(
             theirs in prop::collection::vec(0u64..200, 0..16),
             hidden in prop::collection::vec(0u64..200, 0..16),
+            flags in prop::sample::select(vec![PE_PARENT, PE_LAZY]),
         ) {
             let (theirs, hidden) = (disjoint(theirs), disjoint(hidden));
             let entries: Vec<_> = theirs.iter().map(|range| own(range.clone(), 4)).collect();
-            let mut pagemap = Pagemap { head: PagemapHead { pages_id: 1 }, entries: entries.clone() };
-            pagemap.add_hidden(&hidden).expect("sane ranges");
+            let called_late = theirs.iter().map(|range| own(range.clone(), 6)).collect();
+            let mut pagemap = Pagemap { head: PagemapHead { pages_id: 1 }, entries: called_late };
+            pagemap.add_hidden(&hidden, flags).expect("sane ranges");
             let mut past = 0;
             let mut parent = BTreeSet::new();
             for entry in &pagemap.entries {
                 let range = entry.range().expect("sane");
                 prop_assert!(range.start >= past && range.start < range.end);
                 past = range.end;
-                if entry.flags == Some(PE_PARENT) { parent.extend(range); }
+                if entry.flags == Some(flags) { parent.extend(range); }
             }
             let kept: Vec<_> = pagemap.entries.iter().filter(|e| e.flags == Some(4)).cloned().collect();
             prop_assert_eq!(kept, entries);
@@ -427,7 +477,7 @@ mod tests {
             image.extend_from_slice(&PAGEMAP_MAGIC.to_le_bytes());
             image.extend_from_slice(&bytes);
             let everything = std::iter::once(0..PAGE_LIMIT).collect::<Vec<_>>();
-            let _ = Pagemap::parse(&image).map(|mut pagemap| pagemap.add_hidden(&everything));
+            let _ = Pagemap::parse(&image).map(|mut pagemap| pagemap.add_hidden(&everything, PE_LAZY));
             let _ = read_hidden(&Section { kind: HIDDEN.into(), version: VERSION, bytes });
         }
 
@@ -439,6 +489,7 @@ mod tests {
                 process: Process { pid: 99, inner: 3 },
                 mappings: Vec::new(),
                 pages: ranges.iter().map(bytes).collect(),
+                written: Vec::new(),
             };
             let back = read_hidden(&hidden_section(&[hidden])).expect("our own");
             prop_assert_eq!(back, HiddenPages::from([(3, ranges)]));

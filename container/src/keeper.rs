@@ -17,6 +17,7 @@ use crate::sys;
 /// # Errors
 /// When the container cannot be started, or its shell cannot be built.
 pub fn keeper_main(config: &KeeperConfig) -> Result<()> {
+    crate::podman::remember_host_mounts()?;
     unshare(CloneFlags::CLONE_NEWNS)
         .map_err(ContainerError::errno("make a mount namespace for the keeper"))?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)

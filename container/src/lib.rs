@@ -1,43 +1,79 @@
-//! `decamp-container`: containers that run under runc and move by CRIU.
+//! `decamp-container`: containers that run under an OCI runtime and move by CRIU.
 //!
-//! Rooms: [`spec`] (what a user asks for), `preflight` (what speaks against it), [`backend`] (the
+//! Rooms: [`spec`] (what a user asks for), `preflight` (what speaks against it), `obstacles` (what of
+//! its processes does), `claim`
+//! (whose a name is), [`backend`] (the
 //! agent's side), [`keeper`] and [`kept`] (the process that holds a container, and the container as
-//! it holds it). Below them its parts: `bundle`, `runtime`, `cgroup`, `network`, `streams`, `init`,
-//! `store`; and the move itself: `memory` (which pages are ours), `hiding` (keeping them from CRIU),
-//! `swrk` (speaking to CRIU), `dump`, `images`, `restore`. Nothing here knows what a VM is.
+//! it holds it). Below them its parts: `bundle`, `runtime` (on `runc` and `crun`), `cgroup`, `network`,
+//! `streams`, `terminal`, `init`, `store`; what somebody else started: `adopt`, `foreign`, `interfaces`,
+//! [`podman`];
+//! and the move itself: `memory` (which pages are ours), `tracker` (which of them were written, while it
+//! runs, on `pagemap` and `inject`), `comparing` (the same where the kernel does not tell), `segments` and
+//! `tmpfs` (memory that processes share), `ways` (which of several ways this host goes), `throttle`,
+//! `hiding` (keeping them from CRIU), `swrk` (speaking to CRIU), `dump`, `images`, `landed` (what of a
+//! bundle is mounted), `restore`, `locked` and `filling` (which memory comes when it runs already, and how);
+//! and `archive` (a container in a checkpoint's file). [`hooks`] is what other programs that checkpoint
+//! containers are given of all that. Nothing here knows what a VM is.
 
 #![deny(unsafe_code)]
 
+mod adopt;
 mod announce;
+mod archive;
 pub mod backend;
 mod begin;
 mod bundle;
 mod cgroup;
+mod claim;
+mod comparing;
+mod crun;
 mod dump;
+mod entries;
 pub mod error;
 pub mod facts;
+mod filling;
+mod foreign;
 mod hiding;
+pub mod hooks;
 mod images;
 mod init;
+mod inject;
+mod interfaces;
 pub mod keeper;
 pub mod kept;
+mod landed;
+mod limits;
+mod locked;
 mod memory;
 mod mounts;
 mod network;
+mod nft;
+mod obstacles;
+mod pagemap;
+pub mod podman;
 mod port;
 mod preflight;
 pub mod reader;
 mod restore;
+mod runc;
 mod runtime;
+mod segments;
+mod source;
 pub mod spec;
 mod store;
 mod streams;
 mod swrk;
 #[allow(unsafe_code)]
 mod sys;
-mod tree;
+mod terminal;
+mod throttle;
+mod tmpfs;
+mod tracker;
+mod volumes;
+mod ways;
 
-pub use backend::ContainerBackend;
+pub use backend::{ContainerBackend, volume_trees};
 pub use error::ContainerError;
 pub use keeper::keeper_main;
 pub use spec::ContainerSpec;
+pub use volumes::Volume;

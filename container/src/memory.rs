@@ -1,30 +1,25 @@
 //! Which memory of a container's processes is moved by the page engine instead of by CRIU: the
 //! mappings that can be hidden from CRIU, and the pages that exist in them.
 //!
-//! Only private anonymous memory, and of that only what CRIU restores like any other: what is
-//! locked, huge, shared, special, executable or backed by a file stays in CRIU's own images.
+//! Only private anonymous memory, and of that only what CRIU restores like any other: what is huge,
+//! special or backed by a file stays in CRIU's own images, and so does the executable mapping that CRIU
+//! works from. Shared memory is the business of [`crate::segments`].
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::path::Path;
 
 use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet, SpaceId};
 
 use crate::error::{ContainerError, Result};
-use crate::sys::{self, PageRegion, PmScanArg};
+use crate::pagemap::{Pagemap, append};
 
-/// Categories of the `PAGEMAP_SCAN` ioctl (linux/fs.h).
-pub(crate) const PAGE_IS_PRESENT: u64 = 1 << 3;
-pub(crate) const PAGE_IS_SWAPPED: u64 = 1 << 4;
-pub(crate) const PAGE_IS_PFNZERO: u64 = 1 << 5;
-pub(crate) const PAGE_IS_GUARD: u64 = 1 << 8;
-
-/// Regions asked of the kernel at once.
-const REGIONS: usize = 4096;
-/// Flags in smaps of mappings that stay with CRIU: locked, huge pages, device memory, raw frame
-/// numbers, shadow stacks, memory that the kernel may drop.
-const LEFT_TO_CRIU: [&str; 6] = ["lo", "ht", "io", "pf", "ss", "dp"];
+/// Flags in smaps of mappings that stay with CRIU: huge pages, device memory, raw frame numbers, shadow
+/// stacks, memory that the kernel may drop.
+const LEFT_TO_CRIU: [&str; 5] = ["ht", "io", "pf", "ss", "dp"];
+/// Where the addresses of user space end. What the kernel maps above, CRIU does not run.
+const USER_END: u64 = 1 << 47;
 
 /// A process of the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +38,8 @@ pub(crate) struct HiddenProcess {
     pub(crate) mappings: Vec<Range<u64>>,
     /// Address ranges that hold pages, ascending, within the mappings.
     pub(crate) pages: Vec<Range<u64>>,
+    /// Those of the pages that were written since the last harvest, ascending: all, where nobody tracked.
+    pub(crate) written: Vec<Range<u64>>,
 }
 
 impl Process {
@@ -50,23 +47,52 @@ impl Process {
     pub(crate) fn space(&self) -> SpaceId {
         SpaceId(self.inner as u32)
     }
+
+    /// Adds pages of it, given as ascending address ranges, to `set`.
+    pub(crate) fn add_to(&self, set: &mut PageSet, addresses: &[Range<u64>]) {
+        for range in addresses {
+            let first = range.start / PAGE_SIZE as u64;
+            let count = (range.end - range.start) / PAGE_SIZE as u64;
+            set.insert(PageRange::new(self.space(), first, count));
+        }
+    }
 }
 
 impl HiddenProcess {
-    /// Looks at a process that stands still.
-    pub(crate) fn find(process: &Process) -> Result<Self> {
+    /// Looks at a process that stands still; `tracked` says whether its memory was protected at the
+    /// last harvest.
+    pub(crate) fn find(process: &Process, tracked: bool) -> Result<Self> {
         let mappings = hideable_mappings(process.pid)?;
-        let pages = present_pages(process.pid, &mappings)?;
-        Ok(Self { process: process.clone(), mappings, pages })
-    }
-
-    /// Adds its pages to `set`.
-    pub(crate) fn add_to(&self, set: &mut PageSet) {
-        for range in &self.pages {
-            let first = range.start / PAGE_SIZE as u64;
-            let count = (range.end - range.start) / PAGE_SIZE as u64;
-            set.insert(PageRange::new(self.process.space(), first, count));
+        let mut pagemap = Pagemap::open(process.pid)?;
+        let (mut pages, mut written) = (Vec::new(), Vec::new());
+        for mapping in &mappings {
+            let before =
+                (pages.len(), pages.last().cloned(), written.len(), written.last().cloned());
+            let known = pagemap.existing(mapping, tracked, |range, was_written| {
+                if was_written || !tracked {
+                    append(&mut written, range.clone());
+                }
+                append(&mut pages, range);
+            })?;
+            if !known {
+                // A mapping that came, or moved, since the last harvest: all of it.
+                restore(&mut pages, before.0, before.1);
+                restore(&mut written, before.2, before.3);
+                pagemap.existing(mapping, false, |range, _| {
+                    append(&mut written, range.clone());
+                    append(&mut pages, range);
+                })?;
+            }
         }
+        Ok(Self { process: process.clone(), mappings, pages, written })
+    }
+}
+
+/// Takes back what was appended to `ranges` since it had `length` members, the last of them `last`.
+fn restore(ranges: &mut Vec<Range<u64>>, length: usize, last: Option<Range<u64>>) {
+    ranges.truncate(length);
+    if let (Some(now), Some(before)) = (ranges.last_mut(), last) {
+        *now = before;
     }
 }
 
@@ -95,11 +121,16 @@ pub(crate) fn processes(pids: &[i32], init: i32) -> Result<Vec<Process>> {
     Ok(found)
 }
 
-/// Resident memory of a process, in bytes.
+/// Memory that a process has, in bytes: resident, or swapped out.
 pub(crate) fn resident(pid: i32) -> u64 {
-    status_number(&fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default(), "VmRSS:")
-        .unwrap_or(0)
-        * 1024
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let kib = |name| status_number(&status, name).unwrap_or(0);
+    (kib("VmRSS:") + kib("VmSwap:")) * 1024
+}
+
+/// Whether a process has no memory (any more): it has ended.
+pub(crate) fn is_without_memory(pid: i32) -> Result<bool> {
+    Ok(!has_memory(pid)?)
 }
 
 fn has_memory(pid: i32) -> Result<bool> {
@@ -135,16 +166,63 @@ fn read_of_process(path: &str) -> Result<Option<String>> {
     }
 }
 
+/// When the process began, in clock ticks since the boot: with its number this names it for good. `None`
+/// when it is gone.
+pub(crate) fn began(pid: i32) -> Result<Option<u64>> {
+    let path = format!("/proc/{pid}/stat");
+    let Some(text) = read_of_process(&path)? else { return Ok(None) };
+    // Its name, in brackets, may hold anything. What follows it begins with the third field.
+    text.rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_ascii_whitespace().nth(19)?.parse().ok())
+        .map(Some)
+        .ok_or_else(|| ContainerError::malformed(path, "does not say when it began"))
+}
+
+/// Whether a process has a file open whose reads a device, or another process, may put into its memory
+/// without the kernel's page tables: for direct I/O, or on a file system that hands out pages itself.
+pub(crate) fn does_direct_io(pid: i32) -> Result<bool> {
+    let directory = format!("/proc/{pid}/fdinfo");
+    let entries = match fs::read_dir(&directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(ContainerError::io(format!("list {directory}"))(error)),
+    };
+    let mountinfo = read_of_process(&format!("/proc/{pid}/mountinfo"))?.unwrap_or_default();
+    let handing_out: Vec<&str> = mountinfo.lines().filter_map(mount_that_hands_out_pages).collect();
+    let direct = |text: String| {
+        let field =
+            |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        let flags = field("flags:").and_then(|flags| i32::from_str_radix(flags, 8).ok());
+        flags.is_some_and(|flags| flags & libc::O_DIRECT != 0)
+            || field("mnt_id:").is_some_and(|mount| handing_out.contains(&mount))
+    };
+    Ok(entries.flatten().any(|entry| {
+        // A descriptor that was closed meanwhile has no file any more. Pipes use the flag for something
+        // else; only files have a path.
+        fs::read_to_string(entry.path()).is_ok_and(direct)
+            && fs::read_link(Path::new(&format!("/proc/{pid}/fd")).join(entry.file_name()))
+                .is_ok_and(|link| link.is_absolute())
+    }))
+}
+
+/// The number of the mount that a line of mountinfo is about, where its file system may answer a read by
+/// writing to the reader's pages (FUSE with direct I/O, 9p).
+fn mount_that_hands_out_pages(line: &str) -> Option<&str> {
+    let (left, right) = line.split_once(" - ")?;
+    let kind = right.split(' ').next()?;
+    let wanted = kind == "9p" || kind == "fuse" || kind.starts_with("fuse.");
+    left.split(' ').next().filter(|_| wanted)
+}
+
 /// Mappings of a process that CRIU need not see.
-fn hideable_mappings(pid: i32) -> Result<Vec<Range<u64>>> {
+pub(crate) fn hideable_mappings(pid: i32) -> Result<Vec<Range<u64>>> {
     let status_path = format!("/proc/{pid}/status");
     let status = fs::read_to_string(&status_path)
         .map_err(ContainerError::io(format!("read {status_path}")))?;
     // Reading smaps walks all page tables (12 ms a GiB), maps does not: look there only when some
     // mapping may have a flag that matters.
-    let plain = status_number(&status, "VmLck:") == Some(0)
-        && status_number(&status, "HugetlbPages:").unwrap_or(0) == 0
-        && !status.contains("shstk");
+    let huge = status_number(&status, "HugetlbPages:").unwrap_or(0) != 0;
+    let plain = !huge && !status.contains("shstk");
     let path = format!("/proc/{pid}/{}", if plain { "maps" } else { "smaps" });
     let text = fs::read_to_string(&path).map_err(ContainerError::io(format!("read {path}")))?;
     parse_mappings(&text)
@@ -155,6 +233,9 @@ fn hideable_mappings(pid: i32) -> Result<Vec<Range<u64>>> {
 fn parse_mappings(text: &str) -> Option<Vec<Range<u64>>> {
     let mut found: Vec<Range<u64>> = Vec::new();
     let mut last_is_ours = false;
+    // CRIU has a task do system calls from the first executable mapping that it finds, and writes its own
+    // code there meanwhile: while the page engine reads, that must not be memory of ours.
+    let mut works_from = None;
     for line in text.lines() {
         let word = line.split(' ').next()?;
         if let Some(name) = word.strip_suffix(':') {
@@ -167,85 +248,46 @@ fn parse_mappings(text: &str) -> Option<Vec<Range<u64>>> {
             }
             continue;
         }
-        let (range, hideable) = parse_mapping(line)?;
-        last_is_ours = hideable;
-        if hideable {
+        let Mapping { range, anonymous, executable } = parse_mapping(line)?;
+        if executable && range.start < USER_END {
+            works_from.get_or_insert(range.start);
+        }
+        last_is_ours = anonymous && works_from != Some(range.start);
+        if last_is_ours {
             found.push(range);
         }
     }
     Some(found)
 }
 
-/// One line of maps: the range, and whether it can be hidden.
-fn parse_mapping(line: &str) -> Option<(Range<u64>, bool)> {
+/// One line of maps.
+struct Mapping {
+    range: Range<u64>,
+    /// Private, and of a kind that can be hidden.
+    anonymous: bool,
+    executable: bool,
+}
+
+fn parse_mapping(line: &str) -> Option<Mapping> {
     let mut words = line.split_ascii_whitespace();
-    let (start, end) = words.next()?.split_once('-')?;
-    let start = u64::from_str_radix(start, 16).ok()?;
-    let end = u64::from_str_radix(end, 16).ok()?;
+    let range = parse_range(words.next()?)?;
     let permissions = words.next()?;
     let (_offset, _device, inode) = (words.next()?, words.next()?, words.next()?);
     let name = words.next().unwrap_or("");
     // The first thread's stack stays with CRIU, as do the kernel's own mappings.
     let anonymous =
         inode == "0" && (name.is_empty() || name == "[heap]" || name.starts_with("[anon:"));
-    // CRIU has a task do system calls from the first executable mapping that it finds, and writes
-    // its own code there meanwhile: while the page engine reads, that must not be memory of ours.
-    let quiet = permissions.ends_with('p') && !permissions.contains('x');
-    let sane = start < end && start % PAGE_SIZE as u64 == 0 && end % PAGE_SIZE as u64 == 0;
-    sane.then_some((start..end, anonymous && quiet))
+    let anonymous = anonymous && permissions.ends_with('p');
+    Some(Mapping { range, anonymous, executable: permissions.contains('x') })
 }
 
-/// Pages that exist in the mappings of a process that stands still: those in memory or swap, except
-/// the shared page of zeros and guard pages.
-fn present_pages(pid: i32, mappings: &[Range<u64>]) -> Result<Vec<Range<u64>>> {
-    let path = format!("/proc/{pid}/pagemap");
-    let what = || format!("scan {path}");
-    let pagemap = File::open(&path).map_err(ContainerError::io(format!("open {path}")))?;
-    let guards = if knows_guards(&pagemap) { PAGE_IS_GUARD } else { 0 };
-    let mut regions = vec![PageRegion::default(); REGIONS];
-    let mut found: Vec<Range<u64>> = Vec::new();
-    for mapping in mappings {
-        let mut at = mapping.start;
-        while at < mapping.end {
-            let mut argument = PmScanArg {
-                start: at,
-                end: mapping.end,
-                category_inverted: PAGE_IS_PFNZERO,
-                category_mask: PAGE_IS_PFNZERO,
-                category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-                return_mask: guards,
-                ..PmScanArg::default()
-            };
-            let count = sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut regions)
-                .map_err(ContainerError::io(what()))?;
-            for region in
-                regions[..count].iter().filter(|region| region.categories & PAGE_IS_GUARD == 0)
-            {
-                match found.last_mut() {
-                    Some(last) if last.end == region.start => last.end = region.end,
-                    _ => found.push(region.start..region.end),
-                }
-            }
-            if argument.walk_end <= at {
-                return Err(ContainerError::io(what())(io::Error::other(
-                    "the scan does not advance",
-                )));
-            }
-            at = argument.walk_end;
-        }
-    }
-    Ok(found)
-}
-
-/// Whether this kernel tells guard pages (6.15 and newer do).
-fn knows_guards(pagemap: &File) -> bool {
-    let mut argument = PmScanArg {
-        end: PAGE_SIZE as u64,
-        category_anyof_mask: PAGE_IS_GUARD,
-        return_mask: PAGE_IS_GUARD,
-        ..PmScanArg::default()
-    };
-    sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut [PageRegion::default()]).is_ok()
+/// The range of addresses at the beginning of a line of maps.
+fn parse_range(word: &str) -> Option<Range<u64>> {
+    let (start, end) = word.split_once('-')?;
+    let start = u64::from_str_radix(start, 16).ok()?;
+    let end = u64::from_str_radix(end, 16).ok()?;
+    let page = PAGE_SIZE as u64;
+    (start < end && start.is_multiple_of(page) && end.is_multiple_of(page)).then_some(start..end)
 }
 
 /// The number after `name` in /proc/PID/status.
@@ -271,10 +313,16 @@ mod tests {
 ";
 
     #[test]
-    fn private_anonymous_mappings_without_code_are_hideable_and_no_others() {
-        let found = parse_mappings(MAPS).expect("maps");
-        let starts: Vec<u64> = found.iter().map(|range| range.start).collect();
-        assert_eq!(starts, [0xe03000, 0x7f0000000000, 0x7f0000021000, 0x7f0005000000]);
+    fn private_anonymous_mappings_are_hideable_and_no_others() {
+        let starts = |maps: &str| -> Vec<u64> {
+            parse_mappings(maps).expect("maps").iter().map(|range| range.start).collect()
+        };
+        let data = [0xe03000, 0x7f0000000000, 0x7f0000021000, 0x7f0005000000];
+        let code = [0x7f0006000000, 0x7f0006001000];
+        assert_eq!(starts(MAPS), [&data[..], &code[..]].concat());
+        // Without the program's text CRIU works from the first of the others.
+        let (_, rest) = MAPS.split_once('\n').expect("lines");
+        assert_eq!(starts(rest), [&data[..], &code[1..]].concat());
     }
 
     #[test]
@@ -282,12 +330,35 @@ mod tests {
         let smaps = "\
 00e03000-00e24000 rw-p 00000000 00:00 0 [heap]
 Rss:                   4 kB
-VmFlags: rd wr mr mw me ac 
-7f0000000000-7f0000021000 rw-p 00000000 00:00 0 
 VmFlags: rd wr mr mw me lo ac 
+7f0000000000-7f0000021000 rw-p 00000000 00:00 0 
+VmFlags: rd wr mr mw me dp ac 
 ";
         let left = std::iter::once(0xe03000..0xe24000).collect();
         assert_eq!(parse_mappings(smaps), Some(left));
+    }
+
+    #[test]
+    fn a_file_that_is_open_for_direct_io_is_seen_and_a_pipe_is_not() {
+        use std::os::unix::fs::OpenOptionsExt;
+        let pid = std::process::id() as i32;
+        let flags = nix::fcntl::OFlag::O_DIRECT;
+        let _packets = nix::unistd::pipe2(flags).expect("a pipe of packets");
+        assert!(!does_direct_io(pid).expect("ourselves"));
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("file");
+        fs::write(&path, "").expect("a file");
+        let opened = fs::OpenOptions::new().read(true).custom_flags(flags.bits()).open(&path);
+        let _file = opened.expect("a file system that can do direct I/O");
+        assert!(does_direct_io(pid).expect("ourselves"));
+    }
+
+    #[test]
+    fn mounts_that_hand_out_pages_are_known() {
+        let line = "36 35 0:45 / /mnt rw - fuse.sshfs host:/ rw,user_id=0";
+        assert_eq!(mount_that_hands_out_pages(line), Some("36"));
+        assert_eq!(mount_that_hands_out_pages("36 35 98:0 / / rw - ext4 /dev/sda rw"), None);
+        assert_eq!(mount_that_hands_out_pages("36 35 0:45 / /c rw - fusectl fusectl rw"), None);
     }
 
     #[test]
@@ -302,7 +373,7 @@ VmFlags: rd wr mr mw me lo ac
         let buffer = vec![1u8; 64 * PAGE_SIZE];
         let pid = std::process::id() as i32;
         let own = processes(&[pid], pid).expect("ourselves");
-        let hidden = HiddenProcess::find(&own[0]).expect("our memory");
+        let hidden = HiddenProcess::find(&own[0], false).expect("our memory");
         let start = (buffer.as_ptr() as u64).next_multiple_of(PAGE_SIZE as u64);
         let end = start + 63 * PAGE_SIZE as u64;
         let covered: u64 = hidden
@@ -312,7 +383,8 @@ VmFlags: rd wr mr mw me lo ac
             .sum();
         assert_eq!(covered, end - start);
         let mut set = PageSet::new();
-        hidden.add_to(&mut set);
+        assert_eq!(hidden.written, hidden.pages);
+        hidden.process.add_to(&mut set, &hidden.written);
         assert!(set.contains(SpaceId(own[0].inner as u32), start / PAGE_SIZE as u64));
     }
 }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::bundle::Bundle;
 use crate::cgroup::Cgroups;
 use crate::error::{ContainerError, Result};
+use crate::landed::Landed;
 
 /// Links followed in one path at most, as the kernel has it.
 const LINKS: usize = 40;
@@ -87,6 +88,25 @@ pub(crate) fn obstacles(bundle: &Bundle, init: i32) -> Result<Vec<String>> {
     Ok(destinations.filter(missing).map(said).collect())
 }
 
+/// What is mounted within the mounts at `destinations`, with the one that it is in, other than what the
+/// configuration mounts.
+pub(crate) fn within(
+    bundle: &Bundle,
+    init: i32,
+    destinations: &[&str],
+) -> Result<Vec<(String, String)>> {
+    let mountinfo = mountinfo(init)?;
+    let root = root_of(init);
+    let outer: Vec<_> = destinations.iter().map(|outer| resolve(&root, outer)).collect();
+    let known: Vec<_> = bundle.destinations().map(|known| resolve(&root, known)).collect();
+    let found = mounts(&mountinfo).into_iter().filter_map(|mount| {
+        let inner = mount.destination;
+        let around = outer.iter().find(|outer| Path::new(&inner).starts_with(outer))?.clone();
+        (!known.contains(&inner)).then_some((inner, around))
+    });
+    Ok(found.collect())
+}
+
 impl ExternalMount {
     /// How CRIU is told of it at the dump.
     pub(crate) fn at_dump(&self) -> String {
@@ -94,12 +114,18 @@ impl ExternalMount {
     }
 
     /// How CRIU is told at the restore what to mount there.
-    pub(crate) fn at_restore(&self, bundle: &Bundle, cgroups: &Cgroups) -> Result<String> {
-        Ok(format!("mnt[{}]:{}", self.destination, self.source(bundle, cgroups)?.display()))
+    pub(crate) fn at_restore(
+        &self,
+        bundle: &Bundle,
+        landed: &Landed,
+        cgroups: &Cgroups,
+    ) -> Result<String> {
+        let source = self.source(bundle, landed, cgroups)?;
+        Ok(format!("mnt[{}]:{}", self.destination, source.display()))
     }
 
     /// What of this host stands behind it.
-    fn source(&self, bundle: &Bundle, cgroups: &Cgroups) -> Result<PathBuf> {
+    fn source(&self, bundle: &Bundle, landed: &Landed, cgroups: &Cgroups) -> Result<PathBuf> {
         let unknown = || {
             ContainerError::section(
                 "container/state",
@@ -108,12 +134,14 @@ impl ExternalMount {
         };
         match &self.kind {
             ExternalKind::Bind => {
-                let binds = bundle.binds();
-                let bind = binds.into_iter().find(|bind| bind.destination == self.destination);
-                bind.map(|bind| bind.source).ok_or_else(unknown)
+                landed.source(&self.destination).map(Path::to_owned).ok_or_else(unknown)
             }
             ExternalKind::Masked if bundle.masked_paths().contains(&self.destination) => {
                 Ok(Path::new("/dev/null").to_owned())
+            }
+            // It is free text, and where it stands in a list these would end it.
+            ExternalKind::Cgroup(_) if self.destination.contains([']', ':', '\0']) => {
+                Err(unknown())
             }
             ExternalKind::Cgroup(controllers) if bundle.mounts_cgroups() => {
                 // Mounted together (`cpu,cpuacct`), they share one directory.
@@ -228,6 +256,7 @@ mod tests {
     fn a_peer_names_only_mounts_of_the_configuration() {
         let config = br#"{"mounts": [{"destination": "/data", "type": "bind", "source": "data"}]}"#;
         let bundle = Bundle::parse(Path::new("/b"), config).expect("a bundle");
+        let landed = Landed::with_bind("/data", "/store/bind-0");
         let cgroups =
             Cgroups::from_state(&serde_json::json!({"": "/sys/fs/cgroup/x"})).expect("cgroups");
         let mount = |destination: &str, kind| ExternalMount {
@@ -235,12 +264,26 @@ mod tests {
             kind,
             mounted: String::new(),
         };
-        let good = mount("/data", ExternalKind::Bind).at_restore(&bundle, &cgroups);
-        assert_eq!(good.expect("known"), "mnt[/data]:/b/data");
+        let good = mount("/data", ExternalKind::Bind).at_restore(&bundle, &landed, &cgroups);
+        assert_eq!(good.expect("known"), "mnt[/data]:/store/bind-0");
         for kind in
             [ExternalKind::Bind, ExternalKind::Masked, ExternalKind::Cgroup("memory".into())]
         {
-            assert!(mount("/etc", kind).at_restore(&bundle, &cgroups).is_err());
+            assert!(mount("/etc", kind).at_restore(&bundle, &landed, &cgroups).is_err());
+        }
+        // Where cgroups are mounted is the source's to say, within the form that CRIU knows.
+        let config = br#"{"mounts": [{"destination": "/sys/fs/cgroup", "type": "cgroup"}]}"#;
+        let bundle = Bundle::parse(Path::new("/b"), config).expect("a bundle");
+        let paths = serde_json::json!({"memory": "/cg/memory/x", "freezer": "/cg/freezer/x"});
+        let cgroups = Cgroups::from_state(&paths).expect("cgroups");
+        let at = |destination| {
+            let mount = mount(destination, ExternalKind::Cgroup("memory".into()));
+            mount.at_restore(&bundle, &landed, &cgroups)
+        };
+        let good = at("/sys/fs/cgroup/memory").expect("known");
+        assert_eq!(good, "mnt[/sys/fs/cgroup/memory]:/cg/memory/x");
+        for bad in ["/x]:/etc", "/x:/etc", "/x\0"] {
+            assert!(at(bad).is_err(), "{bad:?}");
         }
     }
 }

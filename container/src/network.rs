@@ -40,7 +40,10 @@ struct Link {
     /// How it was taken off the network: by its port, or, where the bridge speaks the spanning tree
     /// protocol and does not let us, by taking the interface down.
     by_port: bool,
-    announcer: Announcer,
+    /// Only where it may come to: one that was found never announces itself.
+    announcer: Option<Announcer>,
+    /// Whether it goes when this is dropped.
+    ours: bool,
 }
 
 impl Network {
@@ -58,19 +61,40 @@ impl Network {
         Ok(network)
     }
 
+    /// A namespace that somebody else made, with the host's end of the pair that leads to it.
+    pub(crate) fn found(namespace: OwnedFd, outside: Option<&str>) -> Result<Self> {
+        let link = |outside: &str| -> Result<Link> {
+            let index = sys::interface_index(outside)
+                .map_err(ContainerError::io(format!("find {outside}")))?;
+            Ok(Link {
+                outside: outside.to_owned(),
+                index,
+                by_port: true,
+                announcer: None,
+                ours: false,
+            })
+        };
+        Ok(Self { namespace, link: outside.map(link).transpose()? })
+    }
+
+    /// Makes of a pair that was found one that announces `net` as it comes here.
+    pub(crate) fn arrives(&mut self, net: &Net, mac: Mac) -> Result<()> {
+        let (address, _) = net.address()?;
+        let announcer = self.inside(|| announcer(mac, address))?;
+        if let Some(link) = &mut self.link {
+            link.announcer = Some(announcer);
+        }
+        Ok(())
+    }
+
     /// Path of the namespace for other programs.
     pub(crate) fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.namespace.as_raw_fd())
     }
 
-    /// The namespace itself.
-    pub(crate) fn namespace(&self) -> &OwnedFd {
-        &self.namespace
-    }
-
-    /// What CRIU calls the namespace.
-    pub(crate) fn inode(&self) -> Result<u64> {
-        sys::inode(&self.namespace).map_err(ContainerError::io("look at the network namespace"))
+    /// A second descriptor of the namespace.
+    pub(crate) fn namespace_again(&self) -> Result<OwnedFd> {
+        self.namespace.try_clone().map_err(ContainerError::io("hold the network namespace"))
     }
 
     /// Takes the interface off the network: nothing in, nothing out. Twice is as good as once.
@@ -110,15 +134,15 @@ impl Network {
 
     /// Forgets whom the namespace asked for in vain while it was off the network.
     pub(crate) fn forget_neighbours(&self) {
-        if let Some(link) = &self.link {
-            link.announcer.forget_neighbours();
+        if let Some(announcer) = self.link.as_ref().and_then(|link| link.announcer.as_ref()) {
+            announcer.forget_neighbours();
         }
     }
 
     /// Tells the network where the address is now: at once, and several times more from a thread.
     pub(crate) fn announce(&self) {
-        if let Some(link) = &self.link {
-            link.announcer.begin();
+        if let Some(announcer) = self.link.as_ref().and_then(|link| link.announcer.as_ref()) {
+            announcer.begin();
         }
     }
 
@@ -132,11 +156,23 @@ impl Network {
     fn add_link(&mut self, net: &Net, mac: Mac, outside: &str, connected: bool) -> Result<()> {
         let (address, prefix) = net.address()?;
         delete_link(outside);
-        let mac_text = mac.to_string();
+        let (mac_text, outside_mac) = (mac.to_string(), outside_mac(mac).to_string());
         let path = self.path();
         ip(&[
-            "link", "add", outside, "type", "veth", "peer", "name", INSIDE, "address", &mac_text,
-            "netns", &path,
+            "link",
+            "add",
+            outside,
+            "address",
+            &outside_mac,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            INSIDE,
+            "address",
+            &mac_text,
+            "netns",
+            &path,
         ])?;
         // The bridge is the host's; the end that hangs on it has no business with addresses.
         let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{outside}/disable_ipv6"), "1");
@@ -148,15 +184,14 @@ impl Network {
             }
             ip(&["link", "set", "lo", "up"])?;
             ip(&["link", "set", INSIDE, "up"])?;
-            let index = sys::interface_index(INSIDE).map_err(ContainerError::io("find eth0"))?;
-            let socket =
-                sys::packet_socket(index).map_err(ContainerError::io("open a packet socket"))?;
-            Ok(Announcer::new(socket, INSIDE, mac, address))
+            announcer(mac, address)
         })?;
         ip(&["link", "set", outside, "up"])?;
         let index =
             sys::interface_index(outside).map_err(ContainerError::io(format!("find {outside}")))?;
-        self.link = Some(Link { outside: outside.to_owned(), index, by_port: true, announcer });
+        let announcer = Some(announcer);
+        self.link =
+            Some(Link { outside: outside.to_owned(), index, by_port: true, announcer, ours: true });
         if !connected {
             // Before it has an address: an answer to ARP from here would turn the workload's peers
             // away from where it still runs.
@@ -173,7 +208,7 @@ impl Network {
     }
 
     /// Does `work` on a thread that is in the namespace; programs that it starts are there too.
-    fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
             let there = scope.spawn(|| {
                 setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET)
@@ -189,8 +224,18 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        self.remove();
+        // One that was found is somebody else's, until it is removed on purpose.
+        if self.link.as_ref().is_some_and(|link| link.ours) {
+            self.remove();
+        }
     }
+}
+
+/// For the namespace that the thread is in.
+fn announcer(mac: Mac, address: std::net::Ipv4Addr) -> Result<Announcer> {
+    let index = sys::interface_index(INSIDE).map_err(ContainerError::io("find eth0"))?;
+    let socket = sys::packet_socket(index).map_err(ContainerError::io("open a packet socket"))?;
+    Ok(Announcer::new(socket, INSIDE, mac, address))
 }
 
 /// Removes the host end `outside`, and with it the pair. What is not there is no error.
@@ -215,6 +260,17 @@ pub(crate) fn bridge_exists(name: &str) -> bool {
         .stdin(Stdio::null())
         .output();
     said.is_ok_and(|said| said.status.success() && !said.stdout.is_empty())
+}
+
+/// The address of the host end of a pair whose other end has `inside`.
+///
+/// A bridge that was given no address takes the lowest of its ports', and all who spoke to it go on
+/// speaking to the one it had. So this one is as high as an address of one interface can be, and
+/// follows from the container's: when both ends of a move are ports of one bridge, nothing changes.
+fn outside_mac(inside: Mac) -> Mac {
+    let mut bytes = inside.0;
+    bytes[0] = if bytes[0] == 0xfe { 0xfa } else { 0xfe };
+    Mac(bytes)
 }
 
 fn fresh_namespace() -> Result<OwnedFd> {
@@ -254,7 +310,7 @@ fn ip(arguments: &[&str]) -> Result<()> {
     ip_says(arguments).map(|_| ())
 }
 
-fn ip_says(arguments: &[&str]) -> Result<String> {
+pub(crate) fn ip_says(arguments: &[&str]) -> Result<String> {
     let said = Command::new("ip")
         .args(arguments)
         .stdin(Stdio::null())

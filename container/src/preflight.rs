@@ -6,11 +6,20 @@ use std::path::Path;
 use decamp_shared::workload::{HostTools, Kind, Manifest, Place, PlacedTree, Refusal, RefusalCode};
 
 use crate::bundle::Bundle;
-use crate::facts::Needs;
+use crate::claim;
+use crate::crun;
+use crate::facts::{HostNeeds, Needs};
 use crate::network::bridge_exists;
-use crate::runtime::{self, Runtime};
-use crate::spec::{ContainerSpec, runtime_id};
+use crate::obstacles::host::{Free, criu_obstacle};
+use crate::podman;
+use crate::runtime::{self, RuntimeKind};
+use crate::spec::ContainerSpec;
 use crate::swrk;
+use crate::volumes;
+use crate::ways;
+
+/// What a small container needs beside its memory while it comes.
+const MARGIN: u64 = 32 << 20;
 
 /// Why the container of `spec` cannot be started here.
 pub(crate) fn for_run(tools: &HostTools, spec: &serde_json::Value) -> Vec<Refusal> {
@@ -21,7 +30,11 @@ pub(crate) fn for_run(tools: &HostTools, spec: &serde_json::Value) -> Vec<Refusa
     let mut found = spec.refusals();
     let config = spec.bundle.join("config.json");
     match Bundle::read(&spec.bundle) {
-        Ok(bundle) => found.extend(bundle.run_refusals()),
+        Ok(bundle) => {
+            found.extend(bundle.run_refusals());
+            let volumes = volumes::found(&bundle.with_volumes(&spec.volumes)).obstacles;
+            found.extend(volumes.into_iter().map(|text| Refusal::new(RefusalCode::File, text)));
+        }
         Err(_) if !config.is_file() => found.push(Refusal::new(
             RefusalCode::File,
             format!("{} is no OCI bundle: it has no config.json", spec.bundle.display()),
@@ -47,35 +60,59 @@ pub(crate) fn for_move(
         .map_err(|error| error.to_string())
         .and_then(|spec| ContainerSpec::from_json(&spec).map_err(|error| error.to_string()));
     let needs = serde_json::from_slice::<Needs>(&manifest.needs);
-    if trees.len() != 1 {
+    let is_volume = |placed: &PlacedTree| placed.tree.role().is_volume();
+    if trees.iter().filter(|placed| !is_volume(placed)).count() != 1 {
         refuse(RefusalCode::Request, "A container has one bundle".to_owned());
     }
+    let volumes = spec.as_ref().map_or(&[][..], |spec| &spec.volumes);
+    let volumes = volumes::placed(volumes, trees).unwrap_or_else(|error| {
+        refuse(RefusalCode::Request, error.to_string());
+        Vec::new()
+    });
     let place = Place { name: manifest.name.clone(), uuid: manifest.uuid.clone(), dir: "/".into() };
-    match runtime_id(&place) {
-        Ok(id) if Runtime::new(&tools.runc, id).exists() => refuse(
+    // Without a spec it is refused anyway.
+    let kind = spec.as_ref().ok().and_then(|spec| spec.kind().ok());
+    match kind.map(|kind| claim::taken(tools, &place, kind)) {
+        Some(Ok(Some(taken))) => refuse(RefusalCode::NameTaken, taken),
+        Some(Err(error)) => refuse(RefusalCode::Request, error.to_string()),
+        Some(Ok(None)) | None => {}
+    }
+    if spec.as_ref().is_ok_and(|spec| spec.podman.is_some()) && podman::has(&manifest.name) {
+        refuse(
             RefusalCode::NameTaken,
-            format!("runc has a container {id} there already: remove it with runc delete {id}"),
-        ),
-        Ok(_) => {}
-        Err(error) => refuse(RefusalCode::Request, error.to_string()),
+            format!(
+                "podman has a container {0} there already: podman rm {0} removes it",
+                manifest.name
+            ),
+        );
+    }
+    if let Some(obstacle) = ways::arrival_obstacle(&tools.methods) {
+        refuse(RefusalCode::Unsupported, obstacle);
     }
     match &needs {
         Ok(needs) => {
             for obstacle in &needs.obstacles {
                 refuse(RefusalCode::Unsupported, obstacle.clone());
             }
-            let directory = trees.first().map_or(Path::new("/"), |tree| tree.path.as_path());
+            let directory = trees.iter().find(|placed| !is_volume(placed));
+            let directory = directory.map_or(Path::new("/"), |tree| tree.path.as_path());
             match Bundle::parse(directory, needs.config.as_bytes()) {
                 // The source may have said the same.
                 Ok(bundle) => bundle
+                    .with_volumes(&volumes)
                     .arrival_refusals()
                     .into_iter()
                     .filter(|refusal| !needs.obstacles.contains(&refusal.text))
                     .for_each(|refusal| refuse(RefusalCode::Unsupported, refusal.text)),
                 Err(error) => refuse(RefusalCode::File, error.to_string()),
             }
-            // Until a restore has finished, pages are in the store and in the restored processes.
-            let wanted = manifest.memory_bytes.max(needs.resident.saturating_mul(2));
+            // Pages are in the store or in the restored processes, and little more than one piece of
+            // them in both; where memory cannot come late, all of them are.
+            let beside = match ways::late(&tools.methods) {
+                Ok(()) => (needs.resident / 8).max(MARGIN),
+                Err(_) => needs.resident,
+            };
+            let wanted = manifest.memory_bytes.max(needs.resident.saturating_add(beside));
             if let Some(free) = available_memory().filter(|free| *free < wanted) {
                 refuse(
                     RefusalCode::Memory,
@@ -85,6 +122,12 @@ pub(crate) fn for_move(
                         free >> 20
                     ),
                 );
+            }
+            for lack in needs.host.lacks(&HostNeeds::of_this_host(), &Free::here()) {
+                refuse(lack.code(), lack.text);
+            }
+            if let Some(said) = criu_obstacle(&tools.criu) {
+                refuse(RefusalCode::Criu, format!("At the destination: {said}"));
             }
             match swrk::version(&tools.criu) {
                 Ok(ours) if ours >= swrk::WANTED && ours < needs.criu => refuse(
@@ -114,11 +157,20 @@ pub(crate) fn for_move(
 /// What the host lacks for any container of this spec.
 fn of_host(tools: &HostTools, spec: &ContainerSpec) -> Vec<Refusal> {
     let mut found = Vec::new();
-    let runc = runtime::version(&tools.runc);
-    found.extend(tool("runc", RefusalCode::Runtime, &tools.runc, runc, runtime::WANTED));
+    // One that is not known is refused for that.
+    if let Ok(kind) = spec.kind() {
+        let program = kind.program(tools);
+        let version = runtime::version(kind, program);
+        found.extend(tool(kind.word(), RefusalCode::Runtime, program, version, kind.wanted()));
+        let obstacle = (kind == RuntimeKind::Crun).then(crun::obstacle).flatten();
+        found.extend(obstacle.map(|text| Refusal::new(RefusalCode::Runtime, text)));
+    }
     let criu = swrk::version(&tools.criu);
     found.extend(tool("CRIU", RefusalCode::Criu, &tools.criu, criu, swrk::WANTED));
-    if let Some(net) = &spec.net
+    if let Some(made) = &spec.podman {
+        let against = podman::refusals(made).into_iter();
+        found.extend(against.map(|text| Refusal::new(RefusalCode::Runtime, text)));
+    } else if let Some(net) = &spec.net
         && !bridge_exists(&net.bridge)
     {
         found.push(Refusal::new(
@@ -151,7 +203,8 @@ fn tool(
     }
 }
 
-fn available_memory() -> Option<u64> {
+/// Bytes of memory that this host has available.
+pub(crate) fn available_memory() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
@@ -162,6 +215,7 @@ mod tests {
     use std::path::PathBuf;
     use std::time::Duration;
 
+    use decamp_shared::methods::Methods;
     use decamp_shared::workload::FileTree;
     use serde_json::json;
 
@@ -176,8 +230,13 @@ mod tests {
             "linux": {"namespaces": [{"type": "network"}, {"type": "pid", "path": "/proc/1/ns/pid"},
                 {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"}]},
         });
-        let needs =
-            Needs { config: config.to_string(), resident: 0, criu: (4, 1), obstacles: Vec::new() };
+        let needs = Needs {
+            config: config.to_string(),
+            resident: 0,
+            criu: (4, 1),
+            obstacles: Vec::new(),
+            host: HostNeeds::default(),
+        };
         let manifest = Manifest {
             name: "web".to_owned(),
             kind: Kind::Container.into(),
@@ -189,8 +248,10 @@ mod tests {
         let tools = HostTools {
             decamp: none.clone(),
             criu: none.clone(),
-            runc: none,
+            runc: none.clone(),
+            crun: none,
             resume_after: Duration::ZERO,
+            methods: Methods::default(),
         };
         let trees = [PlacedTree { tree: FileTree::default(), path: "/srv/web".into() }];
         let found = for_move(&tools, &manifest, &trees);

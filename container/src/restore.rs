@@ -1,11 +1,11 @@
 //! The destination's work: an empty shell beforehand, then CRIU's restore into a frozen cgroup.
 //!
-//! The shell is a stand-in container that runc makes and whose process is killed at once: what
+//! The shell is a stand-in container that the runtime makes and whose process is killed at once: what
 //! remains are cgroups with the container's limits, made by this host's own runtime, and the
 //! runtime's state in this host's own form. The restored tree takes its place.
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -17,16 +17,22 @@ use rust_criu::rust_criu_protobuf::rpc::{
 use serde_json::Value;
 
 use crate::bundle::Bundle;
-use crate::cgroup::Cgroups;
-use crate::dump::{ContainerState, NETWORK_KEY, STATE, log_level, ms, tell_log, with_log};
+use crate::cgroup::{Cgroups, Setting};
+use crate::dump::{ContainerState, STATE, log_level, ms, tell_log, with_log};
 use crate::error::{ContainerError, Result};
-use crate::images;
+use crate::filling::{Filling, Holder};
+use crate::images::{self, HiddenIn, HiddenPages};
+use crate::landed::Landed;
+use crate::locked::Split;
 use crate::network::Network;
-use crate::runtime::{self, Runtime};
+use crate::runtime::Runtime;
+use crate::segments::landing::Landing;
+use crate::segments::{self, Moved, system_v};
 use crate::store::Store;
 use crate::streams::Streams;
 use crate::swrk::{Notice, Swrk};
 use crate::sys;
+use crate::tmpfs::{self, Tree};
 
 const LOG: &str = "restore.log";
 /// Tasks that CRIU has let go are in the freezer within this.
@@ -40,6 +46,16 @@ pub(crate) struct Shell {
     pub(crate) state: Value,
 }
 
+/// A restored container, frozen.
+pub(crate) struct Restored {
+    /// Its first process, a child of this one.
+    pub(crate) init: i32,
+    /// Its memory, where that comes late.
+    pub(crate) filling: Option<Filling>,
+    /// The master of its terminal, if it has one.
+    pub(crate) terminal: Option<OwnedFd>,
+}
+
 /// What a restore needs to know.
 pub(crate) struct Restore<'a> {
     pub(crate) criu: &'a Path,
@@ -48,6 +64,8 @@ pub(crate) struct Restore<'a> {
     pub(crate) network: &'a Network,
     pub(crate) streams: &'a Streams,
     pub(crate) store: &'a Store,
+    /// Shared memory that has come.
+    pub(crate) landing: &'a Landing,
 }
 
 impl Shell {
@@ -72,15 +90,16 @@ impl Shell {
             fs::write(directory.join("config.json"), config.to_string())
         };
         write().map_err(ContainerError::io("make a stand-in's bundle"))?;
-        let hidden = runtime.hidden_in(&directory.join("runc"));
+        let hidden = runtime.hidden_in(&directory.join("state"));
         let init = hidden.create(&directory, streams.write_end()?)?;
+        // While it lives: not every runtime notes the cgroups.
+        let found = hidden.state().and_then(|state| Ok((hidden.cgroups(&state, init)?, state)));
         let ended = sys::pidfd_open(init)
             .and_then(|process| sys::pidfd_kill(process.as_fd()))
             .and_then(|()| sys::reap(init));
         // However it ended: killed, or by itself a moment before.
         let _how = ended.map_err(ContainerError::io("end the stand-in's process"))?;
-        let state = hidden.state()?;
-        let cgroups = runtime::cgroups(&state)?;
+        let (cgroups, state) = found?;
         fs::remove_dir_all(&directory).map_err(ContainerError::io("remove the stand-in"))?;
         tracing::debug!(ms = ms(begun), "Made a stand-in");
         Ok(Self { cgroups, state })
@@ -89,106 +108,175 @@ impl Shell {
 
 impl Restore<'_> {
     /// Starts the CRIU that will restore, so that it is there when the state comes. What it makes is
-    /// born in the container's cgroups, because it is in them itself.
+    /// born in the container's cgroups and network namespace, because it is in them itself.
     pub(crate) fn begin(&self) -> Result<Swrk> {
         let begun = Instant::now();
-        let inherited = [self.network.namespace().as_fd(), self.streams.write_end()?];
-        let criu = Swrk::start_waiting(self.criu, &inherited)?;
+        let inherited = self.inherited()?;
+        let criu = self.network.inside(|| Swrk::start_waiting(self.criu, &inherited))?;
         self.cgroups.enter(criu.pid())?;
         tracing::debug!(ms = ms(begun), "CRIU waits");
         Ok(criu)
     }
 
-    /// Has `criu` restore a container from its sections, frozen. Gives the number of its first
-    /// process, a child of this process. On an error no process of it is left.
-    pub(crate) fn run(&self, criu: Swrk, sections: Vec<Section>) -> Result<i32> {
+    /// Descriptors that a CRIU needs, under the numbers that they have here.
+    pub(crate) fn inherited(&self) -> Result<Vec<BorrowedFd<'_>>> {
+        let streams = self.streams;
+        let mut inherited = vec![streams.write_end()?, streams.second_end()?, streams.input_end()];
+        inherited.extend(self.landing.inherited().map(|(_, descriptor)| descriptor));
+        Ok(inherited)
+    }
+
+    /// Has `criu` restore a container from its sections, frozen. With a holder, memory comes late. On
+    /// an error no process of it is left.
+    pub(crate) fn run(
+        &self,
+        criu: Swrk,
+        sections: Vec<Section>,
+        holder: Option<Holder>,
+    ) -> Result<Restored> {
         let begun = Instant::now();
         let images = self.store.fresh_images()?;
         let others = images::unpack(sections, &images)?;
-        let state = self.complete(&images, others)?;
-        self.cgroups.apply(&state.settings)?;
+        let (state, hidden, moved, trees) = use_up(others)?;
+        let trees = self.landing.plant(&trees)?;
+        let seals = self.landing.enter(&images, &moved, self.store)?;
+        // A source that could not hide anything has CRIU's own images hold it all.
+        let holder = holder.filter(|_| !hidden.is_empty());
+        let linked = moved.iter().any(|segment| segment.system_v);
+        let late = self.complete(&images, hidden, holder.is_some(), linked)?;
+        let filling = holder.map(|holder| Filling::begin(&images, self.store, &late, holder));
+        let filling = filling.transpose()?;
+        // While it restores CRIU is one of the tasks too.
+        let (tasks, settings): (Vec<_>, Vec<_>) =
+            state.settings.iter().cloned().partition(Setting::limits_tasks);
+        self.cgroups.apply(&settings)?;
+        self.cgroups.apply(&tasks.iter().map(Setting::lifted).collect::<Vec<_>>())?;
         self.streams.give_to(state.output_owner)?;
-        self.bundle.check_inside()?;
-        let root = self.store.mount_root(&self.bundle.rootfs())?;
+        let landed = Landed::mount(self.bundle, self.store)?;
         tracing::debug!(ms = ms(begun), "Unpacked and completed the images");
         let begun = Instant::now();
-        let outcome = self.request(criu, &images, &root, &state).and_then(|init| {
+        let outcome = self.request(criu, &images, &state, (&landed, trees), filling.as_ref());
+        let outcome = outcome.and_then(|(init, terminal)| {
             self.await_stillness()?;
-            Ok(init)
+            self.cgroups.apply(&tasks)?;
+            seals.set()?;
+            system_v::destroy_again(&images, init)?;
+            if let Some(filling) = &filling {
+                filling.guard(init)?;
+                filling.check()?;
+            }
+            Ok((init, terminal))
         });
         tell_log(&images.join(LOG));
         tracing::debug!(ms = ms(begun), fine = outcome.is_ok(), "CRIU restored");
-        outcome.map_err(|error| {
+        let restored = outcome.map_err(|error| {
             let error = with_log(error, &images.join(LOG));
             // CRIU kills what it has made; when it was CRIU that died, we do.
             if let Err(error) = self.cgroups.kill_all().and_then(|()| self.cgroups.thaw()) {
                 tracing::warn!(%error, "Cannot clean up after a failed restore");
             }
             error
-        })
+        });
+        let (init, terminal) = restored?;
+        Ok(Restored { init, filling, terminal })
     }
 
-    /// Enters the hidden pages, and uses up every section that is no image.
-    fn complete(&self, images: &Path, others: Vec<Section>) -> Result<ContainerState> {
-        let (mut state, mut hidden) = (None, None);
-        for section in others {
-            match section.kind.as_str() {
-                STATE if state.is_none() => state = Some(ContainerState::from_section(&section)?),
-                images::HIDDEN if hidden.is_none() => hidden = Some(images::read_hidden(&section)?),
-                _ => {
-                    return Err(ContainerError::section(
-                        section.kind,
-                        "is not known here, or came twice",
-                    ));
-                }
-            }
+    /// Enters the hidden pages into the images, which have a parent if they need one, or are `linked` to one
+    /// anyway. Gives those that come late.
+    fn complete(
+        &self,
+        images: &Path,
+        hidden: HiddenPages,
+        late: bool,
+        linked: bool,
+    ) -> Result<HiddenPages> {
+        if late {
+            images::check_all_named(images, &hidden)?;
         }
-        let missing = |kind: &str| ContainerError::section(kind, "is missing");
-        let hidden = hidden.ok_or_else(|| missing(images::HIDDEN))?;
+        let has = |(inner, pages): &(&i32, &Vec<_>)| pages.is_empty() || self.store.has(**inner);
+        if let Some((inner, _)) = hidden.iter().find(|process| !has(process)) {
+            return Err(ContainerError::section(
+                images::HIDDEN,
+                format!("speaks of process {inner}, whose memory never came"),
+            ));
+        }
+        let Split { late, locked } = match late {
+            true => Split::of(images, hidden)?,
+            false => Split { late: HiddenPages::new(), locked: hidden },
+        };
         let parent = self.store.parent();
-        for (inner, pages) in hidden.iter().filter(|(_, pages)| !pages.is_empty()) {
-            if !self.store.has(*inner) {
-                return Err(ContainerError::section(
-                    images::HIDDEN,
-                    format!("speaks of process {inner}, whose memory never came"),
-                ));
-            }
-            images::complete(images, &parent, *inner, pages)?;
+        // First: what is entered as late stays so only when nothing is entered after it.
+        for (inner, pages) in locked.iter().filter(|(_, pages)| !pages.is_empty()) {
+            images::complete(images, HiddenIn::Parent(&parent), *inner, pages)?;
         }
-        std::os::unix::fs::symlink("../parent", images.join("parent"))
-            .map_err(ContainerError::io("link the images to their parent"))?;
-        state.ok_or_else(|| missing(STATE))
+        for (inner, pages) in &late {
+            images::complete(images, HiddenIn::Daemon, *inner, pages)?;
+        }
+        if linked || late.is_empty() || !locked.is_empty() {
+            std::os::unix::fs::symlink("../parent", images.join("parent"))
+                .map_err(ContainerError::io("link the images to their parent"))?;
+        }
+        Ok(late)
     }
 
     fn request(
         &self,
-        criu: Swrk,
+        mut criu: Swrk,
         images: &Path,
-        root: &Path,
         state: &ContainerState,
-    ) -> Result<i32> {
+        (landed, trees): (&Landed, Vec<String>),
+        filling: Option<&Filling>,
+    ) -> Result<(i32, Option<OwnedFd>)> {
         let directory =
             File::open(images).map_err(ContainerError::io(format!("open {}", images.display())))?;
-        let mut options = self.options(&directory, root, state)?;
-        options.inherit_fd.push(inherit(NETWORK_KEY, self.network.namespace().as_raw_fd()));
+        let mut options = self.options(&directory, state, landed)?;
+        options.external.extend(trees);
+        options.set_lazy_pages(filling.is_some());
         options.inherit_fd.push(inherit(&state.output, self.streams.write_end()?.as_raw_fd()));
+        if let Some(key) = &state.second_output {
+            options.inherit_fd.push(inherit(key, self.streams.second_end()?.as_raw_fd()));
+        }
+        if let Some(key) = &state.input {
+            options.inherit_fd.push(inherit(key, self.streams.input_end().as_raw_fd()));
+        }
+        let segments = self.landing.inherited();
+        options.inherit_fd.extend(segments.map(|(key, file)| inherit(&key, file.as_raw_fd())));
         let mut holding = Holding { cgroups: self.cgroups, aside: None };
-        let mut held = Ok(());
-        let outcome = criu.request(Criu_req_type::RESTORE, options, |notice| {
+        let (mut held, mut terminals) = (Ok(()), Vec::new());
+        // Without its memory CRIU would wait for ever.
+        let given_up = filling.map(|filling| &**filling.failed());
+        let outcome = criu.request(Criu_req_type::RESTORE, options, given_up, |notice| {
             tracing::trace!(step = notice.step, "CRIU");
             match notice.step {
-                "setup-namespaces" => holding.begin(notice),
+                "setup-namespaces" => holding.begin(&notice),
+                "orphan-pts-master" => terminals.extend(notice.descriptor),
                 "pre-resume" => held = holding.hold(),
                 _ => {}
             }
             held.is_ok()
         });
+        if outcome.is_err() {
+            self.kill_what_is_held();
+        }
+        drop(criu);
         held?;
         let init = outcome?.pid;
-        if init > 0 {
-            Ok(init)
-        } else {
-            Err(ContainerError::CriuProtocol("restored no process".to_owned()))
+        let wrong = |what: &str| Err(ContainerError::CriuProtocol(what.to_owned()));
+        match (init, terminals.len(), state.terminal) {
+            (..=0, ..) => wrong("restored no process"),
+            // Nobody has to have had it open.
+            (_, 0, _) | (_, 1, true) => Ok((init, terminals.pop())),
+            // What stands still is killed for it.
+            _ => wrong("restored more terminals than there were"),
+        }
+    }
+
+    /// A CRIU that is stuck holds tasks that would run if it was killed before them.
+    fn kill_what_is_held(&self) {
+        let frozen = self.cgroups.freeze_when_free();
+        let killed = self.cgroups.kill_all().and_then(|()| self.cgroups.thaw());
+        if let Err(error) = frozen.and(killed) {
+            tracing::warn!(%error, "Cannot kill what a failed restore left");
         }
     }
 
@@ -203,12 +291,12 @@ impl Restore<'_> {
         Ok(())
     }
 
-    fn options(&self, images: &File, root: &Path, state: &ContainerState) -> Result<Criu_opts> {
+    fn options(&self, images: &File, state: &ContainerState, landed: &Landed) -> Result<Criu_opts> {
         let mut options = Criu_opts::new();
         options.set_images_dir_fd(images.as_raw_fd());
         options.set_log_file(LOG.to_owned());
         options.set_log_level(log_level());
-        options.set_root(root.display().to_string());
+        options.set_root(landed.root().display().to_string());
         options.set_rst_sibling(true);
         options.set_notify_scripts(true);
         options.set_evasive_devices(true);
@@ -217,18 +305,47 @@ impl Restore<'_> {
         options.set_tcp_established(true);
         options.set_network_lock(Criu_network_lock_method::SKIP);
         options.set_file_locks(true);
+        options.set_orphan_pts_master(state.terminal);
         for mount in &state.mounts {
-            options.external.push(mount.at_restore(self.bundle, self.cgroups)?);
+            options.external.push(mount.at_restore(self.bundle, landed, self.cgroups)?);
         }
         Ok(options)
     }
+}
+
+/// Every section that is no image.
+fn use_up(others: Vec<Section>) -> Result<(ContainerState, HiddenPages, Vec<Moved>, Vec<Tree>)> {
+    let (mut state, mut hidden, mut moved, mut trees) = (None, None, None, None);
+    for section in others {
+        match section.kind.as_str() {
+            STATE if state.is_none() => state = Some(ContainerState::from_section(&section)?),
+            images::HIDDEN if hidden.is_none() => hidden = Some(images::read_hidden(&section)?),
+            segments::SEGMENTS if moved.is_none() => {
+                moved = Some(segments::read_section(&section)?);
+            }
+            tmpfs::TREES if trees.is_none() => trees = Some(tmpfs::read_section(&section)?),
+            _ => {
+                return Err(ContainerError::section(
+                    section.kind,
+                    "is not known here, or came twice",
+                ));
+            }
+        }
+    }
+    let missing = |kind: &str| ContainerError::section(kind, "is missing");
+    let hidden = hidden.ok_or_else(|| missing(images::HIDDEN))?;
+    // Without it what CRIU found empty would be zeros.
+    let moved = moved.ok_or_else(|| missing(segments::SEGMENTS))?;
+    let state = state.ok_or_else(|| missing(STATE))?;
+    Ok((state, hidden, moved, trees.unwrap_or_default()))
 }
 
 /// How the restored tasks come to stand still: CRIU, in whose cgroup they are born, leaves it, and
 /// what stays is frozen.
 struct Holding<'a> {
     cgroups: &'a Cgroups,
-    aside: Option<JoinHandle<Result<()>>>,
+    /// The thread that sees to that, or why there is none.
+    aside: Option<Result<JoinHandle<Result<()>>>>,
 }
 
 impl Holding<'_> {
@@ -236,7 +353,9 @@ impl Holding<'_> {
     /// On v1 a change of cgroup waits for the kernel (20 ms): let that be while CRIU works.
     fn begin(&mut self, notice: &Notice<'_>) {
         let (cgroups, criu) = (self.cgroups.clone(), notice.criu);
-        self.aside = Some(thread::spawn(move || cgroups.step_aside(criu)));
+        let thread = thread::Builder::new().name("aside".to_owned());
+        let started = thread.spawn(move || cgroups.step_aside(criu));
+        self.aside = Some(started.map_err(ContainerError::io("start a thread")));
     }
 
     /// All tasks are restored and held by CRIU: their cgroup is frozen now, so that letting them go
@@ -250,7 +369,7 @@ impl Holding<'_> {
         fail::fail_point!("container-hold");
         let never =
             || ContainerError::CriuProtocol("never said that it made namespaces".to_owned());
-        let aside = self.aside.take().ok_or_else(never).and_then(|aside| {
+        let aside = self.aside.take().unwrap_or_else(|| Err(never())).and_then(|aside| {
             aside
                 .join()
                 .unwrap_or_else(|_| Err(ContainerError::State("A thread panicked".to_owned())))

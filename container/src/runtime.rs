@@ -1,5 +1,6 @@
-//! runc: starting a container with it, and the state that it keeps of one, so that `runc list`,
-//! `kill` and `exec` from outside work before and after a move.
+//! OCI runtimes: starting a container with one, and the state that it keeps of one, so that its `list`,
+//! `kill` and `exec` from outside work before and after a move. What the files of each look like is said
+//! in `runc` and `crun`.
 
 use std::fs;
 use std::io::Write;
@@ -8,29 +9,105 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use serde_json::{Value, json};
+use decamp_shared::workload::HostTools;
+use serde_json::Value;
 
+use crate::bundle::Bundle;
 use crate::cgroup::Cgroups;
 use crate::error::{ContainerError, Result};
 use crate::swrk::two_numbers;
+use crate::{crun, runc};
 
-/// Where runc keeps the state of containers when it is not told otherwise.
-const ROOT: &str = "/run/runc";
-/// The oldest runc that is known to work.
-pub(crate) const WANTED: (i32, i32) = (1, 1);
+/// No state of a runtime is longer.
+const STATE_CAP: u64 = 16 << 20;
 
-/// One container as runc knows it.
+/// A runtime that is known here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RuntimeKind {
+    Runc,
+    Crun,
+}
+
+/// One container as a runtime knows it.
 #[derive(Clone, Debug)]
 pub(crate) struct Runtime {
-    runc: PathBuf,
+    kind: RuntimeKind,
+    program: PathBuf,
     root: PathBuf,
     id: String,
 }
 
+/// What a runtime's state says of a container, in whatever form.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Known {
+    /// Its first process; 0 or less when there is none any more.
+    pub(crate) init: i32,
+    /// When that started, in the kernel's ticks.
+    pub(crate) started: u64,
+    /// Its bundle.
+    pub(crate) bundle: PathBuf,
+    /// Its root file system.
+    pub(crate) rootfs: PathBuf,
+}
+
+impl RuntimeKind {
+    /// Every one.
+    pub(crate) const ALL: [Self; 2] = [Self::Runc, Self::Crun];
+
+    /// Its name.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Crun => "crun",
+        }
+    }
+
+    /// The one of that name.
+    pub(crate) fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.word() == word)
+    }
+
+    /// Its executable on this host.
+    pub(crate) fn program(self, tools: &HostTools) -> &Path {
+        match self {
+            Self::Runc => &tools.runc,
+            Self::Crun => &tools.crun,
+        }
+    }
+
+    /// The oldest version that is known to work.
+    pub(crate) fn wanted(self) -> (i32, i32) {
+        match self {
+            Self::Runc => (1, 1),
+            Self::Crun => (1, 8),
+        }
+    }
+
+    fn root(self) -> &'static str {
+        match self {
+            Self::Runc => runc::ROOT,
+            Self::Crun => crun::ROOT,
+        }
+    }
+
+    fn state_file(self) -> &'static str {
+        match self {
+            Self::Runc => runc::STATE,
+            Self::Crun => crun::STATE,
+        }
+    }
+}
+
 impl Runtime {
-    /// Container `id` in runc's own place.
-    pub(crate) fn new(runc: &Path, id: &str) -> Self {
-        Self { runc: runc.to_owned(), root: PathBuf::from(ROOT), id: id.to_owned() }
+    /// Container `id` in the runtime's own place.
+    pub(crate) fn new(kind: RuntimeKind, tools: &HostTools, id: &str) -> Self {
+        let root = PathBuf::from(kind.root());
+        Self { kind, program: kind.program(tools).to_owned(), root, id: id.to_owned() }
+    }
+
+    /// Container `id` in the runtime's own place, to be looked at and never started.
+    pub(crate) fn looked_at(kind: RuntimeKind, id: &str) -> Self {
+        Self { kind, program: PathBuf::new(), root: kind.root().into(), id: id.to_owned() }
     }
 
     /// The same container in a place where nobody looks.
@@ -38,28 +115,56 @@ impl Runtime {
         Self { root: root.to_owned(), ..self.clone() }
     }
 
-    fn directory(&self) -> PathBuf {
+    /// The executable that is its runtime.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Which runtime it is.
+    pub(crate) fn kind(&self) -> RuntimeKind {
+        self.kind
+    }
+
+    /// The container's name for the runtime.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Where the runtime has what it knows of the container.
+    pub(crate) fn directory(&self) -> PathBuf {
         self.root.join(&self.id)
     }
 
-    /// Whether runc knows a container of this name.
+    /// Whether the runtime knows a container of this name.
     pub(crate) fn exists(&self) -> bool {
         self.directory().exists()
     }
 
     /// Starts the container of `bundle`, with `output` as its standard output and error. Its first
-    /// process becomes a child of this process (a subreaper); its number is returned.
-    pub(crate) fn run(&self, bundle: &Path, output: impl AsFd) -> Result<i32> {
-        self.start("run", bundle, output)
+    /// process becomes a child of this process (a subreaper); its number is returned. One that has a
+    /// terminal needs a socket at `console`, to which its master is handed.
+    pub(crate) fn run(
+        &self,
+        bundle: &Path,
+        output: impl AsFd,
+        console: Option<&Path>,
+    ) -> Result<i32> {
+        self.start("run", bundle, output, console)
     }
 
     /// Makes the container of `bundle` without starting its program.
     pub(crate) fn create(&self, bundle: &Path, output: impl AsFd) -> Result<i32> {
-        self.start("create", bundle, output)
+        self.start("create", bundle, output, None)
     }
 
-    fn start(&self, verb: &str, bundle: &Path, output: impl AsFd) -> Result<i32> {
-        let log = bundle.join("runc.log");
+    fn start(
+        &self,
+        verb: &str,
+        bundle: &Path,
+        output: impl AsFd,
+        console: Option<&Path>,
+    ) -> Result<i32> {
+        let log = bundle.join("runtime.log");
         let pid_file = bundle.join("init.pid");
         let copy = || {
             output
@@ -67,10 +172,13 @@ impl Runtime {
                 .try_clone_to_owned()
                 .map_err(ContainerError::io("copy the output descriptor"))
         };
-        let mut command = Command::new(&self.runc);
+        let mut command = Command::new(&self.program);
         command.arg("--root").arg(&self.root).arg("--log").arg(&log).arg(verb);
         if verb == "run" {
             command.arg("--detach");
+        }
+        if let Some(console) = console {
+            command.arg("--console-socket").arg(console);
         }
         let status = command
             .arg("--bundle")
@@ -83,12 +191,12 @@ impl Runtime {
             .stdout(copy()?)
             .stderr(copy()?)
             .status()
-            .map_err(ContainerError::io(format!("start {}", self.runc.display())))?;
+            .map_err(ContainerError::io(format!("start {}", self.program.display())))?;
         if !status.success() {
             return Err(ContainerError::Tool {
-                tool: "runc",
+                tool: self.kind.word(),
                 what: format!("{verb} container {}", self.id),
-                said: last_error(&log),
+                said: self.last_error(&log),
             });
         }
         let text = fs::read_to_string(&pid_file)
@@ -98,29 +206,68 @@ impl Runtime {
             .map_err(|_| ContainerError::malformed(pid_file, "holds no process number"))
     }
 
-    /// What runc has written down about the container.
+    /// What the runtime has written down about the container.
     pub(crate) fn state(&self) -> Result<Value> {
-        let path = self.directory().join("state.json");
-        let text =
-            fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
+        let path = self.directory().join(self.kind.state_file());
+        let failed = || format!("read {}", path.display());
+        let length = fs::metadata(&path).map_err(ContainerError::io(failed()))?.len();
+        if length > STATE_CAP {
+            return Err(ContainerError::malformed(path, "is longer than any state"));
+        }
+        let text = fs::read(&path).map_err(ContainerError::io(failed()))?;
         serde_json::from_slice(&text)
             .map_err(|error| ContainerError::malformed(path, format!("is no JSON: {error}")))
     }
 
+    /// The same, understood.
+    pub(crate) fn known(&self, state: &Value) -> Result<Known> {
+        let known = match self.kind {
+            RuntimeKind::Runc => runc::known(state),
+            RuntimeKind::Crun => crun::known(state),
+        };
+        let path = self.directory().join(self.kind.state_file());
+        known.ok_or_else(|| {
+            ContainerError::malformed(path, "does not say which process and bundle it speaks of")
+        })
+    }
+
+    /// The cgroups of the container with that state, whose first process `init` lives.
+    pub(crate) fn cgroups(&self, state: &Value, init: i32) -> Result<Cgroups> {
+        match self.kind {
+            RuntimeKind::Runc => Cgroups::from_state(&state["cgroup_paths"]),
+            RuntimeKind::Crun => crun::cgroups(init),
+        }
+    }
+
     /// Writes down that the container runs: `state` of a stand-in made here, with the process, root
-    /// and bundle of the real one.
+    /// and bundle of the real one, whose configuration reads as `config` here.
     pub(crate) fn adopt(
         &self,
         state: &Value,
         init: i32,
-        rootfs: &Path,
-        bundle: &Path,
+        bundle: &Bundle,
+        config: &Value,
     ) -> Result<()> {
-        let state = adopted(state.clone(), init, start_time(init)?, rootfs, bundle);
+        let (state, started) = (state.clone(), start_time(init)?);
+        let (rootfs, directory) = (bundle.rootfs(), bundle.directory());
+        match self.kind {
+            RuntimeKind::Runc => {
+                let state = runc::adopted(state, init, started, &rootfs, directory);
+                self.write(runc::STATE, &state)
+            }
+            RuntimeKind::Crun => {
+                let state = crun::adopted(state, init, started, &rootfs, directory);
+                self.write(crun::CONFIG, config)?;
+                self.write(crun::STATE, &state)
+            }
+        }
+    }
+
+    fn write(&self, name: &str, content: &Value) -> Result<()> {
         let directory = self.directory();
         fs::create_dir_all(&directory)
             .map_err(ContainerError::io(format!("make {}", directory.display())))?;
-        let (path, fresh) = (directory.join("state.json"), directory.join("state.json.new"));
+        let (path, fresh) = (directory.join(name), directory.join(format!("{name}.new")));
         let write = || -> std::io::Result<()> {
             let mut file = fs::OpenOptions::new()
                 .write(true)
@@ -128,7 +275,7 @@ impl Runtime {
                 .truncate(true)
                 .mode(0o600)
                 .open(&fresh)?;
-            file.write_all(&serde_json::to_vec(&state)?)?;
+            file.write_all(&serde_json::to_vec(content)?)?;
             fs::rename(&fresh, &path)
         };
         write().map_err(ContainerError::io(format!("write {}", path.display())))
@@ -143,57 +290,40 @@ impl Runtime {
             _ => Ok(()),
         }
     }
+
+    fn last_error(&self, log: &Path) -> String {
+        let text = fs::read_to_string(log).unwrap_or_default();
+        let last = match self.kind {
+            RuntimeKind::Runc => runc::last_error(&text),
+            RuntimeKind::Crun => crun::last_error(&text),
+        };
+        last.unwrap_or("it did not say why").to_owned()
+    }
 }
 
-/// The cgroups that a state names.
-pub(crate) fn cgroups(state: &Value) -> Result<Cgroups> {
-    Cgroups::from_state(&state["cgroup_paths"])
-}
-
-/// The version that a runc executable reports.
+/// The version that the executable `program` of a runtime reports.
 ///
 /// # Errors
 /// When it cannot be started or says nothing of the kind.
-pub(crate) fn version(runc: &Path) -> Result<(i32, i32)> {
-    let said = Command::new(runc)
+pub(crate) fn version(kind: RuntimeKind, program: &Path) -> Result<(i32, i32)> {
+    let said = Command::new(program)
         .arg("--version")
         .stdin(Stdio::null())
         .output()
-        .map_err(ContainerError::io(format!("start {}", runc.display())))?;
+        .map_err(ContainerError::io(format!("start {}", program.display())))?;
     let text = String::from_utf8_lossy(&said.stdout).into_owned();
     text.lines()
-        .find_map(|line| line.strip_prefix("runc version "))
+        .find_map(|line| line.strip_prefix(kind.word())?.strip_prefix(" version "))
         .and_then(two_numbers)
         .ok_or_else(|| ContainerError::Tool {
-            tool: "runc",
+            tool: kind.word(),
             what: "say its version".to_owned(),
             said: text,
         })
 }
 
-fn adopted(mut state: Value, init: i32, started: u64, rootfs: &Path, bundle: &Path) -> Value {
-    state["init_process_pid"] = json!(init);
-    state["init_process_start"] = json!(started);
-    state["config"]["rootfs"] = json!(rootfs);
-    if let Some(paths) = state["namespace_paths"].as_object_mut() {
-        for path in paths.values_mut() {
-            let kind = path.as_str().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
-            *path = json!(format!("/proc/{init}/ns/{kind}"));
-        }
-    }
-    if let Some(labels) = state["config"]["labels"].as_array_mut() {
-        for label in labels
-            .iter_mut()
-            .filter(|label| label.as_str().is_some_and(|text| text.starts_with("bundle=")))
-        {
-            *label = json!(format!("bundle={}", bundle.display()));
-        }
-    }
-    state
-}
-
 /// When a process started, in the kernel's ticks; with its number it names a process for good.
-fn start_time(pid: i32) -> Result<u64> {
+pub(crate) fn start_time(pid: i32) -> Result<u64> {
     let path = format!("/proc/{pid}/stat");
     let text = fs::read_to_string(&path).map_err(ContainerError::io(format!("read {path}")))?;
     // The name in parentheses may hold anything, so it is counted from its end: field 22 of 52.
@@ -203,38 +333,20 @@ fn start_time(pid: i32) -> Result<u64> {
         .ok_or_else(|| ContainerError::malformed(path, "has no start time"))
 }
 
-/// The last error in a log of runc.
-fn last_error(log: &Path) -> String {
-    let text = fs::read_to_string(log).unwrap_or_default();
-    let last = text.lines().rfind(|line| line.contains("level=error"));
-    last.and_then(|line| line.split_once("msg=").map(|(_, message)| message))
-        .unwrap_or("it did not say why")
-        .trim_matches('"')
-        .to_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn an_adopted_state_points_at_the_real_container() {
-        let state = json!({
-            "id": "web", "init_process_pid": 5, "init_process_start": 6,
-            "namespace_paths": {"NEWNET": "/proc/5/ns/net", "NEWPID": "/proc/5/ns/pid"},
-            "config": {"rootfs": "/tmp/stand-in", "labels": ["a=b", "bundle=/tmp"]},
-        });
-        let state = adopted(state, 77, 88, Path::new("/srv/web/rootfs"), Path::new("/srv/web"));
-        assert_eq!(state["namespace_paths"]["NEWPID"], "/proc/77/ns/pid");
-        assert_eq!(state["config"]["labels"], json!(["a=b", "bundle=/srv/web"]));
-        assert_eq!(
-            (state["init_process_pid"].as_i64(), state["init_process_start"].as_i64()),
-            (Some(77), Some(88))
-        );
+    fn our_own_start_time_is_read() {
+        assert!(start_time(std::process::id() as i32).expect("ourselves") > 0);
     }
 
     #[test]
-    fn our_own_start_time_is_read() {
-        assert!(start_time(std::process::id() as i32).expect("ourselves") > 0);
+    fn a_runtime_is_known_by_its_name() {
+        for kind in RuntimeKind::ALL {
+            assert_eq!(RuntimeKind::from_word(kind.word()), Some(kind));
+        }
+        assert_eq!(RuntimeKind::from_word("kata"), None);
     }
 }

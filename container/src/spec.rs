@@ -10,6 +10,9 @@ use decamp_shared::workload::{Place, Refusal, RefusalCode, is_plain_absolute};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{ContainerError, Result};
+use crate::podman::made::Made;
+use crate::runtime::RuntimeKind;
+use crate::volumes::Volume;
 
 /// A container, as `decamp run container` describes it. Travels in the manifest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,15 +20,24 @@ use crate::error::{ContainerError, Result};
 pub struct ContainerSpec {
     /// Absolute path of the OCI bundle: `config.json`, and the root file system inside it.
     pub bundle: PathBuf,
-    /// The OCI runtime. Only `runc` in this version.
+    /// The OCI runtime: `runc` or `crun`.
     #[serde(default = "runc")]
     pub runtime: String,
-    /// Whether the container wants a terminal. Refused in this version.
+    /// Whether the container gets a terminal, whatever its configuration says.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub tty: bool,
+    /// Set while it is one that somebody else started: as its runtime knows it. Does not travel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adopted: Option<String>,
+    /// Set where podman is in charge of it: what the next podman is told to make.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub podman: Option<Made>,
     /// Its interface; without one it has a loopback interface only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<Net>,
+    /// Where what is mounted from outside of the bundle stands, if it came from another host.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<Volume>,
 }
 
 /// The container's one interface, `eth0`.
@@ -63,27 +75,43 @@ impl ContainerSpec {
             .map_err(|error| ContainerError::Spec(format!("This is no container's spec: {error}")))
     }
 
+    /// Its runtime.
+    ///
+    /// # Errors
+    /// When it is none that is known here.
+    pub(crate) fn kind(&self) -> Result<RuntimeKind> {
+        RuntimeKind::from_word(&self.runtime)
+            .ok_or_else(|| ContainerError::Spec(unknown_runtime(&self.runtime)))
+    }
+
     /// What this version cannot do, and what makes no sense on any host.
     pub fn refusals(&self) -> Vec<Refusal> {
         let mut found = Vec::new();
         let mut refuse = |code, text: String| found.push(Refusal::new(code, text));
+        if let Some(id) = &self.adopted {
+            let runtime = if self.podman.is_some() { "podman" } else { &self.runtime };
+            refuse(
+                RefusalCode::Request,
+                format!(
+                    "It was adopted, and only {runtime} can start it: start {id} with {runtime} and \
+                     adopt it again"
+                ),
+            );
+        }
         if !is_plain_absolute(&self.bundle) {
             refuse(
                 RefusalCode::Request,
                 format!("Bundle {} is not an absolute path without ..", self.bundle.display()),
             );
         }
-        if self.runtime != "runc" {
+        for volume in self.volumes.iter().filter(|volume| !volume.is_plain()) {
             refuse(
-                RefusalCode::Unsupported,
-                format!("Runtime {} is not supported in this version: use runc", self.runtime),
+                RefusalCode::Request,
+                format!("{} cannot stand for {}", volume.path.display(), volume.source),
             );
         }
-        if self.tty {
-            refuse(
-                RefusalCode::Unsupported,
-                "A container with a terminal is not supported in this version".to_owned(),
-            );
+        if RuntimeKind::from_word(&self.runtime).is_none() {
+            refuse(RefusalCode::Unsupported, unknown_runtime(&self.runtime));
         }
         if let Some(net) = &self.net {
             if let Err(error) = net.address() {
@@ -184,7 +212,12 @@ pub(crate) fn veth_name(place: &Place) -> String {
     format!("dc{:012x}", hash & 0xffff_ffff_ffff)
 }
 
-/// The container's name for runc. Follows from the place alone.
+/// Where the keeper of a container with a terminal lets clients at it.
+pub(crate) fn console(place: &Place) -> PathBuf {
+    place.dir.join("console.sock")
+}
+
+/// The container's name for its runtime. Follows from the place alone.
 pub(crate) fn runtime_id(place: &Place) -> Result<&str> {
     let good = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-+".contains(&byte);
     let name = place.name.as_str();
@@ -202,6 +235,10 @@ fn is_interface_name(name: &str) -> bool {
         && name != "."
         && name != ".."
         && name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/')
+}
+
+fn unknown_runtime(word: &str) -> String {
+    format!("Runtime {word:?} is not known here: use runc or crun")
 }
 
 fn runc() -> String {
@@ -232,11 +269,11 @@ mod tests {
     #[test]
     fn what_this_version_lacks_is_said_all_at_once() {
         let spec = spec(serde_json::json!({
-            "bundle": "b", "runtime": "crun", "tty": true,
+            "bundle": "b", "runtime": "kata", "tty": true,
             "net": {"bridge": "br/0", "ip": "10.0.0.300/16", "ip6": "fd00::1/64", "mac": "01:00:00:00:00:01"},
         }))
         .expect("a spec");
-        assert_eq!(spec.refusals().len(), 7);
+        assert_eq!(spec.refusals().len(), 6);
     }
 
     #[test]

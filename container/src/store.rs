@@ -1,5 +1,5 @@
-//! The keeper's private tmpfs: CRIU's images, the pages that arrive, and the place where a root file
-//! system is mounted for a restore.
+//! The keeper's private tmpfs: CRIU's images, the pages that arrive, and the places where parts
+//! of the bundle are mounted for a restore.
 //!
 //! It is mounted in the keeper's own mount namespace, so nothing of it is on a disk, nobody else
 //! sees it, and all of it is gone with the keeper.
@@ -9,18 +9,20 @@ use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use decamp_shared::pages::SpaceId;
+use decamp_shared::pages::{PAGE_SIZE, SpaceId};
 use decamp_shared::workload::SpaceInfo;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::error::{ContainerError, Result};
-use crate::images::{PAGE_LIMIT, pages_name};
-use crate::swrk::two_numbers;
+use crate::images::{PAGE_LIMIT, numbered_pages, pages_name};
 
-/// No limit of its own: what fits is the host's and the agent's to judge, beforehand.
+/// No limit of its own: what fits is the host's and the agent's to judge, beforehand. Without huge
+/// pages: the first byte of a file would have 2 MiB cleared, which takes a millisecond or six, and
+/// CRIU writes dozens of small images while the container stands still; and a page that stands alone
+/// in its space would take 2 MiB.
+const OPTIONS: &str = "mode=0700,size=0,huge=never";
+/// The same for kernels whose tmpfs knows no huge pages.
 const PLAIN: &str = "mode=0700,size=0";
-/// The same with folios as large as what is written at once: pages arrive in half the time.
-const LARGE: &str = "mode=0700,size=0,huge=always";
 
 /// Numbers of processes are below this (the kernel's PID_MAX_LIMIT).
 const PROCESS_LIMIT: i32 = 1 << 22;
@@ -41,11 +43,8 @@ impl Store {
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         let tmpfs =
             |options: &str| mount(Some("decamp"), directory, Some("tmpfs"), flags, Some(options));
-        let mounted = match large_folios() {
-            true => tmpfs(LARGE).or_else(|_| tmpfs(PLAIN)),
-            false => tmpfs(PLAIN),
-        };
-        mounted
+        tmpfs(OPTIONS)
+            .or_else(|_| tmpfs(PLAIN))
             .map_err(ContainerError::errno(format!("mount a tmpfs on {}", directory.display())))?;
         let store = Self { directory: directory.to_owned(), spaces: BTreeMap::new() };
         mount(None::<&str>, directory, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>).map_err(
@@ -99,7 +98,11 @@ impl Store {
             if self.spaces.insert(SpaceId(info.id), info.process).is_some() {
                 return Err(bad("exists already"));
             }
-            self.open(info.process)?;
+            // As long as the address space: pages of zeros may never come, and CRIU, which reads them
+            // all the same, waits for ever for what is behind the end of a file.
+            self.open(info.process)?
+                .set_len(PAGE_LIMIT * PAGE_SIZE as u64)
+                .map_err(ContainerError::io(format!("make room for space {}", info.id)))?;
         }
         Ok(())
     }
@@ -107,6 +110,11 @@ impl Store {
     /// Whether process `inner` has a space.
     pub(crate) fn has(&self, inner: i32) -> bool {
         self.spaces.contains_key(&SpaceId(inner as u32))
+    }
+
+    /// The memory of process `inner`, which has a space.
+    pub(crate) fn memory_of(&self, inner: i32) -> Result<OwnedFd> {
+        self.memory(SpaceId(inner as u32))
     }
 
     /// A descriptor of a space: a sparse file whose offset is the address.
@@ -118,7 +126,21 @@ impl Store {
     }
 
     fn open(&self, process: i32) -> Result<File> {
-        let path = self.parent().join(pages_name(process));
+        self.open_named(&pages_name(process))
+    }
+
+    /// The pages file of that number, which is of no process, in the parent image.
+    pub(crate) fn pages_file(&self, number: u32) -> Result<File> {
+        self.open_named(&numbered_pages(number))
+    }
+
+    /// Where a tmpfs that the container will have is mounted.
+    pub(crate) fn tree(&self, number: u32) -> PathBuf {
+        self.directory.join("trees").join(number.to_string())
+    }
+
+    fn open_named(&self, name: &str) -> Result<File> {
+        let path = self.parent().join(name);
         OpenOptions::new()
             .read(true)
             .write(true)
@@ -128,30 +150,52 @@ impl Store {
             .map_err(ContainerError::io(format!("open {}", path.display())))
     }
 
-    /// Makes `rootfs` a mount of its own, as CRIU wants the root of what it restores.
-    pub(crate) fn mount_root(&self, rootfs: &Path) -> Result<PathBuf> {
-        let root = self.scratch("root")?;
-        mount(Some(rootfs), &root, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
-            .map_err(ContainerError::errno(format!(
-                "mount {} on {}",
-                rootfs.display(),
-                root.display()
-            )))?;
-        mount(
-            None::<&str>,
-            &root,
-            None::<&str>,
-            MsFlags::MS_PRIVATE | MsFlags::MS_REC,
-            None::<&str>,
-        )
-        .map_err(ContainerError::errno("make the root's mount private"))?;
-        Ok(root)
+    /// Mounts what `source` leads to, with all that is mounted below it, as `name` where nobody else
+    /// sees it, and gives the place.
+    pub(crate) fn mount_part(&self, source: &Path, name: &str) -> Result<PathBuf> {
+        let place = self.parts().join(name);
+        let make = || -> std::io::Result<()> {
+            fs::create_dir_all(self.parts())?;
+            match fs::metadata(source)?.is_dir() {
+                true => fs::create_dir(&place),
+                false => File::create_new(&place).map(drop),
+            }
+        };
+        make().map_err(ContainerError::io(format!("make {}", place.display())))?;
+        let bind = MsFlags::MS_BIND | MsFlags::MS_REC;
+        let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+        mount(Some(source), &place, None::<&str>, bind, None::<&str>)
+            .and_then(|()| mount(None::<&str>, &place, None::<&str>, private, None::<&str>))
+            .map_err(ContainerError::errno(format!("mount a part of the bundle as {name}")))?;
+        Ok(place)
+    }
+
+    /// The same for what a bind mount shows. One that got the host's mounts too while it ran, as a slave, gets
+    /// them from its source in CRIU's eyes, which therefore has to have somebody to share with.
+    pub(crate) fn mount_bind(&self, source: &Path, name: &str) -> Result<PathBuf> {
+        let place = self.mount_part(source, name)?;
+        mount(None::<&str>, &place, None::<&str>, MsFlags::MS_SHARED, None::<&str>)
+            .map_err(ContainerError::errno(format!("share the mount of {name}")))?;
+        Ok(place)
+    }
+
+    /// Where parts of the bundle are mounted for a restore.
+    fn parts(&self) -> PathBuf {
+        self.directory.join("parts")
+    }
+
+    fn unmount_parts(&self) {
+        // Before a restore there are none.
+        let Ok(parts) = fs::read_dir(self.parts()) else { return };
+        for part in parts.flatten() {
+            let _ = umount2(&part.path(), MntFlags::MNT_DETACH);
+        }
     }
 
     /// Gives back all that the store holds, once nobody needs it.
     pub(crate) fn empty(&mut self) {
         self.spaces.clear();
-        let _ = umount2(&self.directory.join("root"), MntFlags::MNT_DETACH);
+        self.unmount_parts();
         for part in ["images", "parent"] {
             let path = self.directory.join(part);
             if let Err(error) = fs::remove_dir_all(&path)
@@ -166,7 +210,7 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        let _ = umount2(&self.directory.join("root"), MntFlags::MNT_DETACH);
+        self.unmount_parts();
         if let Err(error) = umount2(&self.directory, MntFlags::MNT_DETACH) {
             tracing::warn!(%error, path = %self.directory.display(), "Cannot unmount the store");
         }
@@ -174,10 +218,13 @@ impl Drop for Store {
     }
 }
 
-/// Whether the kernel's tmpfs makes folios as large as what is written (6.14 and newer do). Older ones
-/// would give 2 MiB to each page that stands alone.
-fn large_folios() -> bool {
-    let release = nix::sys::utsname::uname().ok();
-    let version = release.and_then(|uname| two_numbers(uname.release().to_str()?));
-    version.is_some_and(|version| version >= (6, 14))
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// One for a test, where it can be mounted.
+    pub(crate) fn store(directory: &Path) -> Option<Store> {
+        let store = Store::mount(&directory.join("store"));
+        store.inspect_err(|error| eprintln!("skipped: {error}: needs root")).ok()
+    }
 }

@@ -22,6 +22,10 @@ const FINISH_WITHIN: Duration = Duration::from_millis(500);
 pub(crate) struct Streams {
     /// The end that the container writes to; kept open so that a move needs no second pipe.
     write_end: Option<OwnedFd>,
+    /// The same end again, where standard error is another pipe than standard output.
+    second: Option<OwnedFd>,
+    /// A pipe from which nothing ever comes: where standard input was a pipe.
+    input: (OwnedFd, OwnedFd),
     copier: Option<JoinHandle<()>>,
 }
 
@@ -43,7 +47,16 @@ impl Streams {
                 }
             })
             .map_err(ContainerError::io("start a thread"))?;
-        Ok(Self { write_end: Some(write_end), copier: Some(copier) })
+        let second =
+            write_end.try_clone().map_err(ContainerError::io("copy the output descriptor"))?;
+        let input = pipe2(OFlag::O_CLOEXEC).map_err(ContainerError::errno("make a pipe"))?;
+        Ok(Self { write_end: Some(write_end), second: Some(second), input, copier: Some(copier) })
+    }
+
+    /// Has the container write to `output` and `error`, which somebody else reads.
+    pub(crate) fn are(&mut self, output: OwnedFd, error: OwnedFd) {
+        self.write_end = Some(output);
+        self.second = Some(error);
     }
 
     /// The end that the container writes to.
@@ -52,9 +65,21 @@ impl Streams {
         self.write_end.as_ref().map(AsFd::as_fd).ok_or_else(gone)
     }
 
+    /// The same end, for a second pipe.
+    pub(crate) fn second_end(&self) -> Result<BorrowedFd<'_>> {
+        let gone = || ContainerError::State("The container's output is closed".to_owned());
+        self.second.as_ref().map(AsFd::as_fd).ok_or_else(gone)
+    }
+
+    /// The end that a container reads its input from.
+    pub(crate) fn input_end(&self) -> BorrowedFd<'_> {
+        self.input.0.as_fd()
+    }
+
     /// Takes what was written until now into the log: call it when every writer has ended.
     pub(crate) fn finish(&mut self) {
         self.write_end = None;
+        self.second = None;
         let Some(copier) = self.copier.take() else { return };
         // A writer that nobody knows of (a process that somebody else gave the pipe to) is not
         // waited for.

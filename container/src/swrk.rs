@@ -3,26 +3,44 @@
 //! The messages are those of rust-criu; its client lacks descriptors, notifications that hold state,
 //! and the fields we need. What is asked of CRIU is decided in `dump` and `restore`.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use protobuf::Message;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type, Criu_resp};
 
 use crate::error::{ContainerError, Result};
-use crate::sys;
+use crate::{sys, terminal};
 
 /// No answer of CRIU is longer: its own buffers are smaller.
 const ANSWER_CAP: usize = 1 << 20;
 /// The oldest CRIU that works on kernels of today.
 pub(crate) const WANTED: (i32, i32) = (4, 1);
 
-/// A CRIU process that waits for its request.
+/// A CRIU that says nothing for so long, and has not worked either, is stuck. Where it has all memory to
+/// dump by itself, it says nothing for as long as that takes.
+const WORD_WITHIN: Duration = Duration::from_secs(120);
+/// The same for a restore, in which others work for it. Below what a session waits for that.
+const RESTORED_WITHIN: Duration = Duration::from_secs(280);
+/// A CRIU whose dump was called off lets the tree go within this: it can be in the middle of a task.
+const LET_GO_WITHIN: Duration = Duration::from_secs(30);
+/// A CRIU that was killed, or has said its last word, is gone within this.
+const GONE_WITHIN: Duration = Duration::from_secs(10);
+
+/// A CRIU process that waits for its request. Killed when dropped; what it held then runs.
 pub(crate) struct Swrk {
-    child: Child,
+    pid: i32,
+    /// Nothing where somebody else started it, and waits for it.
+    child: Option<Child>,
+    /// Its descriptor: half restored tasks keep the socket open when CRIU itself has died.
+    process: OwnedFd,
     socket: OwnedFd,
 }
 
@@ -32,6 +50,8 @@ pub(crate) struct Notice<'a> {
     pub(crate) step: &'a str,
     /// CRIU's own process.
     pub(crate) criu: i32,
+    /// What came with it: the master of a terminal.
+    pub(crate) descriptor: Option<OwnedFd>,
 }
 
 /// CRIU's answer at the end.
@@ -72,36 +92,62 @@ impl Swrk {
         sys::inherit(&mut command, &inherited);
         let child =
             command.spawn().map_err(ContainerError::io(format!("start {}", criu.display())))?;
-        Ok(Self { child, socket: ours })
+        // Our child, and not yet waited for: the number is its.
+        let process = sys::pidfd_open(child.id() as i32);
+        let process = process.map_err(ContainerError::io("open the process of CRIU"))?;
+        Ok(Self { pid: child.id() as i32, child: Some(child), process, socket: ours })
+    }
+
+    /// A CRIU that `begin` has somebody else start: it is given the descriptors that it inherits, of which
+    /// the first is the one that it speaks on, and says which process it is.
+    pub(crate) fn started_by(
+        descriptors: &[BorrowedFd<'_>],
+        begin: impl FnOnce(&[BorrowedFd<'_>]) -> Result<i32>,
+    ) -> Result<Self> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(ContainerError::errno("make a socket for CRIU"))?;
+        let mut inherited = vec![theirs.as_fd()];
+        inherited.extend_from_slice(descriptors);
+        // As for one of ours that waits.
+        inherited.push(ours.as_fd());
+        let pid = begin(&inherited)?;
+        let process = sys::pidfd_open(pid);
+        let process = process.map_err(ContainerError::io("open the process of CRIU"))?;
+        Ok(Self { pid, child: None, process, socket: ours })
     }
 
     /// CRIU's process id.
     pub(crate) fn pid(&self) -> i32 {
-        self.child.id() as i32
+        self.pid
     }
 
     /// Has CRIU do one thing and waits until its process has ended. `notified` is called at each
     /// step; what it returns is CRIU's to heed (it does not, for some).
     ///
     /// # Errors
-    /// When CRIU refuses, or ends without an answer. The errors in its log are the caller's to add.
+    /// When CRIU refuses, ends without an answer, or says nothing for too long (sooner once it was
+    /// `called_off`). Then it may still live and hold tasks: dropping this kills it. The errors in its
+    /// log are the caller's to add.
     pub(crate) fn request(
-        mut self,
+        &mut self,
         kind: Criu_req_type,
         options: Criu_opts,
-        mut notified: impl FnMut(&Notice<'_>) -> bool,
+        called_off: Option<&EventFd>,
+        mut notified: impl FnMut(Notice<'_>) -> bool,
     ) -> Result<Outcome> {
         let mut request = Criu_req::new();
         request.set_type(kind);
         request.opts = Some(options).into();
         self.send(&request)?;
         let answer = loop {
-            let answer = self.receive()?;
+            self.await_word(kind, called_off)?;
+            let (answer, descriptor) = self.receive()?;
             if answer.type_() != Criu_req_type::NOTIFY {
                 break answer;
             }
-            let notice = Notice { step: answer.notify.script(), criu: self.pid() };
-            let fine = notified(&notice);
+            let fine =
+                notified(Notice { step: answer.notify.script(), criu: self.pid(), descriptor });
             let mut reply = Criu_req::new();
             reply.set_type(Criu_req_type::NOTIFY);
             reply.set_notify_success(fine);
@@ -121,7 +167,11 @@ impl Swrk {
     fn finish(&mut self) -> Result<()> {
         let _ =
             nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Write);
-        let status = self.child.wait().map_err(ContainerError::io("wait for CRIU"))?;
+        if !self.is_gone_within(GONE_WITHIN) {
+            return Err(ContainerError::CriuProtocol("succeeded, but does not end".to_owned()));
+        }
+        let Some(child) = &mut self.child else { return Ok(()) };
+        let status = child.wait().map_err(ContainerError::io("wait for CRIU"))?;
         if status.success() {
             Ok(())
         } else {
@@ -140,7 +190,50 @@ impl Swrk {
         Ok(())
     }
 
-    fn receive(&self) -> Result<Criu_resp> {
+    /// Returns when there is something to receive.
+    fn await_word(&self, kind: Criu_req_type, mut called_off: Option<&EventFd>) -> Result<()> {
+        let told = |what: String| Err(ContainerError::CriuProtocol(what));
+        let mut patience = if kind == Criu_req_type::DUMP { WORD_WITHIN } else { RESTORED_WITHIN };
+        let (mut deadline, mut worked) = (Instant::now() + patience, self.work());
+        loop {
+            let mut wanted = vec![self.socket.as_fd(), self.process.as_fd()];
+            wanted.extend(called_off.map(AsFd::as_fd));
+            let ready = readable(&wanted, deadline.saturating_duration_since(Instant::now()))?;
+            match ready[..] {
+                [true, ..] => return Ok(()),
+                // It may have answered and ended after its socket was looked at.
+                [_, true, ..] if readable(&wanted[..1], Duration::ZERO)?[0] => return Ok(()),
+                [_, true, ..] => return told("died without an answer".to_owned()),
+                [_, _, true] => {
+                    patience = LET_GO_WITHIN;
+                    deadline = deadline.min(Instant::now() + patience);
+                    called_off = None;
+                }
+                _ if deadline <= Instant::now() => {
+                    let work = self.work();
+                    if kind != Criu_req_type::DUMP || work == worked {
+                        return told("is stuck: it says nothing any more".to_owned());
+                    }
+                    (deadline, worked) = (Instant::now() + patience, work);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The processor time that it has used, in clock ticks; 0 when it has ended.
+    fn work(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
+        // Its name, in brackets, may hold anything. What follows it begins with the third field.
+        let fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_ascii_whitespace());
+        fields.map_or(0, |fields| fields.skip(11).take(2).flat_map(str::parse::<u64>).sum())
+    }
+
+    fn is_gone_within(&self, patience: Duration) -> bool {
+        readable(&[self.process.as_fd()], patience).is_ok_and(|ready| ready[0])
+    }
+
+    fn receive(&self) -> Result<(Criu_resp, Option<OwnedFd>)> {
         let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC;
         let length = receive(&self.socket, &mut [], peek)
             .map_err(ContainerError::io("receive CRIU's answer"))?;
@@ -151,19 +244,39 @@ impl Swrk {
             return Err(ContainerError::CriuProtocol(format!("answered with {length} bytes")));
         }
         let mut bytes = vec![0; length];
-        receive(&self.socket, &mut bytes, MsgFlags::empty())
+        let (_, descriptor) = terminal::receive(&self.socket, &mut bytes, MsgFlags::empty())
             .map_err(ContainerError::io("receive CRIU's answer"))?;
-        Criu_resp::parse_from_bytes(&bytes).map_err(|error| {
+        let answer = Criu_resp::parse_from_bytes(&bytes).map_err(|error| {
             ContainerError::CriuProtocol(format!("answered what makes no sense: {error}"))
-        })
+        });
+        Ok((answer?, descriptor))
     }
 }
 
 impl Drop for Swrk {
     fn drop(&mut self) {
         // After a success it has been waited for, and both do nothing.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = sys::pidfd_kill(self.process.as_fd());
+        if self.is_gone_within(GONE_WITHIN) {
+            let _ = self.child.as_mut().map(Child::wait);
+        } else {
+            tracing::error!(pid = self.pid(), "CRIU was killed and does not end");
+        }
+    }
+}
+
+/// Which of `descriptors` can be read from, or are at their end, as soon as one is or time is up.
+fn readable(descriptors: &[BorrowedFd<'_>], within: Duration) -> Result<Vec<bool>> {
+    let begun = Instant::now();
+    loop {
+        let mut events: Vec<_> =
+            descriptors.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+        let left = within.saturating_sub(begun.elapsed()).as_millis();
+        match poll(&mut events, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(ContainerError::errno("wait for CRIU")(errno)),
+            Ok(_) => return Ok(events.iter().map(|event| event.any() == Some(true)).collect()),
+        }
     }
 }
 

@@ -3,9 +3,26 @@
 //!
 //! Run as `keeper --config FILE` this executable is the keeper that `decamp keeper` will be.
 
+#[path = "cases/adoption.rs"]
+mod adoption;
+#[path = "cases/filters.rs"]
+mod filters;
+#[path = "cases/obstacles.rs"]
+mod obstacles;
+#[path = "cases/podman.rs"]
+mod podman;
+#[path = "cases/runtimes.rs"]
+mod runtimes;
+#[path = "cases/segments.rs"]
+mod segments;
 mod support;
+#[path = "cases/volumes.rs"]
+mod volumes;
+#[path = "cases/ways.rs"]
+mod ways;
 
 use std::io::Write as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use decamp_shared::keeper::{KeeperClient, Phase};
@@ -13,16 +30,20 @@ use decamp_shared::pages::{PageRange, PageSet, SpaceId};
 use decamp_shared::workload::Backend;
 
 use support::redis::{Busy, Redis};
-use support::{Case, Host, main_with};
+use support::{Case, Host, Spot, main_with};
 
 fn main() {
-    main_with(&[
+    let cases = [
         Case { name: "counter_goes_on_elsewhere", run: counter_goes_on_elsewhere },
         Case { name: "counter_moves_back_and_forth", run: counter_moves_back_and_forth },
+        Case { name: "as_many_tasks_as_there_may_be", run: as_many_tasks_as_there_may_be },
         Case { name: "rolled_back_it_runs_on", run: rolled_back_it_runs_on },
         Case { name: "rolled_back_whatever_the_bridge", run: rolled_back_whatever_the_bridge },
         Case { name: "mounts_behind_links_move", run: mounts_behind_links_move },
         Case { name: "keeper_dead_in_a_restore", run: keeper_dead_in_a_restore },
+        Case { name: "rolled_back_in_a_dump", run: rolled_back_in_a_dump },
+        Case { name: "a_broken_criu_is_noticed", run: a_broken_criu_is_noticed },
+        Case { name: "keeper_dead_in_a_filling", run: keeper_dead_in_a_filling },
         Case { name: "failed_load_leaves_nothing", run: failed_load_leaves_nothing },
         Case {
             name: "redis_keeps_its_connection_and_memory",
@@ -30,11 +51,86 @@ fn main() {
         },
         Case { name: "every_kind_of_memory_survives", run: every_kind_of_memory_survives },
         Case { name: "withheld_page_is_noticed", run: withheld_page_is_noticed },
+        Case { name: "memory_that_changes_moves_live", run: memory_that_changes_moves_live },
+        Case { name: "every_kind_of_memory_moves_live", run: every_kind_of_memory_moves_live },
+        Case { name: "unharvested_write_is_noticed", run: unharvested_write_is_noticed },
         Case { name: "exit_is_told_and_nothing_stays", run: exit_is_told_and_nothing_stays },
         Case { name: "stop_and_sweep_leave_nothing", run: stop_and_sweep_leave_nothing },
         Case { name: "refusals_come_all_at_once", run: refusals_come_all_at_once },
+        Case { name: "a_name_that_others_have_is_theirs", run: a_name_that_others_have_is_theirs },
+        Case { name: "crun_is_in_charge_elsewhere", run: runtimes::crun_is_in_charge_elsewhere },
+        Case { name: "crun_deletes_what_came", run: runtimes::crun_deletes_what_came },
+        Case { name: "runtimes_that_do_not_do", run: runtimes::runtimes_that_do_not_do },
+        Case {
+            name: "terminal_goes_along_under_runc",
+            run: runtimes::terminal_goes_along_under_runc,
+        },
+        Case {
+            name: "terminal_goes_along_under_crun",
+            run: runtimes::terminal_goes_along_under_crun,
+        },
+        Case { name: "adopted_from_runc_moves", run: adoption::adopted_from_runc_moves },
+        Case { name: "adopted_from_crun_moves", run: adoption::adopted_from_crun_moves },
+        Case {
+            name: "adopted_redis_keeps_its_connection",
+            run: adoption::adopted_redis_keeps_its_connection,
+        },
+        Case { name: "given_back_it_runs_on", run: adoption::given_back_it_runs_on },
+        Case { name: "held_it_does_not_run_again", run: adoption::held_it_does_not_run_again },
+        Case {
+            name: "a_cgroup_below_its_own_keeps_it_here",
+            run: adoption::a_cgroup_below_its_own_keeps_it_here,
+        },
+        Case {
+            name: "the_end_of_an_adopted_one_is_told",
+            run: adoption::the_end_of_an_adopted_one_is_told,
+        },
+        Case { name: "adopted_terminal_goes_along", run: adoption::adopted_terminal_goes_along },
+        Case { name: "podman_is_in_charge_elsewhere", run: podman::podman_is_in_charge_elsewhere },
+        Case {
+            name: "podman_with_crun_is_in_charge_elsewhere",
+            run: podman::podman_with_crun_is_in_charge_elsewhere,
+        },
+        Case {
+            name: "podman_redis_keeps_its_connection",
+            run: podman::podman_redis_keeps_its_connection,
+        },
+        Case {
+            name: "podman_does_not_start_what_was_held",
+            run: podman::podman_does_not_start_what_was_held,
+        },
+        Case { name: "podman_has_it_back", run: podman::podman_has_it_back },
+        Case {
+            name: "podman_forgets_what_did_not_come",
+            run: podman::podman_forgets_what_did_not_come,
+        },
+        Case { name: "what_cannot_be_adopted", run: adoption::what_cannot_be_adopted },
+        Case { name: "shared_memory_moves_live", run: segments::shared_memory_moves_live },
+        Case {
+            name: "shared_memory_survives_a_stop",
+            run: segments::shared_memory_survives_a_stop,
+        },
+        Case {
+            name: "withheld_shared_page_is_noticed",
+            run: segments::withheld_shared_page_is_noticed,
+        },
+        Case { name: "volumes_go_along", run: volumes::volumes_go_along },
+        Case {
+            name: "what_is_not_there_does_not_move",
+            run: volumes::what_is_not_there_does_not_move,
+        },
+        Case { name: "shared_files_move_live", run: segments::shared_files_move_live },
+        Case {
+            name: "withheld_page_of_a_file_is_noticed",
+            run: segments::withheld_page_of_a_file_is_noticed,
+        },
+        Case { name: "huge_pages_move", run: segments::huge_pages_move },
         Case { name: "measure_redis", run: measure_redis },
-    ]);
+        Case { name: "measure_forked", run: segments::measure_forked },
+        Case { name: "measure_shared", run: segments::measure_shared },
+    ];
+    let more = ways::CASES.into_iter().chain(obstacles::CASES).chain(filters::CASES);
+    main_with(&cases.into_iter().chain(more).collect::<Vec<_>>());
 }
 
 fn counter_goes_on_elsewhere(host: &Host) {
@@ -51,14 +147,13 @@ fn counter_goes_on_elsewhere(host: &Host) {
     assert!(first <= before + 1, "went on at {first} after {before}");
     assert_eq!(destination.phase(), Phase::Running);
     host.assert_nothing_left("a");
-    let said = host.runc(&["exec", "b", "/bin/busybox", "cat", "/data/count"]);
+    let name = destination.place.name.as_str();
+    let said = host.runc(&["exec", name, "/bin/busybox", "cat", "/data/count"]);
     assert!(said.trim().parse::<u64>().expect("a number") >= before);
-    let open = host.runc(&["exec", "b", "/bin/busybox", "ls", "-l", "/proc/1/fd"]);
+    let open = host.runc(&["exec", name, "/bin/busybox", "ls", "-l", "/proc/1/fd"]);
     assert!(open.contains("pipe:") && !open.contains("socket:"), "CRIU left something: {open}");
-    assert!(
-        host.runc(&["list"]).lines().any(|line| line.starts_with("b ") && line.contains("running"))
-    );
-    host.runc(&["kill", "b", "KILL"]);
+    host.assert_listed_as_running(name);
+    host.runc(&["kill", name, "KILL"]);
     destination.await_exit();
     assert_eq!(destination.exit_record()["status"], 137);
     host.assert_nothing_left("b");
@@ -77,6 +172,24 @@ fn counter_moves_back_and_forth(host: &Host) {
     }
     here.stop();
     host.assert_nothing_left("c6");
+}
+
+/// Who restores it is not counted among its tasks.
+fn as_many_tasks_as_there_may_be(host: &Host) {
+    let pids = |spot: &Spot<'_>, file: &str| {
+        Path::new("/sys/fs/cgroup/pids/decamp").join(&spot.place.name).join(file)
+    };
+    let here = host.shell("tl", "sleep 600 & echo 1; wait");
+    here.run();
+    here.await_count(1);
+    let now = std::fs::read_to_string(pids(&here, "pids.current")).expect("a number");
+    std::fs::write(pids(&here, "pids.max"), now.trim()).expect("a limit");
+    let there = here.twin("tl2");
+    here.move_to(&there);
+    let max = std::fs::read_to_string(pids(&there, "pids.max")).expect("a number");
+    assert_eq!(max, now, "its limit");
+    there.stop();
+    host.assert_nothing_left("tl2");
 }
 
 fn rolled_back_it_runs_on(host: &Host) {
@@ -148,7 +261,8 @@ fn mounts_behind_links_move(host: &Host) {
     twin.await_count(place.last_count() + 3);
     assert!(bundle.join("far/n").exists(), "it was not mounted at all");
     // What it takes away by itself is said before anything is frozen.
-    host.runc(&["exec", "--cap", "CAP_SYS_ADMIN", "l2", "/bin/busybox", "umount", "/really"]);
+    let name = twin.place.name.as_str();
+    host.runc(&["exec", "--cap", "CAP_SYS_ADMIN", name, "/bin/busybox", "umount", "/really"]);
     let needs = String::from_utf8(twin.source().manifest().expect("a manifest").needs);
     assert!(needs.expect("text").contains("mounts /far/"));
     twin.stop();
@@ -187,6 +301,102 @@ fn keeper_dead_in_a_restore(host: &Host) {
     place.await_count(place.last_count() + 3);
     drop(source);
     place.stop();
+}
+
+/// Memory that has not come when the keeper dies is waited for, and never read as zeros.
+fn keeper_dead_in_a_filling(host: &Host) {
+    if !cfg!(feature = "failpoints") {
+        return host.skip("needs --features failpoints");
+    }
+    let Some(place) = host.program("z", "memory") else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    place.run();
+    place.await_rounds(3);
+    let twin = place.twin(support::HUNGRY);
+    place.move_live(&twin, 2);
+    let before = twin.rounds();
+    twin.kill_keeper();
+    std::thread::sleep(Duration::from_millis(1000));
+    let bad = place.bundle().join("rootfs/data/BAD");
+    assert!(!bad.exists(), "memory that was missing was read");
+    assert_eq!(twin.rounds(), before, "it ran without its memory");
+    twin.backend().sweep(&twin.spec, &twin.place).expect("sweep");
+    host.assert_nothing_left(&twin.place.name);
+    host.await_no_holder();
+    assert!(!bad.exists(), "memory that was missing was read in a sweep");
+}
+
+/// Rolled back at any moment of a dump, the container runs on with all that it had.
+fn rolled_back_in_a_dump(host: &Host) {
+    let Some(place) = host.program("d", "memory") else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    place.run();
+    place.await_rounds(3);
+    let turns = std::env::var("DECAMP_TURNS").ok().and_then(|text| text.parse().ok());
+    for turn in 0..turns.unwrap_or(16_u64) {
+        let mut source = place.source();
+        source.pause().expect("pause");
+        let before = place.rounds();
+        source.harvest(&mut PageSet::new()).expect("harvest");
+        std::thread::sleep(Duration::from_micros(turn * 7919 % 120_000));
+        source.resume().expect("resume");
+        drop(source);
+        place.await_rounds(before + 3);
+    }
+    // And it can still move.
+    let twin = place.twin("d2");
+    let before = place.rounds();
+    place.move_to(&twin);
+    twin.await_rounds(before + 3);
+    twin.stop();
+    host.assert_nothing_left("d2");
+}
+
+/// A CRIU that died is noticed at once, although others have its socket, and one that is stuck is not
+/// waited for without end.
+fn a_broken_criu_is_noticed(host: &Host) {
+    host.break_criu("source", "sleep 20 & exit 1");
+    let place = host.counter("n");
+    place.run();
+    place.await_count(2);
+    let mut source = place.source();
+    source.pause().expect("pause");
+    let begun = Instant::now();
+    let error = source.save().expect_err("it died");
+    assert!(error.to_string().contains("CRIU died"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    source.resume().expect("resume");
+    place.await_count(place.last_count() + 3);
+
+    host.break_criu("source", "exec sleep 600");
+    source.pause().expect("pause");
+    source.harvest(&mut PageSet::new()).expect("harvest");
+    let begun = Instant::now();
+    source.resume().expect("resume");
+    assert!(begun.elapsed() < Duration::from_secs(60));
+    place.await_count(place.last_count() + 3);
+
+    let twin = place.twin("n2");
+    // Under a name of its own: a shell that was just started may not have read its script yet.
+    host.break_criu("destination", "sleep 1; sleep 20 & exit 1");
+    let mut destination = twin.prepare(&mut *source);
+    host.break_criu("source", ":");
+    source.pause().expect("pause");
+    support::copy_pages(&mut *source, &mut *destination);
+    let sections = source.save().expect("save");
+    let begun = Instant::now();
+    let error = destination.load(sections).expect_err("it died");
+    assert!(error.to_string().contains("CRIU died"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    destination.discard().expect("discard");
+    host.assert_nothing_left("n2");
+    source.resume().expect("resume");
+    place.await_count(place.last_count() + 3);
+    drop(source);
+    place.stop();
+    host.assert_nothing_left("n");
 }
 
 fn failed_load_leaves_nothing(host: &Host) {
@@ -236,6 +446,7 @@ fn failed_load_leaves_nothing(host: &Host) {
 
 fn redis_keeps_its_connection_and_memory(host: &Host) {
     let place = host.redis("red", "10.99.0.5/24", &[]);
+    let bridge = host.bridge_address();
     place.run();
     let mut redis = Redis::connect("10.99.0.5:6379");
     redis.fill(48 << 20, 7);
@@ -249,6 +460,8 @@ fn redis_keeps_its_connection_and_memory(host: &Host) {
         let busy = Busy::begin("10.99.0.5:6379");
         let moved = here.move_to(&there);
         let (writes, gap) = busy.end();
+        // Whoever speaks to the host's bridge knows it by its address.
+        assert_eq!(host.bridge_address(), bridge);
         let (gap, down) = (gap.as_secs_f64() * 1000.0, moved.downtime());
         eprintln!("    {writes} writes, longest gap {gap:.0} ms, the move itself {down:.0} ms");
         // A request that is lost at the freeze after all comes again within twice that time; a lost
@@ -267,7 +480,7 @@ fn redis_keeps_its_connection_and_memory(host: &Host) {
 }
 
 fn every_kind_of_memory_survives(host: &Host) {
-    let Some(mut here) = host.memory("k0") else {
+    let Some(mut here) = host.program("k0", "memory") else {
         return host.skip("needs cc (tests/setup)");
     };
     here.run();
@@ -286,7 +499,7 @@ fn every_kind_of_memory_survives(host: &Host) {
 
 /// The test above can fail: without one page of many the program says which.
 fn withheld_page_is_noticed(host: &Host) {
-    let Some(here) = host.memory("w") else {
+    let Some(here) = host.program("w", "memory") else {
         return host.skip("needs cc (tests/setup)");
     };
     here.run();
@@ -307,6 +520,69 @@ fn withheld_page_is_noticed(host: &Host) {
     there.await_log("BAD");
     source.resume().expect("resume");
     // A keeper serves one connection at a time.
+    drop((source, destination));
+    there.stop();
+    here.stop();
+}
+
+fn memory_that_changes_moves_live(host: &Host) {
+    let Some(mut here) = host.program("v0", "churn") else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    here.run();
+    here.await_rounds(3);
+    for turn in 1..=8 {
+        let there = here.twin(&format!("v{turn}"));
+        here.move_live(&there, 6);
+        let before = here.rounds();
+        there.await_rounds(before + 2);
+        here = there;
+    }
+    here.stop();
+    host.assert_nothing_left("v8");
+}
+
+fn every_kind_of_memory_moves_live(host: &Host) {
+    let Some(mut here) = host.program("n0", "memory") else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    here.run();
+    here.await_rounds(3);
+    for turn in 1..=6 {
+        let there = here.twin(&format!("n{turn}"));
+        here.move_live(&there, 4);
+        let before = here.rounds();
+        there.await_rounds(before + 3);
+        here = there;
+    }
+    here.stop();
+    host.assert_nothing_left("n6");
+}
+
+/// The tests above can fail: without what one harvest found the program says what is stale.
+fn unharvested_write_is_noticed(host: &Host) {
+    let Some(here) = host.program("u", "memory") else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    here.run();
+    here.await_rounds(3);
+    let there = here.twin("u2");
+    let mut source = here.source();
+    let mut destination = there.prepare(&mut *source);
+    source.track().expect("track");
+    support::copy_pages(&mut *source, &mut *destination);
+    // All of its largest region is written anew every eight rounds.
+    here.await_rounds(here.rounds() + 9);
+    let mut lost = PageSet::new();
+    source.harvest(&mut lost).expect("harvest");
+    assert!(lost.len() >= 4096, "only {} pages were found written", lost.len());
+    source.pause().expect("pause");
+    support::copy_pages(&mut *source, &mut *destination);
+    destination.load(source.save().expect("save")).expect("load");
+    destination.activate(1).expect("activate");
+    there.await_log("BAD");
+    source.resume().expect("resume");
+    here.await_rounds(here.rounds() + 3);
     drop((source, destination));
     there.stop();
     here.stop();
@@ -364,6 +640,38 @@ fn refusals_come_all_at_once(host: &Host) {
     host.assert_nothing_left("q");
 }
 
+/// What another agent, or a user, runs under a name is neither killed nor forgotten by a start under
+/// that name that fails.
+fn a_name_that_others_have_is_theirs(host: &Host) {
+    let theirs = host.counter("t");
+    theirs.run();
+    theirs.await_count(2);
+    let ours = theirs.rival();
+    let error = ours.try_run(&ours.spec).expect_err("the name is taken");
+    assert!(error.to_string().contains("has a container"), "{error}");
+    let error = ours.spawn_keeper().expect_err("the keeper looks too");
+    assert!(error.to_string().contains("has a container"), "{error}");
+    ours.backend().sweep(&ours.spec, &ours.place).expect("sweep");
+    theirs.await_count(theirs.last_count() + 3);
+    host.assert_listed_as_running(&theirs.place.name);
+    theirs.stop();
+
+    let cgroup = host.cgroup(&theirs.place.name);
+    std::fs::create_dir_all(&cgroup).expect("a cgroup");
+    let mut sleeper = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
+    std::fs::write(cgroup.join("cgroup.procs"), sleeper.id().to_string()).expect("entered");
+    let error = ours.spawn_keeper().expect_err("the cgroup is taken");
+    assert!(error.to_string().contains("Processes run in"), "{error}");
+    ours.backend().sweep(&ours.spec, &ours.place).expect("sweep");
+    assert!(sleeper.try_wait().expect("its state").is_none(), "a stranger was killed");
+    sleeper.kill().and_then(|()| sleeper.wait()).expect("ended");
+    // An empty cgroup is nobody's.
+    ours.run();
+    ours.await_count(2);
+    ours.stop();
+    host.assert_nothing_left("t");
+}
+
 /// Not a test that can pass or fail: the figures of a move of Redis with 256 MiB.
 fn measure_redis(host: &Host) {
     let megabytes: usize = match std::env::var("DECAMP_MEASURE_MIB").map(|text| text.parse()) {
@@ -377,13 +685,13 @@ fn measure_redis(host: &Host) {
     let mut rows = Vec::new();
     for turn in 0..7 {
         let there = here.twin(&format!("m{turn}"));
-        let moved = here.move_to(&there);
+        let moved = here.move_live(&there, 3);
         assert_eq!(redis.ask(&["PING"]), "PONG");
         rows.push(moved.times);
         here = there;
     }
     here.stop();
-    for step in ["prepare", "pause", "harvest", "copy", "save", "load", "activate", "release"] {
+    for step in ["pause", "harvest", "copy", "save", "load", "activate"] {
         let mut times: Vec<f64> = rows.iter().map(|row| row[step]).collect();
         times.sort_by(f64::total_cmp);
         let line = format!(

@@ -3,7 +3,7 @@
 
 pub(crate) mod redis;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,10 +13,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use decamp_container::ContainerBackend;
-use decamp_shared::keeper::{KeeperClient, KeeperConfig, Phase};
+use decamp_shared::keeper::{Beginning, KeeperClient, KeeperConfig, Phase};
+use decamp_shared::methods::{Methods, Ways};
 use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet};
 use decamp_shared::workload::{
-    Backend, DestinationWorkload, HostTools, Place, PlacedTree, SourceWorkload,
+    Backend, DestinationWorkload, FileTree, HostTools, Kind, Liveness, Place, PlacedTree,
+    SourceWorkload,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -24,6 +26,10 @@ use serde_json::{Value, json};
 
 /// The workload whose keeper does nothing for a minute once CRIU has restored everything.
 pub(crate) const HELD: &str = "held";
+/// The one whose keeper gives no memory to anybody for a minute once all tasks are restored.
+pub(crate) const HUNGRY: &str = "hungry";
+/// Cgroups are the machine's own: no user's container shall have a name of ours.
+const PREFIX: &str = "decamp-moves";
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// One test.
@@ -37,6 +43,10 @@ pub(crate) struct Host {
     directory: tempfile::TempDir,
     /// Why the test at hand could not be run.
     skipped: Cell<Option<&'static str>>,
+    /// What the test at hand has in the place of CRIU.
+    criu: RefCell<Option<PathBuf>>,
+    /// What the configuration says to whoever is asked from now on.
+    pub(crate) methods: Cell<Methods>,
 }
 
 /// A workload's place on the host, and what runs there.
@@ -50,6 +60,12 @@ pub(crate) struct Spot<'a> {
 pub(crate) struct Moved {
     pub(crate) times: BTreeMap<&'static str, f64>,
     pub(crate) pages: u64,
+    /// By which tracker, or why by none.
+    pub(crate) tracker: String,
+    /// How it left.
+    pub(crate) left: Ways,
+    /// How it was restored.
+    pub(crate) arrived: Ways,
 }
 
 impl Moved {
@@ -67,6 +83,17 @@ pub(crate) fn main_with(cases: &[Case]) {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.first().is_some_and(|first| first == "keeper") {
         std::process::exit(keep(Path::new(&arguments[2])));
+    }
+    if arguments.first().is_some_and(|first| first == "shim") {
+        let shim = decamp_container::podman::shim::shim_main;
+        let done = shim(Path::new(&arguments[2]), &arguments[4..]);
+        std::process::exit(done.map_or_else(
+            |error| {
+                eprintln!("{error}");
+                1
+            },
+            |()| 0,
+        ));
     }
     let wanted: Vec<&String> =
         arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
@@ -112,10 +139,11 @@ fn keep(config: &Path) -> i32 {
     decamp_shared::keeper::spawn::detach();
     let config: KeeperConfig =
         serde_json::from_slice(&fs::read(config).expect("a configuration")).expect("JSON");
-    let held = config.place.name == HELD;
-    let scenario = held.then(fail::FailScenario::setup);
-    if held {
-        fail::cfg("container-hold", "sleep(60000)").expect("a fail point");
+    let stuck = [(HELD, "container-hold"), (HUNGRY, "container-fill")];
+    let stuck = stuck.iter().find(|(name, _)| is_called(&config.place.name, name));
+    let scenario = stuck.map(|_| fail::FailScenario::setup());
+    if let Some((_, point)) = stuck {
+        fail::cfg(*point, "sleep(60000)").expect("a fail point");
     }
     let kept = decamp_container::keeper_main(&config);
     drop(scenario);
@@ -127,6 +155,25 @@ fn keep(config: &Path) -> i32 {
             1
         }
     }
+}
+
+/// crun starts nothing where the unified hierarchy beside those of version 1 has controllers, and makes
+/// plain directories where one should be mounted. So there is no place for it.
+fn leave_unified_out() {
+    let (from, aside) = (Path::new("/sys/fs/cgroup"), Path::new("/run/cgroup"));
+    let none = None::<&str>;
+    fs::create_dir(aside).expect("a directory");
+    mount(Some("cgroup"), aside, Some("tmpfs"), MsFlags::empty(), none).expect("a tmpfs");
+    for entry in fs::read_dir(from).expect("cgroups").flatten() {
+        let (name, there) = (entry.file_name(), aside.join(entry.file_name()));
+        if name == "unified" || !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        fs::create_dir(&there).expect("a directory");
+        mount(Some(&entry.path()), &there, none, MsFlags::MS_BIND, none).expect("a hierarchy");
+    }
+    mount(Some(aside), from, none, MsFlags::MS_MOVE, none).expect("in its place");
+    fs::remove_dir(aside).expect("removed");
 }
 
 fn criu() -> PathBuf {
@@ -147,7 +194,7 @@ fn lacking() -> Option<String> {
     if !criu().is_file() {
         return Some(format!("needs CRIU 4.1 or newer at {} (tests/setup)", criu().display()));
     }
-    let programs = ["runc", "ip", "redis-server", "busybox"];
+    let programs = ["runc", "crun", "ip", "redis-server", "busybox", "podman"];
     programs
         .iter()
         .find(|name| program(name).is_none())
@@ -170,6 +217,8 @@ impl Host {
                 None::<&str>,
             )
             .expect("cgroup2");
+        } else if Path::new("/sys/fs/cgroup/unified").is_dir() {
+            leave_unified_out();
         }
         let directory =
             tempfile::Builder::new().prefix("decamp-container-").tempdir().expect("a directory");
@@ -178,11 +227,32 @@ impl Host {
             "link add br0 type bridge",
             "address add 10.99.0.1/24 dev br0",
             "link set br0 up",
+            // Another port, whose address the bridge takes: nearly every random one is lower.
+            "link add other address fa:ff:ff:ff:ff:ff type veth peer name other-end",
+            "link set other master br0",
         ] {
             let status = Command::new("ip").args(line.split(' ')).status().expect("ip");
             assert!(status.success(), "ip {line}");
         }
-        Self { directory, skipped: Cell::default() }
+        Self {
+            directory,
+            skipped: Cell::default(),
+            criu: RefCell::default(),
+            methods: Cell::default(),
+        }
+    }
+
+    /// The address of the bridge, that of its lowest port.
+    pub(crate) fn bridge_address(&self) -> String {
+        let said = Command::new("ip").args(["-o", "link", "show", "br0"]).output().expect("ip");
+        let said = String::from_utf8(said.stdout).expect("text");
+        let mut words = said.split_whitespace().skip_while(|word| *word != "link/ether");
+        words.nth(1).expect("an address").to_owned()
+    }
+
+    /// The directory for all files.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// Says that the test at hand cannot be run, and why.
@@ -193,10 +263,27 @@ impl Host {
     pub(crate) fn tools(&self) -> HostTools {
         HostTools {
             decamp: std::env::current_exe().expect("our own path"),
-            criu: criu(),
+            criu: self.criu.borrow().clone().unwrap_or_else(criu),
             runc: program("runc").expect("runc"),
+            crun: program("crun").expect("crun"),
             resume_after: Duration::from_secs(30),
+            methods: self.methods.get(),
         }
+    }
+
+    /// Has `line` of shell run where CRIU would do something, for keepers that are started from now on,
+    /// and for those that were started since the same `name` was given before.
+    pub(crate) fn break_criu(&self, name: &str, line: &str) {
+        let path = self.directory.path().join(format!("criu-{name}"));
+        let criu = criu();
+        let script =
+            format!("#!/bin/sh\ncase $1 in swrk) {line} ;; esac\nexec {} \"$@\"\n", criu.display());
+        let fresh = path.with_extension("new");
+        fs::write(&fresh, script).expect("a script");
+        fs::set_permissions(&fresh, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .expect("executable");
+        fs::rename(&fresh, &path).expect("in its place");
+        *self.criu.borrow_mut() = Some(path);
     }
 
     pub(crate) fn runc(&self, arguments: &[&str]) -> String {
@@ -207,6 +294,20 @@ impl Host {
             String::from_utf8_lossy(&said.stderr)
         );
         String::from_utf8_lossy(&said.stdout).into_owned()
+    }
+
+    pub(crate) fn assert_listed_as_running(&self, name: &str) {
+        let list = self.runc(&["list"]);
+        let runs =
+            |line: &str| line.split_whitespace().next() == Some(name) && line.contains("running");
+        assert!(list.lines().any(runs), "{list}");
+    }
+
+    /// Where a container of that name has its tasks frozen.
+    pub(crate) fn cgroup(&self, name: &str) -> PathBuf {
+        let v1 = Path::new("/sys/fs/cgroup/freezer");
+        let root = if v1.is_dir() { v1 } else { Path::new("/sys/fs/cgroup") };
+        root.join("decamp").join(name)
     }
 
     /// A container that counts, ten times a second.
@@ -230,10 +331,8 @@ impl Host {
 
     /// The host's end of the one interface that there is.
     pub(crate) fn link(&self) -> String {
-        assert_eq!(self.links(), 1);
-        let said = self.ip(&["-o", "link", "show", "type", "veth"]);
-        let name = said.split(": ").nth(1).and_then(|name| name.split('@').next());
-        name.expect("a name").to_owned()
+        let [link] = &self.links()[..] else { panic!("{:?}", self.links()) };
+        link.clone()
     }
 
     /// A container that runs one line of shell.
@@ -247,15 +346,25 @@ impl Host {
         self.spot(name, json!({"bundle": bundle}))
     }
 
-    /// A container that knows all its memory; nothing without a C compiler.
-    pub(crate) fn memory(&self, name: &str) -> Option<Spot<'_>> {
-        let spot = self.shell(name, "exec /bin/memory");
+    /// A container that runs one of the programs in C of the fixtures; nothing without a C compiler.
+    pub(crate) fn program(&self, name: &str, program: &str) -> Option<Spot<'_>> {
+        self.program_with(name, program, "")
+    }
+
+    /// The same with an argument.
+    pub(crate) fn program_with(
+        &self,
+        name: &str,
+        program: &str,
+        argument: &str,
+    ) -> Option<Spot<'_>> {
+        let spot = self.shell(name, &format!("exec /bin/{program} {argument}"));
         let bundle = self.directory.path().join("bundles").join(name);
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/memory.c");
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
         let made = Command::new("cc")
             .args(["-static", "-pthread", "-O1", "-o"])
-            .arg(bundle.join("rootfs/bin/memory"))
-            .arg(source)
+            .arg(bundle.join("rootfs/bin").join(program))
+            .arg(fixtures.join(program).with_extension("c"))
             .status();
         made.is_ok_and(|status| status.success()).then_some(spot)
     }
@@ -277,30 +386,43 @@ impl Host {
     }
 
     fn spot(&self, name: &str, spec: Value) -> Spot<'_> {
-        let dir = self.directory.path().join("workloads").join(name);
+        let name = full(name);
+        let dir = self.directory.path().join("workloads").join(&name);
         // Containers of one test share an identity, as they would on two hosts.
-        let place = Place { name: name.to_owned(), uuid: "0b6c7c5e-test".to_owned(), dir };
+        let place = Place { name, uuid: "0b6c7c5e-test".to_owned(), dir };
         Spot { host: self, place, spec }
+    }
+
+    /// The process that holds a dead keeper's descriptors ends with the container.
+    pub(crate) fn await_no_holder(&self) {
+        let holders = || {
+            let processes = fs::read_dir("/proc").expect("/proc").flatten();
+            processes.filter(|entry| is_holder(&entry.path())).count()
+        };
+        await_that("the holder's end", || holders() == 0);
     }
 
     /// Nothing of workload `name` is left but its log.
     pub(crate) fn assert_nothing_left(&self, name: &str) {
         let mut left = Vec::new();
+        let name = &full(name);
         let directory = self.directory.path().join("workloads").join(name);
         await_that("the keeper's end", || keepers_of(&directory).is_empty());
         let root = PathBuf::from("/sys/fs/cgroup");
         let below = fs::read_dir(&root).expect("cgroups").flatten().map(|entry| entry.path());
         for hierarchy in below.chain([root.clone()]).collect::<Vec<_>>() {
-            for path in [name.to_owned(), format!(".criu-{name}")] {
+            for path in [name.clone(), format!(".criu-{name}")] {
                 let path = hierarchy.join("decamp").join(path);
                 if path.exists() {
                     left.push(path.display().to_string());
                 }
             }
         }
-        let run = Path::new("/run/runc").join(name);
-        left.extend(run.exists().then(|| run.display().to_string()));
-        for part in ["oci", "store"] {
+        for runtime in ["/run/runc", "/run/crun"] {
+            let run = Path::new(runtime).join(name);
+            left.extend(run.exists().then(|| run.display().to_string()));
+        }
+        for part in ["oci", "store", "container.claim"] {
             let path = directory.join(part);
             left.extend(path.exists().then(|| path.display().to_string()));
         }
@@ -315,10 +437,10 @@ impl Host {
     }
 
     /// Interfaces of containers that exist now.
-    pub(crate) fn links(&self) -> usize {
-        let said =
-            Command::new("ip").args(["-o", "link", "show", "type", "veth"]).output().expect("ip");
-        said.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).count()
+    pub(crate) fn links(&self) -> Vec<String> {
+        let said = self.ip(&["-o", "link", "show", "type", "veth"]);
+        let names = said.lines().filter_map(|line| line.split(": ").nth(1)?.split('@').next());
+        names.filter(|name| !name.starts_with("other")).map(str::to_owned).collect()
     }
 
     fn show_logs(&self) {
@@ -340,9 +462,11 @@ impl Host {
             }
             let _ = spot.backend().sweep(&spot.spec, &spot.place);
         }
+        *self.criu.borrow_mut() = None;
+        self.methods.take();
         let links = self.links();
-        if links > 0 {
-            eprintln!("    {links} interfaces were left");
+        if !links.is_empty() {
+            eprintln!("    interfaces were left: {links:?}");
         }
         let _ = fs::remove_dir_all(&workloads);
         let _ = fs::remove_dir_all(self.directory.path().join("bundles"));
@@ -381,6 +505,27 @@ impl Spot<'_> {
         });
     }
 
+    /// The same name in the hands of another agent on this host.
+    pub(crate) fn rival(&self) -> Self {
+        let dir = self.place.dir.with_extension("rival");
+        Self {
+            host: self.host,
+            place: Place { dir, ..self.place.clone() },
+            spec: self.spec.clone(),
+        }
+    }
+
+    /// Starts a keeper for it without asking anything before.
+    pub(crate) fn spawn_keeper(&self) -> decamp_shared::workload::Result<()> {
+        decamp_shared::keeper::spawn(&KeeperConfig {
+            kind: Kind::Container,
+            beginning: Beginning::Run,
+            place: self.place.clone(),
+            tools: self.host.tools(),
+            spec: self.spec.clone(),
+        })
+    }
+
     /// The same workload at another place.
     pub(crate) fn twin(&self, name: &str) -> Self {
         self.host.spot(name, self.spec.clone())
@@ -392,17 +537,39 @@ impl Spot<'_> {
 
     /// The empty shell for what comes from `source`.
     pub(crate) fn prepare(&self, source: &mut dyn SourceWorkload) -> Box<dyn DestinationWorkload> {
+        self.prepare_at(source, |tree| self.placed(tree))
+    }
+
+    /// The same with its files elsewhere.
+    pub(crate) fn prepare_at(
+        &self,
+        source: &mut dyn SourceWorkload,
+        place: impl Fn(&FileTree) -> PathBuf,
+    ) -> Box<dyn DestinationWorkload> {
         let mut manifest = source.manifest().expect("a manifest");
         manifest.name = self.place.name.clone();
         let trees: Vec<_> = manifest
             .files
             .iter()
-            .map(|tree| PlacedTree { tree: tree.clone(), path: PathBuf::from(&tree.path) })
+            .map(|tree| PlacedTree { tree: tree.clone(), path: place(tree) })
             .collect();
         let backend = self.backend();
         assert_eq!(backend.preflight(&manifest, &trees), []);
         let spec = backend.respec(&manifest, &trees).expect("a spec");
         backend.prepare(&manifest, &spec, &self.place).expect("prepare")
+    }
+
+    /// Where a tree stands here: at the same path, or as a copy where it would go elsewhere.
+    fn placed(&self, tree: &FileTree) -> PathBuf {
+        if tree.place.is_empty() {
+            return PathBuf::from(&tree.path);
+        }
+        let path = self.place.dir.with_extension("files");
+        let _ = fs::remove_dir_all(&path);
+        let there = path.to_str().expect("UTF-8");
+        let copied = Command::new("cp").args(["-a", &tree.path, there]).status();
+        assert!(copied.expect("cp").success());
+        path
     }
 
     pub(crate) fn move_to(&self, there: &Self) -> Moved {
@@ -433,6 +600,8 @@ impl Spot<'_> {
         let begun = Instant::now();
         destination.load(sections).expect("load");
         step("load", begun);
+        let (left, arrived) = (source.ways(), destination.ways());
+        let tracker = tracker_of(&*source);
         source.fence(1).expect("fence");
         let begun = Instant::now();
         destination.activate(1).expect("activate");
@@ -440,7 +609,46 @@ impl Spot<'_> {
         let begun = Instant::now();
         source.release().expect("release");
         step("release", begun);
-        Moved { times, pages: dirty.len() }
+        Moved { times, pages: dirty.len(), tracker, left, arrived }
+    }
+
+    /// The same in rounds while it runs, `rounds` of them, before the stop.
+    pub(crate) fn move_live(&self, there: &Self, rounds: u32) -> Moved {
+        let mut times = BTreeMap::new();
+        let mut source = self.source();
+        assert!(matches!(source.liveness(), Liveness::Tracked { .. }), "{:?}", source.liveness());
+        let mut destination = there.prepare(&mut *source);
+        source.track().expect("track");
+        let (mut dirty, mut pages) = (PageSet::new(), 0);
+        for _ in 0..rounds {
+            source.harvest(&mut dirty).expect("harvest");
+            pages += dirty.len();
+            dirty = copy(&dirty, &mut *source, &mut *destination);
+        }
+        let mut begun = Instant::now();
+        let mut step = |name| {
+            times.insert(name, begun.elapsed().as_secs_f64() * 1000.0);
+            begun = Instant::now();
+        };
+        source.pause().expect("pause");
+        step("pause");
+        source.harvest(&mut dirty).expect("harvest");
+        step("harvest");
+        let missed = copy(&dirty, &mut *source, &mut *destination);
+        assert!(missed.is_empty(), "what stands still went away: {missed:?}");
+        step("copy");
+        let sections = source.save().expect("save");
+        step("save");
+        destination.load(sections).expect("load");
+        step("load");
+        let (left, arrived) = (source.ways(), destination.ways());
+        let tracker = tracker_of(&*source);
+        source.fence(1).expect("fence");
+        destination.activate(1).expect("activate");
+        step("activate");
+        source.release().expect("release");
+        eprintln!("    {} pages in the stop after {pages}: {times:.1?}", dirty.len());
+        Moved { times, pages: dirty.len(), tracker, left, arrived }
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -456,8 +664,11 @@ impl Spot<'_> {
     pub(crate) fn kill_keeper(&self) {
         for pid in keepers_of(&self.place.dir) {
             let pid = nix::unistd::Pid::from_raw(pid);
-            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)
-                .expect("kill the keeper");
+            match nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL) {
+                // It has just ended by itself.
+                Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
+                Err(error) => panic!("kill the keeper: {error}"),
+            }
         }
         await_that("the keeper's end", || keepers_of(&self.place.dir).is_empty());
     }
@@ -465,6 +676,13 @@ impl Spot<'_> {
     pub(crate) fn counts(&self) -> Vec<u64> {
         let text = fs::read_to_string(self.place.log()).unwrap_or_default();
         text.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    /// The last tick that the program with obstacles has said, or 0.
+    pub(crate) fn ticks(&self) -> u64 {
+        let text = fs::read_to_string(self.place.log()).unwrap_or_default();
+        let last = text.lines().rev().find_map(|line| line.strip_prefix("tick ")?.parse().ok());
+        last.unwrap_or(0)
     }
 
     pub(crate) fn last_count(&self) -> u64 {
@@ -508,6 +726,27 @@ impl Spot<'_> {
     }
 }
 
+/// The name on the machine of what a test calls `name`: another in each run, so that two runs at
+/// once do not meet.
+fn full(name: &str) -> String {
+    match name.starts_with(PREFIX) {
+        true => name.to_owned(),
+        false => format!("{PREFIX}-{}-{name}", std::process::id()),
+    }
+}
+
+/// Whether `full` is what some run calls `name`.
+fn is_called(full: &str, name: &str) -> bool {
+    full.starts_with(PREFIX) && full.rsplit('-').next() == Some(name)
+}
+
+fn tracker_of(source: &dyn SourceWorkload) -> String {
+    match source.liveness() {
+        Liveness::Tracked { tracker } => tracker,
+        Liveness::StopOnly { reason } => reason,
+    }
+}
+
 /// Every page that exists at the source goes to the destination.
 pub(crate) fn copy_pages(
     source: &mut dyn SourceWorkload,
@@ -518,13 +757,15 @@ pub(crate) fn copy_pages(
     copy(&dirty, source, destination);
 }
 
-/// The pages of `dirty` go to the destination.
+/// The pages of `dirty` go to the destination. Gives those that went away meanwhile.
 pub(crate) fn copy(
     dirty: &PageSet,
     source: &mut dyn SourceWorkload,
     destination: &mut dyn DestinationWorkload,
-) {
+) -> PageSet {
     let spaces = source.spaces().expect("spaces");
+    let mut dirty = dirty.clone();
+    dirty.retain_spaces(|space| spaces.iter().any(|info| info.id == space.0));
     let writer = destination.writer(&spaces).expect("a writer");
     let reader = source.reader().expect("a reader");
     let mut buffer = vec![0; 256 * PAGE_SIZE];
@@ -542,6 +783,7 @@ pub(crate) fn copy(
             first = part.end();
         }
     }
+    reader.take_missed()
 }
 
 /// Keepers (of this test run) whose place is `directory`.
@@ -553,6 +795,11 @@ fn keepers_of(directory: &Path) -> Vec<i32> {
             continue;
         };
         let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
+        // A keeper's child that holds descriptors has its arguments, and another name.
+        if fs::read_to_string(entry.path().join("comm")).is_ok_and(|name| name == "decamp-holder\n")
+        {
+            continue;
+        }
         if line.split(|byte| *byte == 0).any(|word| word == config.as_os_str().as_encoded_bytes()) {
             found.push(pid);
         }
@@ -560,7 +807,12 @@ fn keepers_of(directory: &Path) -> Vec<i32> {
     found
 }
 
-fn await_that(what: &str, mut holds: impl FnMut() -> bool) {
+/// Whether a process, by its directory in /proc, is a keeper's child that holds descriptors.
+fn is_holder(process: &Path) -> bool {
+    fs::read_to_string(process.join("comm")).is_ok_and(|name| name == "decamp-holder\n")
+}
+
+pub(crate) fn await_that(what: &str, mut holds: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !holds() {
         assert!(begun.elapsed() < PATIENCE, "waited in vain for {what}");

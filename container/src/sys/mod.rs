@@ -1,6 +1,16 @@
 //! The one room of this crate where `unsafe` is allowed: thin wrappers over calls that the safe
 //! crates do not offer. No policy lives here; each block names the invariant that makes it sound.
 
+#[cfg_attr(target_arch = "x86_64", path = "x86_64.rs")]
+pub(crate) mod arch;
+pub(crate) mod look;
+pub(crate) mod pidfd;
+pub(crate) mod placed;
+pub(crate) mod trace;
+pub(crate) mod userfault;
+pub(crate) mod view;
+
+use std::cmp::Ordering;
 use std::ffi::CString;
 use std::io;
 use std::mem::{size_of, zeroed};
@@ -46,10 +56,11 @@ const _: () = assert!(
 const _: () = assert!(size_of::<libc::seccomp_notif>() == 80);
 const _: () = assert!(size_of::<libc::seccomp_notif_resp>() == 24);
 
-/// Offsets in `struct seccomp_data`: number, architecture, and the low half of the second argument.
+/// Offsets in `struct seccomp_data`: number, architecture, and the low halves of two arguments.
 const DATA_NUMBER: u32 = 0;
 const DATA_ARCHITECTURE: u32 = 4;
 const DATA_SECOND_ARGUMENT: u32 = 24;
+const DATA_THIRD_ARGUMENT: u32 = 32;
 
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURE: u32 = 0xc000_003e;
@@ -66,6 +77,8 @@ pub(crate) struct Notification {
     pub(crate) id: u64,
     /// The task that called.
     pub(crate) pid: i32,
+    /// Which system call it is.
+    pub(crate) call: i64,
     /// The arguments of the call.
     pub(crate) arguments: [u64; 6],
 }
@@ -98,8 +111,11 @@ pub(crate) fn pagemap_scan(
 }
 
 /// Puts the calling **thread**, and so every process that it starts from now on, under a filter
-/// that sends `ioctl(_, PAGEMAP_SCAN, _)` to the descriptor returned and lets all else through.
-pub(crate) fn filter_page_scans() -> io::Result<OwnedFd> {
+/// that sends `ioctl(_, PAGEMAP_SCAN, _)` and `lseek(_, _, SEEK_DATA)`, and `prlimit64` if `limits` says
+/// so, to the descriptor returned and lets all else through.
+pub(crate) fn filter_calls(limits: bool) -> io::Result<OwnedFd> {
+    // No call has the other number.
+    let limits = if limits { libc::SYS_prlimit64 as u32 } else { u32::MAX };
     let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
     let unless_equal = |k: u32, jf: u8| libc::sock_filter {
         code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
@@ -107,18 +123,29 @@ pub(crate) fn filter_page_scans() -> io::Result<OwnedFd> {
         jf,
         k,
     };
+    let when_equal = |k: u32, jt: u8| libc::sock_filter { jt, jf: 0, ..unless_equal(k, 0) };
     let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
     let give = libc::BPF_RET | libc::BPF_K;
     let mut program = [
         statement(load, DATA_ARCHITECTURE),
-        unless_equal(ARCHITECTURE, 5),
+        unless_equal(ARCHITECTURE, 10),
         statement(load, DATA_NUMBER),
+        when_equal(limits, 7),
         unless_equal(libc::SYS_ioctl as u32, 3),
         statement(load, DATA_SECOND_ARGUMENT),
-        unless_equal(PAGEMAP_SCAN as u32, 1),
+        unless_equal(PAGEMAP_SCAN as u32, 5),
+        statement(give, libc::SECCOMP_RET_USER_NOTIF),
+        unless_equal(libc::SYS_lseek as u32, 3),
+        statement(load, DATA_THIRD_ARGUMENT),
+        unless_equal(libc::SEEK_DATA as u32, 1),
         statement(give, libc::SECCOMP_RET_USER_NOTIF),
         statement(give, libc::SECCOMP_RET_ALLOW),
     ];
+    listen_under(&mut program)
+}
+
+/// Puts the calling thread under a filter, and gives the descriptor that it sends calls to.
+fn listen_under(program: &mut [libc::sock_filter]) -> io::Result<OwnedFd> {
     let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
     // SAFETY: `filter` points at a program that lives until the call returns; the kernel copies it.
     let listener = unsafe {
@@ -140,7 +167,7 @@ const SECCOMP_IOCTL_NOTIF_RECV: u64 = 0xc050_2100;
 const SECCOMP_IOCTL_NOTIF_SEND: u64 = 0xc018_2101;
 const SECCOMP_IOCTL_NOTIF_ID_VALID: u64 = 0x4008_2102;
 
-/// Takes the next call off a listener of [`filter_page_scans`]. Blocks unless poll said readable.
+/// Takes the next call off a listener of [`filter_calls`]. Blocks unless poll said readable.
 pub(crate) fn next_notification(listener: BorrowedFd<'_>) -> io::Result<Notification> {
     // SAFETY: all-zero is a valid `seccomp_notif`, and what the kernel asks for.
     let mut notification: libc::seccomp_notif = unsafe { zeroed() };
@@ -154,6 +181,7 @@ pub(crate) fn next_notification(listener: BorrowedFd<'_>) -> io::Result<Notifica
     Ok(Notification {
         id: notification.id,
         pid: notification.pid as i32,
+        call: notification.data.nr.into(),
         arguments: notification.data.args,
     })
 }
@@ -198,14 +226,27 @@ pub(crate) fn pidfd_getfd(process: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedF
     owned(fd)
 }
 
+/// A resource limit of a process, soft and hard.
+pub(crate) fn limit(pid: i32, resource: u32) -> io::Result<(u64, u64)> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one `rlimit`; with a null pointer for the new limit it sets none.
+    let done = unsafe { libc::prlimit(pid, resource, std::ptr::null(), &mut limit) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok((limit.rlim_cur, limit.rlim_max)) }
+}
+
 /// Sends SIGKILL through a process descriptor, so that never a stranger is hit.
 pub(crate) fn pidfd_kill(process: BorrowedFd<'_>) -> io::Result<()> {
+    pidfd_signal(process, libc::SIGKILL)
+}
+
+/// Sends `signal` through a process descriptor.
+pub(crate) fn pidfd_signal(process: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     // SAFETY: takes integers and a null pointer, which the call allows.
     let done = unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
             process.as_raw_fd(),
-            libc::SIGKILL,
+            signal,
             std::ptr::null::<libc::siginfo_t>(),
             0,
         )
@@ -253,11 +294,19 @@ pub(crate) fn write_memory(pid: i32, address: u64, bytes: &[u8]) -> io::Result<(
 impl PmScanArg {
     /// The argument as it stands in another process's memory.
     pub(crate) fn read_from(pid: i32, address: u64) -> io::Result<Self> {
-        let mut words = [0u8; size_of::<PmScanArg>()];
-        read_memory(pid, address, &mut words)?;
-        // SAFETY: both are plain data of the same size, and every bit pattern is a valid PmScanArg.
-        Ok(unsafe { std::mem::transmute::<[u8; size_of::<PmScanArg>()], Self>(words) })
+        let mut bytes = [0; Self::SIZE];
+        read_memory(pid, address, &mut bytes)?;
+        Ok(Self::from_bytes(bytes))
     }
+
+    /// The argument from its bytes.
+    pub(crate) fn from_bytes(bytes: [u8; Self::SIZE]) -> Self {
+        // SAFETY: both are plain data of the same size, and every bit pattern is a valid PmScanArg.
+        unsafe { std::mem::transmute::<[u8; Self::SIZE], Self>(bytes) }
+    }
+
+    /// Bytes of it.
+    pub(crate) const SIZE: usize = size_of::<Self>();
 
     /// Offset of `walk_end`, which the kernel writes back.
     pub(crate) const WALK_END: u64 = 32;
@@ -384,4 +433,112 @@ fn exactly(done: isize, wanted: usize) -> io::Result<()> {
             format!("{done} of {wanted} bytes could be copied"),
         ))
     }
+}
+
+/// A userfaultfd of this process.
+pub(crate) fn userfaultfd() -> io::Result<OwnedFd> {
+    let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | userfault::USER_MODE_ONLY;
+    // SAFETY: takes an integer, returns a descriptor or -1.
+    owned(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) })
+}
+
+/// Compares the memories of two processes, in an order that only the kernel knows: `Equal` when they are
+/// one.
+pub(crate) fn compare_memory(one: i32, other: i32) -> io::Result<Ordering> {
+    const KCMP_VM: i32 = 1;
+    // SAFETY: takes integers only.
+    match unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_VM, 0, 0) } {
+        0 => Ok(Ordering::Equal),
+        1 => Ok(Ordering::Less),
+        2 => Ok(Ordering::Greater),
+        -1 => Err(io::Error::last_os_error()),
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// Destroys a System V segment of the calling thread's namespace, once nobody has it attached.
+pub(crate) fn destroy_segment(id: i32) -> io::Result<()> {
+    // SAFETY: removal takes no buffer, and memory that is attached stays.
+    match unsafe { libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// What a holder is told: keep this descriptor.
+pub(crate) const HOLD: u8 = b'h';
+/// The same, and end when it becomes readable (a process: when it has ended).
+pub(crate) const UNTIL: u8 = b'u';
+
+/// Forks a process that has no descriptor but `socket`, takes the descriptors that come over it, and
+/// does nothing else. It ends when the descriptor sent with [`UNTIL`] becomes readable, or when the
+/// socket's other end is closed and there was none.
+pub(crate) fn fork_holder(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    let number = socket.as_raw_fd();
+    // SAFETY: the child calls nothing but async-signal-safe functions, allocates nothing, takes no lock,
+    // and never returns.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => hold(number),
+        pid => Ok(pid),
+    }
+}
+
+/// The life of a holder. Runs in a forked child: see [`fork_holder`] for what it must not do.
+fn hold(socket: i32) -> ! {
+    /// One descriptor's control message, aligned as the kernel wants it.
+    #[repr(C, align(8))]
+    struct Control([u8; 64]);
+    // SAFETY: only system calls, on integers and on memory of this frame that outlives each call.
+    unsafe {
+        if socket > 0 {
+            libc::close_range(0, socket as u32 - 1, 0);
+        }
+        libc::close_range(socket as u32 + 1, u32::MAX, 0);
+        libc::setsid();
+        libc::prctl(libc::PR_SET_NAME, c"decamp-holder".as_ptr());
+        let mut until = -1;
+        let mut open = true;
+        while open || until >= 0 {
+            let mut events = [
+                libc::pollfd {
+                    fd: if open { socket } else { -1 },
+                    events: libc::POLLIN,
+                    revents: 0,
+                },
+                libc::pollfd { fd: until, events: libc::POLLIN, revents: 0 },
+            ];
+            if libc::poll(events.as_mut_ptr(), 2, -1) < 0 {
+                continue;
+            }
+            if events[1].revents != 0 {
+                break;
+            }
+            if events[0].revents == 0 {
+                continue;
+            }
+            let mut what = [0u8; 1];
+            let mut part = libc::iovec { iov_base: what.as_mut_ptr().cast(), iov_len: 1 };
+            let mut control = Control([0; 64]);
+            let mut message: libc::msghdr = zeroed();
+            message.msg_iov = &mut part;
+            message.msg_iovlen = 1;
+            message.msg_control = control.0.as_mut_ptr().cast();
+            message.msg_controllen = control.0.len() as _;
+            let got = libc::recvmsg(socket, &mut message, libc::MSG_CMSG_CLOEXEC);
+            open = got > 0;
+            let header = libc::CMSG_FIRSTHDR(&message);
+            if open && what[0] == UNTIL && !header.is_null() {
+                until = libc::CMSG_DATA(header).cast::<i32>().read_unaligned();
+            }
+        }
+        libc::_exit(0)
+    }
+}
+
+/// Takes charge of a descriptor that has just come in a message, and that nobody else knows of.
+pub(crate) fn adopt_descriptor(number: i32) -> OwnedFd {
+    // SAFETY: the kernel made this descriptor for the message that it came with, and whoever read that
+    // message gives its number to us and to nobody else.
+    unsafe { OwnedFd::from_raw_fd(number) }
 }

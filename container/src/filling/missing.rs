@@ -1,0 +1,208 @@
+//! Which memory of a process has not arrived yet, and where it lies in the store.
+//!
+//! Pure arithmetic on address ranges: what tasks do to their memory meanwhile is told to it.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use decamp_shared::pages::PAGE_SIZE;
+
+const PAGE: u64 = PAGE_SIZE as u64;
+
+/// Memory that has still to come.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Missing {
+    /// By first address.
+    pieces: BTreeMap<u64, Piece>,
+    pages: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Piece {
+    length: u64,
+    /// Where it begins in the store. The address, unless the task has moved it.
+    offset: u64,
+}
+
+/// A range of addresses and where its contents are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Span {
+    pub(super) addresses: Range<u64>,
+    pub(super) offset: u64,
+}
+
+impl Span {
+    /// Length in bytes.
+    pub(super) fn length(&self) -> u64 {
+        self.addresses.end - self.addresses.start
+    }
+}
+
+impl Missing {
+    /// The pages of these ascending ranges of page numbers, each at the offset of its address.
+    pub(super) fn of_pages(ranges: &[Range<u64>]) -> Self {
+        let mut missing = Self::default();
+        for range in ranges {
+            let start = range.start * PAGE;
+            missing.put(start, Piece { length: (range.end - range.start) * PAGE, offset: start });
+        }
+        missing
+    }
+
+    /// How many pages have still to come.
+    pub(super) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The first of it at or after `from`, at most `most` bytes and not across a multiple of `most` in
+    /// the store; or else the first of all.
+    pub(super) fn next(&self, from: u64, most: u64) -> Option<Span> {
+        let after = self.at(from).or_else(|| {
+            let (start, piece) = self.pieces.range(from..).next()?;
+            Some(Span { addresses: *start..start + piece.length, offset: piece.offset })
+        });
+        let span = after.or_else(|| {
+            let (start, piece) = self.pieces.first_key_value()?;
+            Some(Span { addresses: *start..start + piece.length, offset: piece.offset })
+        })?;
+        let room = most - span.offset % most;
+        let length = span.length().min(room);
+        Some(Span { addresses: span.addresses.start..span.addresses.start + length, ..span })
+    }
+
+    /// What has still to come from `address` on, without a gap.
+    pub(super) fn at(&self, address: u64) -> Option<Span> {
+        let (start, piece) = self.pieces.range(..=address).next_back()?;
+        let skip = address - start;
+        (skip < piece.length)
+            .then(|| Span { addresses: address..start + piece.length, offset: piece.offset + skip })
+    }
+
+    /// These addresses have come, or are not wanted any more.
+    pub(super) fn remove(&mut self, addresses: &Range<u64>) {
+        drop(self.cut(addresses));
+    }
+
+    /// The task moved `length` bytes `from` one address `to` another, and what was there is gone.
+    pub(super) fn moved(&mut self, from: u64, to: u64, length: u64) {
+        let (Some(from_end), Some(to_end)) = (from.checked_add(length), to.checked_add(length))
+        else {
+            return;
+        };
+        let cut = self.cut(&(from..from_end));
+        self.remove(&(to..to_end));
+        for (start, piece) in cut {
+            self.put(start - from + to, piece);
+        }
+    }
+
+    fn put(&mut self, start: u64, piece: Piece) {
+        if piece.length > 0 {
+            self.pages += piece.length / PAGE;
+            self.pieces.insert(start, piece);
+        }
+    }
+
+    /// Takes out what lies in `addresses`, and gives it.
+    fn cut(&mut self, addresses: &Range<u64>) -> Vec<(u64, Piece)> {
+        let before = self.pieces.range(..addresses.start).next_back().map(|(start, _)| *start);
+        let first = before.unwrap_or(addresses.start);
+        let touched: Vec<u64> = self
+            .pieces
+            .range(first..addresses.end.max(first))
+            .filter(|(start, piece)| {
+                **start < addresses.end && *start + piece.length > addresses.start
+            })
+            .map(|(start, _)| *start)
+            .collect();
+        let mut cut = Vec::new();
+        for start in touched {
+            let Some(piece) = self.pieces.remove(&start) else { continue };
+            self.pages -= piece.length / PAGE;
+            let end = start + piece.length;
+            let (from, to) = (start.max(addresses.start), end.min(addresses.end));
+            let part = |from: u64, to: u64| Piece {
+                length: to - from,
+                offset: piece.offset + (from - start),
+            };
+            self.put(start, part(start, from));
+            self.put(to, part(to, end));
+            cut.push((from, part(from, to)));
+        }
+        cut
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// One thing that happens to memory.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Remove(u64, u64),
+        Move(u64, u64, u64),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            (0u64..100, 0u64..30).prop_map(|(first, count)| Step::Remove(first, count)),
+            (0u64..100, 0u64..100, 1u64..30)
+                // The kernel moves nothing onto itself.
+                .prop_filter("apart", |(from, to, count)| from.abs_diff(*to) >= *count)
+                .prop_map(|(from, to, count)| Step::Move(from, to, count)),
+        ];
+        prop::collection::vec(step, 0..20)
+    }
+
+    proptest! {
+        #[test]
+        fn behaves_as_a_map_from_pages_to_places(
+            cuts in prop::collection::btree_set(0u64..100, 0..20),
+            steps in steps(),
+            from in 0u64..140,
+            most in 1u64..9,
+        ) {
+            let cuts: Vec<u64> = cuts.into_iter().collect();
+            let ranges: Vec<Range<u64>> = cuts.chunks_exact(2).map(|pair| pair[0]..pair[1]).collect();
+            let mut missing = Missing::of_pages(&ranges);
+            let mut model: BTreeMap<u64, u64> = ranges.into_iter().flatten().map(|page| (page, page)).collect();
+            for step in steps {
+                match step {
+                    Step::Remove(first, count) => {
+                        missing.remove(&(first * PAGE..(first + count) * PAGE));
+                        model.retain(|page, _| !(first..first + count).contains(page));
+                    }
+                    Step::Move(from, to, count) => {
+                        missing.moved(from * PAGE, to * PAGE, count * PAGE);
+                        let held: Vec<_> = model.range(from..from + count).map(|(page, place)| (*page, *place)).collect();
+                        model.retain(|page, _| {
+                            !(from..from + count).contains(page) && !(to..to + count).contains(page)
+                        });
+                        model.extend(held.into_iter().map(|(page, place)| (page - from + to, place)));
+                    }
+                }
+                prop_assert_eq!(missing.pages(), model.len() as u64);
+            }
+            for page in 0..160 {
+                let found = missing.at(page * PAGE).map(|span| span.offset / PAGE);
+                prop_assert_eq!(found, model.get(&page).copied());
+            }
+            // Walked on from anywhere, it is all found.
+            let mut at = from * PAGE;
+            let mut walked = BTreeMap::new();
+            while let Some(span) = missing.next(at, most * PAGE) {
+                prop_assert!(span.length() > 0 && span.length() <= most * PAGE);
+                for index in 0..span.length() / PAGE {
+                    walked.insert(span.addresses.start / PAGE + index, span.offset / PAGE + index);
+                }
+                at = span.addresses.end;
+                missing.remove(&span.addresses);
+            }
+            prop_assert_eq!(walked, model);
+            prop_assert_eq!(missing.pages(), 0);
+        }
+    }
+}

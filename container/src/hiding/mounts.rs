@@ -1,0 +1,400 @@
+//! The mounts: CRIU works in a mount namespace of its own, in which a file of ours lies over
+//! `/proc/PID/pagemap` of each process with hidden memory.
+//!
+//! Such a file is served from here ([`files`]): a scan of it, or a read, is done on the process's real page
+//! tables, and what is hidden reads as pages that do not exist. CRIU itself is as free as it would be, and so
+//! may suspend the filters of the processes that it dumps. The namespace, and all that is mounted in it, ends
+//! with the thread and the CRIU that are in it; no other process ever sees it.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use decamp_shared::pages::PAGE_SIZE;
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::files::{LONGEST_READ, REQUEST_ROOM, ROOT, Reply, Request, What};
+use super::{HiddenRanges, is_set, overlaps, scan, try_on_a_thread};
+use crate::entries::WORD;
+use crate::error::{ContainerError, Result};
+use crate::pagemap::{PAGE_IS_PRESENT, scans};
+use crate::sys::{self, PAGEMAP_SCAN, PageRegion, PmScanArg};
+
+/// Where the files are before they are mounted over others: a directory that every kernel has, and that
+/// nobody in the namespace needs.
+const DIRECTORY: &str = "/proc/fs";
+
+/// Serves the files that one CRIU sees for as long as it lives.
+pub(crate) struct Mounts {
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+    answered: Arc<AtomicU64>,
+}
+
+impl Mounts {
+    /// Puts the calling thread into a mount namespace of its own (it never leaves it: use a thread that does
+    /// nothing but start CRIU), in which `hidden` is hidden.
+    ///
+    /// Once `called_off` is written to, scans and reads fail, and CRIU gives up at the next one.
+    pub(crate) fn enter(hidden: HiddenRanges, called_off: Arc<EventFd>) -> Result<Self> {
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
+            .map_err(ContainerError::errno("make an event"))?;
+        let stop = Arc::new(stop);
+        let answered = Arc::new(AtomicU64::new(0));
+        let pids: Vec<i32> = hidden.keys().copied().collect();
+        let mut server = Server {
+            hidden: hidden.into_iter().collect(),
+            opened: BTreeMap::new(),
+            handles: 0,
+            called_off,
+            answered: answered.clone(),
+        };
+        let (sender, receiver) = std::sync::mpsc::channel::<OwnedFd>();
+        let stopped = stop.clone();
+        // Started first: outside of the namespace, where it opens the real page tables.
+        let thread = std::thread::Builder::new()
+            .name("page-tables".to_owned())
+            .spawn(move || {
+                if let Ok(device) = receiver.recv() {
+                    server.serve(&device, &stopped);
+                }
+            })
+            .map_err(ContainerError::io("start a thread"))?;
+        // Without a device the sender goes, and with it the thread.
+        let begun = mount_files().map(move |device| drop(sender.send(device)));
+        let mounts = Self { stop, thread: Some(thread), answered };
+        begun?;
+        for pid in pids {
+            let (ours, over) = (format!("{DIRECTORY}/{pid}"), format!("/proc/{pid}/pagemap"));
+            mount(Some(ours.as_str()), over.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
+                .map_err(ContainerError::errno(format!("mount a file of our own on {over}")))?;
+        }
+        Ok(mounts)
+    }
+
+    /// How many scans and reads were answered.
+    pub(crate) fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Mounts {
+    fn drop(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Puts the calling thread into a mount namespace of its own, and mounts files there that whoever has the
+/// descriptor returned has to serve.
+fn mount_files() -> Result<OwnedFd> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(ContainerError::errno("make a mount namespace"))?;
+    // What is mounted here is to be seen nowhere else.
+    mount(None::<&str>, "/proc", None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)
+        .map_err(ContainerError::errno("make the mount on /proc private"))?;
+    let device = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")
+        .map_err(ContainerError::io("open /dev/fuse"))?;
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("decamp"), DIRECTORY, Some("fuse"), flags, Some(options.as_str()))
+        .map_err(ContainerError::errno("mount files of our own (FUSE)"))?;
+    Ok(device.into())
+}
+
+/// Whether this process may do all that the mounts take. Tried on ourselves, on a thread that ends.
+pub(crate) fn probe() -> std::result::Result<(), String> {
+    try_on_a_thread(|| {
+        let called_off = EventFd::new().map_err(ContainerError::errno("make an event"))?;
+        let us = std::process::id() as i32;
+        let page = PAGE_SIZE as u64;
+        let hidden = HiddenRanges::from([(us, std::iter::once(page..2 * page).collect())]);
+        let mounts = Mounts::enter(hidden, Arc::new(called_off))?;
+        let path = format!("/proc/{us}/pagemap");
+        let pagemap = File::open(&path).map_err(ContainerError::io(format!("open {path}")))?;
+        let asked = if scans() {
+            let mut argument = PmScanArg {
+                start: page,
+                end: 2 * page,
+                category_anyof_mask: PAGE_IS_PRESENT,
+                return_mask: PAGE_IS_PRESENT,
+                ..PmScanArg::default()
+            };
+            let mut regions = [PageRegion::default()];
+            sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut regions).map(|_| ())
+        } else {
+            pagemap.read_exact_at(&mut [0; WORD as usize], WORD)
+        };
+        asked.map_err(ContainerError::io(format!("ask {path}, which is ours")))?;
+        match mounts.answered() {
+            0 => Err(ContainerError::State(format!("What is mounted on {path} is not seen"))),
+            _ => Ok(()),
+        }
+    })
+}
+
+/// What the files hold.
+struct Server {
+    /// By node, from the first one after the directory's.
+    hidden: Vec<(i32, Vec<Range<u64>>)>,
+    /// Real page tables by handle, with the place in `hidden`.
+    opened: BTreeMap<u64, (usize, File)>,
+    handles: u64,
+    called_off: Arc<EventFd>,
+    answered: Arc<AtomicU64>,
+}
+
+impl Server {
+    fn serve(&mut self, device: &OwnedFd, stop: &EventFd) {
+        let mut room = vec![0; REQUEST_ROOM];
+        loop {
+            let mut events = [
+                PollFd::new(device.as_fd(), PollFlags::POLLIN),
+                PollFd::new(stop.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut events, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                Err(error) => return tracing::error!(%error, "Cannot wait for CRIU's questions"),
+                Ok(_) if events[1].any() == Some(true) => return,
+                Ok(_) => {}
+            }
+            let length = match nix::unistd::read(device, &mut room) {
+                // The asker was killed before it was heard.
+                Err(Errno::EINTR | Errno::EAGAIN | Errno::ENOENT) => continue,
+                // Nothing is mounted any more.
+                Err(_) => return,
+                Ok(length) => length,
+            };
+            let Some(request) = Request::parse(&room[..length]) else {
+                return tracing::error!(length, "The kernel asked what makes no sense");
+            };
+            if request.what == What::Note {
+                continue;
+            }
+            let reply = self.reply(&request.what).unwrap_or_else(|error| {
+                tracing::debug!(%error, ?request, "Cannot answer CRIU");
+                Reply::Failed(error.raw_os_error().unwrap_or(libc::EIO))
+            });
+            if let Err(error) = nix::unistd::write(device, &request.answer(&reply)) {
+                tracing::debug!(%error, "CRIU did not wait for the answer");
+            }
+        }
+    }
+
+    fn reply(&mut self, what: &What<'_>) -> io::Result<Reply> {
+        let fail = |number| Err(io::Error::from_raw_os_error(number));
+        Ok(match *what {
+            What::Begin(flags) => Reply::Begun(flags),
+            What::Find(name) => {
+                let name = std::str::from_utf8(name).ok().and_then(|name| name.parse().ok());
+                match self.hidden.iter().position(|(pid, _)| Some(*pid) == name) {
+                    Some(place) => Reply::Found(ROOT + 1 + place as u64),
+                    None => return fail(libc::ENOENT),
+                }
+            }
+            What::Describe(node) => Reply::Described(node),
+            What::Open(node) => {
+                let place = (node.wrapping_sub(ROOT + 1)) as usize;
+                let Some((pid, _)) = self.hidden.get(place) else { return fail(libc::EISDIR) };
+                let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+                self.handles += 1;
+                self.opened.insert(self.handles, (place, pagemap));
+                Reply::Opened(self.handles)
+            }
+            What::Close(handle) => {
+                self.opened.remove(&handle);
+                Reply::Agreed
+            }
+            What::Read { handle, offset, count } => {
+                let (pagemap, hidden) = self.asked(handle)?;
+                Reply::Bytes(read(pagemap, hidden, offset, count)?)
+            }
+            What::Ask { handle, caller, number, bytes } => {
+                let (true, Ok(argument)) = (u64::from(number) == PAGEMAP_SCAN, bytes.try_into())
+                else {
+                    return fail(libc::ENOTTY);
+                };
+                let (pagemap, hidden) = self.asked(handle)?;
+                let argument = PmScanArg::from_bytes(argument);
+                let answer = scan(pagemap.as_fd(), hidden, &argument)?;
+                sys::write_regions(caller, argument.vec, &answer.regions)?;
+                let mut bytes = bytes.to_vec();
+                bytes[PmScanArg::WALK_END as usize..][..8]
+                    .copy_from_slice(&answer.walk_end.to_ne_bytes());
+                Reply::Told(answer.regions.len() as i32, bytes)
+            }
+            What::Agree => Reply::Agreed,
+            What::Note | What::Other => return fail(libc::ENOSYS),
+        })
+    }
+
+    /// The real page tables behind a handle, and what of them is hidden.
+    fn asked(&self, handle: u64) -> io::Result<(&File, &[Range<u64>])> {
+        if is_set(&self.called_off) {
+            return Err(io::Error::from_raw_os_error(libc::ECANCELED));
+        }
+        let opened = self.opened.get(&handle);
+        let (place, pagemap) = opened.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
+        self.answered.fetch_add(1, Ordering::Relaxed);
+        Ok((pagemap, &self.hidden[*place].1))
+    }
+}
+
+/// Reads words as if `hidden` (ascending, disjoint) were empty: less than asked only at the end of the address
+/// space.
+fn read(pagemap: &File, hidden: &[Range<u64>], offset: u64, count: usize) -> io::Result<Vec<u8>> {
+    let page = PAGE_SIZE as u64;
+    let first = offset / WORD;
+    let address = |word: u64| word.checked_mul(page);
+    let asked = address(first).zip(first.checked_add(count as u64 / WORD).and_then(address));
+    let whole = offset.is_multiple_of(WORD) && (count as u64).is_multiple_of(WORD);
+    let Some((start, end)) = asked.filter(|_| whole && count <= LONGEST_READ) else {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    };
+    let asked = start..end;
+    let mut words = vec![0; count];
+    // Of what is hidden the kernel need not be asked.
+    if hidden.iter().any(|range| range.start <= start && end <= range.end) {
+        return Ok(words);
+    }
+    let got = pagemap.read_at(&mut words, offset)?;
+    words.truncate(got);
+    for range in hidden.iter().filter(|range| overlaps(range, &asked)) {
+        let place = |address: u64| ((address / page - first) * WORD) as usize;
+        let (from, to) = (place(range.start.max(start)), place(range.end.min(end)));
+        words[from.min(got)..to.min(got)].fill(0);
+    }
+    Ok(words)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A page map whose word for page N is N + 1.
+    fn pagemap(pages: u64) -> File {
+        let mut file = tempfile::tempfile().expect("a file");
+        let words: Vec<u8> = (1..=pages).flat_map(u64::to_ne_bytes).collect();
+        io::Write::write_all(&mut file, &words).expect("written");
+        file
+    }
+
+    proptest! {
+        #[test]
+        fn all_words_are_the_kernels_but_the_hidden(
+            mut cuts in prop::collection::vec(0u64..300, 0..12),
+            first in 0u64..250,
+            count in 1u64..100,
+        ) {
+            cuts.sort_unstable();
+            cuts.dedup();
+            let hidden: Vec<Range<u64>> =
+                cuts.chunks_exact(2).map(|pair| pair[0] * 4096..pair[1] * 4096).collect();
+            let got = read(&pagemap(300), &hidden, first * WORD, (count * WORD) as usize);
+            let got = got.expect("reads");
+            let wholly = hidden.iter().any(|range| {
+                range.start <= first * 4096 && (first + count) * 4096 <= range.end
+            });
+            let there = if wholly { count } else { count.min(300 - first) };
+            prop_assert_eq!(got.len() as u64, there * WORD);
+            for (page, word) in (first..).zip(got.as_chunks::<8>().0) {
+                let is_hidden = hidden.iter().any(|range| range.contains(&(page * 4096)));
+                prop_assert_eq!(u64::from_ne_bytes(*word), if is_hidden { 0 } else { page + 1 });
+            }
+        }
+    }
+
+    #[test]
+    fn only_whole_words_are_page_tables() {
+        let file = pagemap(8);
+        assert_eq!(read(&file, &[], 8, 16).expect("two words").len(), 16);
+        for (offset, count) in [(4, 8), (8, 12), (u64::MAX - 7, 8), (0, LONGEST_READ + 8)] {
+            assert!(read(&file, &[], offset, count).is_err(), "{offset}, {count}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_hidden_fails_and_leaves_nothing() {
+        let hidden = HiddenRanges::from([(i32::MAX, Vec::new())]);
+        let tried = std::thread::spawn(move || {
+            let event = Arc::new(EventFd::new().expect("an event"));
+            Mounts::enter(hidden, event).map(drop)
+        });
+        assert!(tried.join().expect("no panic").is_err());
+        let mounted = std::fs::read_to_string("/proc/self/mountinfo").expect("mounts");
+        assert!(!mounted.contains(&format!(" {DIRECTORY} ")), "{mounted}");
+    }
+
+    #[test]
+    fn questions_for_our_own_pages_are_answered_there_and_nowhere_else() {
+        let buffer = vec![1u8; 1 << 20];
+        let page = PAGE_SIZE as u64;
+        let start = (buffer.as_ptr() as u64).next_multiple_of(page);
+        let (middle, end) = (start + 64 * page, start + 128 * page);
+        let us = std::process::id() as i32;
+        let hidden = HiddenRanges::from([(us, std::iter::once(start..middle).collect())]);
+        let words = move |pagemap: &File| {
+            let mut words = vec![0xee; 128 * WORD as usize];
+            pagemap.read_exact_at(&mut words, start / page * WORD).map(|()| words)
+        };
+        let asked = std::thread::spawn(move || {
+            let called_off = Arc::new(EventFd::new().expect("an event"));
+            let mounts = match Mounts::enter(hidden, called_off.clone()) {
+                Ok(mounts) => mounts,
+                Err(error) => {
+                    eprintln!("skipped: {error}: needs root and FUSE");
+                    return None;
+                }
+            };
+            let pagemap = File::open(format!("/proc/{us}/pagemap")).expect("ours");
+            let read = words(&pagemap).expect("answered");
+            assert!(mounts.answered() > 0);
+            let mut argument = PmScanArg {
+                start,
+                end,
+                category_anyof_mask: PAGE_IS_PRESENT,
+                return_mask: PAGE_IS_PRESENT,
+                ..PmScanArg::default()
+            };
+            let mut regions = vec![PageRegion::default(); 600];
+            let mut scan = || {
+                sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut regions)
+                    .map(|found| (regions[..found].to_vec(), argument.walk_end))
+            };
+            let scanned = scans().then(|| scan().expect("answered"));
+            called_off.write(1).expect("called off");
+            let error = words(&pagemap).expect_err("nobody wants it any more");
+            assert_eq!(error.raw_os_error(), Some(libc::ECANCELED));
+            Some((read, scanned))
+        });
+        let Some((read, scanned)) = asked.join().expect("no panic") else { return };
+        let real = words(&File::open("/proc/self/pagemap").expect("pagemap")).expect("read");
+        drop(buffer);
+        let ours = (start..end).step_by(PAGE_SIZE).zip(read.as_chunks::<8>().0);
+        for ((address, word), real) in ours.zip(real.as_chunks::<8>().0) {
+            assert_eq!(u64::from_ne_bytes(*word) != 0, address >= middle, "{address:#x}");
+            assert_ne!(u64::from_ne_bytes(*real), 0, "{address:#x} is hidden from everybody");
+        }
+        let Some((regions, walk_end)) = scanned else { return };
+        assert_eq!(walk_end, end);
+        assert_eq!(regions.first().map(|region| region.start), Some(middle));
+        let found: u64 = regions.iter().map(|region| region.end - region.start).sum();
+        assert_eq!(found, end - middle);
+    }
+}

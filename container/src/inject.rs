@@ -1,0 +1,363 @@
+//! Making a task of a container do a system call for us: a userfaultfd can only be made by the process
+//! whose memory it is of.
+//!
+//! The task is stopped for the fraction of a millisecond that this takes, calls through the instruction
+//! in its own vdso (nothing of it is patched, so other threads may run on), and goes on where it was; a
+//! system call that it was in is restarted by the kernel. Who traces is a thread that does nothing else,
+//! because ptrace belongs to a thread, and whatever happens to that thread ends the tracing.
+
+use std::cell::Cell;
+use std::fs;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use decamp_shared::pages::PAGE_SIZE;
+
+use crate::error::{ContainerError, Result};
+use crate::sys::trace::{self, Stop};
+use crate::sys::{self, arch, userfault};
+
+/// A task that does not stop within this is stuck in the kernel, and left alone.
+const STOP_WITHIN: Duration = Duration::from_millis(500);
+/// The same for all tasks of a process together.
+const ALL_WITHIN: Duration = Duration::from_secs(1);
+/// Once it calls for us it is waited for as long as it may take: left alone it would go on in our call
+/// with nothing of its own. It is ready to run all the while, so this is the host's slowness alone.
+const CALL_WITHIN: Duration = Duration::from_secs(3600);
+/// Pages of a vdso that are looked at.
+const VDSO_PAGES: u64 = 2;
+/// Where a task's restartable sequences area has the address of the one it is in (linux/rseq.h).
+const RSEQ_POINTER: u64 = 8;
+
+/// A userfaultfd of another process, made by it.
+pub(crate) struct Injected {
+    /// The descriptor. The process itself has none.
+    pub(crate) uffd: OwnedFd,
+    /// For how long one of its tasks stood still.
+    pub(crate) stopped: Duration,
+}
+
+/// Has process `pid` make a userfaultfd and takes it.
+pub(crate) fn userfaultfd_of(pid: i32) -> Result<Injected> {
+    let made = thread::Builder::new()
+        .name("inject".to_owned())
+        .spawn(move || inject(pid))
+        .map_err(ContainerError::io("start a thread"))?;
+    let panicked = |_| Err(io::Error::other("the thread that traces panicked"));
+    made.join()
+        .unwrap_or_else(panicked)
+        .map_err(ContainerError::io(format!("have process {pid} make a userfaultfd")))
+}
+
+fn inject(pid: i32) -> io::Result<Injected> {
+    let process = sys::pidfd_open(pid)?;
+    let mut last = io::Error::from_raw_os_error(libc::ESRCH);
+    let begun = Instant::now();
+    // A first thread that has ended leaves the others running.
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let Some(task) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let left = ALL_WITHIN.saturating_sub(begun.elapsed());
+        if left.is_zero() {
+            break;
+        }
+        let stopped = match Stopped::stop(pid, task, STOP_WITHIN.min(left)) {
+            Ok(stopped) => stopped,
+            Err(error) => {
+                last = error;
+                continue;
+            }
+        };
+        let begun = stopped.since;
+        // Looked for now: an exec would have put it elsewhere.
+        let made = system_call_instruction(pid)
+            .and_then(|instruction| stopped.make_userfaultfd(&process, instruction));
+        // Whatever came of the call, the task goes on as it was.
+        stopped.let_go()?;
+        return Ok(Injected { uffd: made?, stopped: begun.elapsed() });
+    }
+    Err(last)
+}
+
+/// A task that stands still because we stopped it.
+struct Stopped {
+    process: i32,
+    task: i32,
+    since: Instant,
+    registers: arch::Registers,
+    mask: u64,
+    /// The restartable sequence that it was in, and where that begins anew.
+    sequence: Option<(Range<u64>, u64)>,
+    /// Whether it is to stop at the next opportunity, as somebody else wants it to.
+    wanted_stop: Cell<bool>,
+}
+
+impl Stopped {
+    fn stop(process: i32, task: i32, patience: Duration) -> io::Result<Self> {
+        let options = trace::MARK_SYSTEM_CALLS | trace::SUSPEND_SECCOMP;
+        trace::seize(task, options).or_else(|error| match is_filtered(task)? {
+            // Without the right to suspend its filters they would judge our call, or kill it for that.
+            true => Err(error),
+            false => trace::seize(task, trace::MARK_SYSTEM_CALLS),
+        })?;
+        let since = Instant::now();
+        trace::interrupt(task)?;
+        let wanted_stop = Cell::new(false);
+        await_interruption(task, patience, |signal| signal)?;
+        let registers = arch::registers(task);
+        let mask = trace::signal_mask(task);
+        let (registers, mask) = match (registers, mask) {
+            (Ok(registers), Ok(mask)) => (registers, mask),
+            (Err(error), _) | (_, Err(error)) => {
+                let _ = trace::detach(task);
+                return Err(error);
+            }
+        };
+        // Now: the first thing that the kernel does with a task that is led out of one is to forget it.
+        let sequence = sequence(task);
+        let stopped = Self { process, task, since, registers, mask, sequence, wanted_stop };
+        if !arch::is_native(&stopped.registers) {
+            trace::detach(task)?;
+            return Err(io::Error::other("it runs code of another architecture"));
+        }
+        if trace::dispatches_system_calls(task) {
+            trace::detach(task)?;
+            return Err(io::Error::other(
+                "it judges its system calls itself, and would judge ours",
+            ));
+        }
+        Ok(stopped)
+    }
+
+    /// Has the task make a descriptor, takes it, and has it close its own.
+    fn make_userfaultfd(&self, process: &OwnedFd, instruction: u64) -> io::Result<OwnedFd> {
+        trace::set_signal_mask(self.task, u64::MAX)?;
+        let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | userfault::USER_MODE_ONLY;
+        let number = self.call(instruction, libc::SYS_userfaultfd, [flags, 0, 0])?;
+        let taken = sys::pidfd_getfd(process.as_fd(), number as i32);
+        let closed = self.call(instruction, libc::SYS_close, [number, 0, 0]);
+        closed.and(taken)
+    }
+
+    fn call(&self, instruction: u64, number: i64, arguments: [u64; 3]) -> io::Result<u64> {
+        let calling = arch::calling(self.registers, instruction, number, arguments);
+        arch::set_registers(self.task, calling)?;
+        // Into the call, and out of it.
+        for _ in 0..2 {
+            trace::go_to_system_call(self.task)?;
+            self.await_system_call()?;
+        }
+        arch::returned(&arch::registers(self.task)?)
+    }
+
+    fn await_system_call(&self) -> io::Result<()> {
+        loop {
+            match await_stop(self.task, CALL_WITHIN)? {
+                (signal, _) if signal == libc::SIGTRAP | 0x80 => return Ok(()),
+                (_, trace::EVENT_STOP) => {}
+                (signal, _) => self.put_off(signal)?,
+            }
+            trace::go_to_system_call(self.task)?;
+        }
+    }
+
+    /// All signals that can be blocked are, so this is one that stops the task, which it shall later; or
+    /// what we had it do went wrong.
+    fn put_off(&self, signal: i32) -> io::Result<()> {
+        match signal {
+            libc::SIGSTOP => {
+                self.wanted_stop.set(true);
+                Ok(())
+            }
+            other => Err(io::Error::other(format!("it got signal {other} in the call"))),
+        }
+    }
+
+    /// Restores the task and stops tracing it.
+    ///
+    /// An interrupted system call is restarted only by a task that comes from the kernel's handling of
+    /// signals, so it is interrupted once more before its registers are put back.
+    fn let_go(self) -> io::Result<()> {
+        trace::interrupt(self.task)?;
+        trace::go_on(self.task, 0)?;
+        await_interruption(self.task, CALL_WITHIN, |signal| {
+            // Whatever else it is was caused by us.
+            let _ = self.put_off(signal);
+            0
+        })?;
+        arch::set_registers(self.task, self.outside_of_sequences())?;
+        trace::set_signal_mask(self.task, self.mask)?;
+        trace::detach(self.task)?;
+        if self.wanted_stop.get() {
+            trace::signal(self.process, self.task, libc::SIGSTOP)?;
+        }
+        Ok(())
+    }
+
+    /// The task's registers; in a restartable sequence, those with which the kernel has it begin anew.
+    /// For the kernel saw it outside of the sequence, and will not do that itself any more.
+    fn outside_of_sequences(&self) -> arch::Registers {
+        match &self.sequence {
+            Some((inside, abort)) if inside.contains(&arch::instruction(&self.registers)) => {
+                arch::jumping(self.registers, *abort)
+            }
+            _ => self.registers,
+        }
+    }
+}
+
+/// The restartable sequence that a stopped task is in, and where it begins anew.
+fn sequence(task: i32) -> Option<(Range<u64>, u64)> {
+    let area = trace::restartable_sequences(task).ok()??;
+    let mut pointer = [0; 8];
+    sys::read_memory(task, area + RSEQ_POINTER, &mut pointer).ok()?;
+    let address = u64::from_ne_bytes(pointer);
+    if address == 0 {
+        return None;
+    }
+    // struct rseq_cs: version and flags, start, length, abort.
+    let mut words = [0; 32];
+    sys::read_memory(task, address, &mut words).ok()?;
+    let (start, length, abort) = (word(&words, 8)?, word(&words, 16)?, word(&words, 24)?);
+    Some((start..start.checked_add(length)?, abort))
+}
+
+/// Whether system calls of a task are filtered.
+fn is_filtered(task: i32) -> io::Result<bool> {
+    let status = fs::read_to_string(format!("/proc/{task}/status"))?;
+    let mode = status.lines().find_map(|line| line.strip_prefix("Seccomp:"));
+    Ok(mode.is_none_or(|mode| mode.trim() != "0"))
+}
+
+/// Waits until `task` stands still because it was interrupted. A signal that comes in between is
+/// passed through `pass`, and what that gives is delivered.
+fn await_interruption(
+    task: i32,
+    patience: Duration,
+    mut pass: impl FnMut(i32) -> i32,
+) -> io::Result<()> {
+    loop {
+        match await_stop(task, patience)? {
+            (_, trace::EVENT_STOP) => return Ok(()),
+            (signal, _) => trace::go_on(task, pass(signal & 0x7f))?,
+        }
+    }
+}
+
+fn await_stop(task: i32, patience: Duration) -> io::Result<(i32, i32)> {
+    let begun = Instant::now();
+    loop {
+        match trace::report(task)? {
+            Stop::Stopped { signal, event } => return Ok((signal, event)),
+            Stop::Ended => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
+            Stop::None if begun.elapsed() > patience => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "it does not stop"));
+            }
+            Stop::None => thread::sleep(Duration::from_micros(20)),
+        }
+    }
+}
+
+/// Address of a system call instruction in the vdso of process `pid`.
+fn system_call_instruction(pid: i32) -> io::Result<u64> {
+    let none = || io::Error::other("it has no vdso with a system call in it");
+    let auxiliary = fs::read(format!("/proc/{pid}/auxv"))?;
+    let start = auxiliary
+        .chunks_exact(16)
+        .filter_map(|pair| Some((word(pair, 0)?, word(pair, 8)?)))
+        .find_map(|(kind, value)| (kind == libc::AT_SYSINFO_EHDR).then_some(value))
+        .ok_or_else(none)?;
+    let call = arch::SYSTEM_CALL;
+    let mut code = vec![0; PAGE_SIZE];
+    for page in 0..VDSO_PAGES {
+        // Where it ends nobody says; what follows it cannot be read, or is not looked at.
+        sys::read_memory(pid, start + page * PAGE_SIZE as u64, &mut code).map_err(|_| none())?;
+        if let Some(at) = code.windows(call.len()).position(|bytes| bytes == call) {
+            return Ok(start + page * PAGE_SIZE as u64 + at as u64);
+        }
+    }
+    Err(none())
+}
+
+/// The word at an offset of some bytes.
+fn word(bytes: &[u8], at: usize) -> Option<u64> {
+    bytes.get(at..at + 8)?.try_into().map(u64::from_ne_bytes).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+
+    /// A shell that answers each line, and waits in `read` in between.
+    fn echo() -> Child {
+        let child = Command::new("sh")
+            .args(["-c", "while read line; do echo $line; done"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn();
+        child.expect("sh")
+    }
+
+    fn answers(child: &mut Child) {
+        child.stdin.as_mut().expect("a pipe").write_all(b"ping\n").expect("it listens");
+        let mut answer = [0; 5];
+        child.stdout.as_mut().expect("a pipe").read_exact(&mut answer).expect("it answers");
+        assert_eq!(&answer, b"ping\n");
+    }
+
+    #[test]
+    fn a_process_that_waits_goes_on_waiting() {
+        let mut child = echo();
+        answers(&mut child);
+        for _ in 0..20 {
+            let injected = userfaultfd_of(child.id() as i32).expect("a userfaultfd");
+            let features = userfault::FEATURE_WP_ASYNC | userfault::FEATURE_WP_UNPOPULATED;
+            userfault::agree(injected.uffd.as_fd(), features).expect("Linux 6.7 or newer");
+            answers(&mut child);
+        }
+        let open = fs::read_dir(format!("/proc/{}/fd", child.id())).expect("descriptors");
+        let left = open.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+        assert!(!left.into_iter().any(|link| link.to_string_lossy().contains("userfaultfd")));
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+    }
+
+    #[test]
+    fn a_process_that_is_stopped_stays_stopped() {
+        let mut child = echo();
+        answers(&mut child);
+        let pid = child.id() as i32;
+        trace::signal(pid, pid, libc::SIGSTOP).expect("stop");
+        let state = || {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+            status.lines().find(|line| line.starts_with("State:")).map(str::to_owned)
+        };
+        let stopped = || state().is_some_and(|state| state.contains("T (stopped)"));
+        while !stopped() {
+            thread::yield_now();
+        }
+        userfaultfd_of(pid).expect("a userfaultfd");
+        while !stopped() {
+            thread::yield_now();
+        }
+        trace::signal(pid, pid, libc::SIGCONT).expect("continue");
+        answers(&mut child);
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+    }
+
+    #[test]
+    fn who_is_gone_is_an_error() {
+        let mut child = echo();
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+        assert!(userfaultfd_of(child.id() as i32).is_err());
+    }
+}

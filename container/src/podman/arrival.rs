@@ -1,0 +1,381 @@
+//! A container on its way into the charge of this host's podman. podman makes its record while memory comes;
+//! then it starts it like any other, with its own network, files and `conmon`, but for two commands that are
+//! exchanged for this start alone: the OCI runtime, for which `shim` asks us, and netavark, before which the
+//! new network namespace is closed. Nobody shall see the address here before the container is there: a
+//! namespace without its connections would reset them.
+//!
+//! What is exchanged stands in a directory of its own in `/run`, which stays for as long as the container's
+//! `conmon`: it names it to podman when the container ends, and gets podman's own commands from then on.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use decamp_shared::workload::{HostTools, Place};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde_json::Value;
+
+use super::made::{Made, own_files};
+use super::shim::{Call, Order, own_namespace};
+use super::{config, on_host, podman, run, talk};
+use crate::bundle::Bundle;
+use crate::error::{ContainerError, Result};
+use crate::interfaces;
+use crate::network::Network;
+use crate::nft;
+use crate::runtime::RuntimeKind;
+use crate::spec::{ContainerSpec, veth_name};
+use crate::swrk::Swrk;
+
+/// Where the directories of arrivals are.
+const RUN: &str = "/run/decamp-podman";
+/// podman and `conmon` come to the runtime within this.
+const CALLED_WITHIN: Duration = Duration::from_secs(30);
+/// podman has noted that it runs within this.
+const NOTED_WITHIN: Duration = Duration::from_secs(30);
+/// Closes a network namespace: nothing in, nothing out, no answer to anybody.
+const CLOSED: &str = "table inet decamp {
+ chain in { type filter hook input priority -400; policy drop; }
+ chain out { type filter hook output priority -400; policy drop; }
+}
+table arp decamp {
+ chain in { type filter hook input priority -400; policy drop; }
+ chain out { type filter hook output priority -400; policy drop; }
+}
+";
+const OPENED: &str = "delete table inet decamp\ndelete table arp decamp\n";
+
+/// A container that podman has made and that does not run yet.
+pub(crate) struct Arrival {
+    id: String,
+    cgroups_path: String,
+    directory: PathBuf,
+    listener: UnixListener,
+    starting: Option<JoinHandle<Result<String>>>,
+    /// Who waits for the first process.
+    creating: Option<UnixStream>,
+    /// Whom to tell that it runs, or that it does not.
+    started: Option<mpsc::Sender<bool>>,
+    rootfs: PathBuf,
+    /// Its configuration, as podman has made it.
+    config: Value,
+    /// Whether it runs: then it is podman's.
+    runs: bool,
+}
+
+/// What podman has made ready for it.
+pub(crate) struct Ready {
+    pub(crate) network: Network,
+    /// Standard output and error, which `conmon` reads.
+    pub(crate) output: OwnedFd,
+    pub(crate) error: OwnedFd,
+    /// What is mounted for files of the host.
+    pub(crate) files: BTreeMap<String, PathBuf>,
+}
+
+/// The directory of the arrival at `place`.
+pub(crate) fn directory(place: &Place) -> PathBuf {
+    Path::new(RUN).join(veth_name(place))
+}
+
+impl Arrival {
+    /// Has podman make the container of `spec`, whose configuration is that of `bundle`.
+    pub(crate) fn make(
+        tools: &HostTools,
+        place: &Place,
+        spec: &ContainerSpec,
+        made: &Made,
+        bundle: &Bundle,
+    ) -> Result<Self> {
+        let kind = spec.kind()?;
+        let directory = directory(place);
+        prepare(&directory, tools, kind)?;
+        let socket = directory.join("keeper.sock");
+        let listener = UnixListener::bind(&socket)
+            .map_err(ContainerError::io(format!("listen on {}", socket.display())))?;
+        fs::create_dir_all(&spec.bundle)
+            .map_err(ContainerError::io(format!("make {}", spec.bundle.display())))?;
+        let profile = directory.join("seccomp.json");
+        let seccomp = bundle.config().pointer("/linux/seccomp").unwrap_or(&Value::Null);
+        write(&profile, &seccomp.to_string(), 0o600)?;
+        let arguments = made.arguments(&place.name, bundle.config(), &spec.bundle, &profile);
+        let mut command = podman(&["--cgroup-manager", "cgroupfs", "--runtime", kind.word()]);
+        let said = run(command.args(&arguments))?;
+        let id = said.lines().last().unwrap_or_default().trim().to_owned();
+        if id.len() != 64 || !id.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(ContainerError::State(format!("podman called a container {id:?}")));
+        }
+        let cgroups_path = format!("/libpod_parent/libpod-{id}");
+        tracing::info!(id, "podman made the container");
+        Ok(Self {
+            id,
+            cgroups_path,
+            directory,
+            listener,
+            starting: None,
+            creating: None,
+            started: None,
+            rootfs: spec.bundle.clone(),
+            config: Value::Null,
+            runs: false,
+        })
+    }
+
+    /// Its name for the runtime.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Where its cgroups are.
+    pub(crate) fn cgroups_path(&self) -> &str {
+        &self.cgroups_path
+    }
+
+    /// Its configuration, once podman has begun to start it.
+    pub(crate) fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// Has podman start it, as far as the runtime's part.
+    pub(crate) fn begin(&mut self, spec: &ContainerSpec) -> Result<Ready> {
+        let begun = Instant::now();
+        write(&self.directory.join("closed.nft"), CLOSED, 0o600)?;
+        let mut command = podman(&["start", "--", &self.id]);
+        command.env("CONTAINERS_CONF", self.directory.join("containers.conf"));
+        let starting = thread::Builder::new().name("podman".to_owned());
+        let starting = starting.spawn(move || run(&mut command));
+        self.starting = Some(starting.map_err(ContainerError::io("start a thread"))?);
+        let shim = self.accept(CALLED_WITHIN)?;
+        let (call, descriptors): (Call, _) = talk::hear(&shim)?;
+        let [output, error] = <[OwnedFd; 2]>::try_from(descriptors)
+            .map_err(|_| ContainerError::State("The shim came without its output".to_owned()))?;
+        self.creating = Some(shim);
+        let bundle = call.bundle.filter(|_| call.verb == "create").ok_or_else(|| {
+            ContainerError::State(format!("podman asked to {} before to create", call.verb))
+        })?;
+        let theirs = Bundle::read(&bundle)?;
+        let config = theirs.config();
+        if config.pointer("/linux/cgroupsPath").and_then(Value::as_str) != Some(&self.cgroups_path)
+        {
+            return Err(ContainerError::State(format!(
+                "podman has it in the cgroup {}, not in {}",
+                config.pointer("/linux/cgroupsPath").unwrap_or(&Value::Null),
+                self.cgroups_path
+            )));
+        }
+        let network = self.network(config, spec)?;
+        self.config = config.clone();
+        remove(&self.directory.join("closed.nft"));
+        tracing::debug!(ms = crate::dump::ms(begun), "podman is ready");
+        Ok(Ready { network, output, error, files: own_files(config) })
+    }
+
+    /// The network that podman has made, off the bridge and open again.
+    fn network(&self, config: &Value, spec: &ContainerSpec) -> Result<Network> {
+        let namespaces = config.pointer("/linux/namespaces").and_then(Value::as_array);
+        let path = namespaces.into_iter().flatten().find_map(|namespace| {
+            (namespace["type"] == "network").then(|| namespace["path"].as_str()).flatten()
+        });
+        let Some(path) = path else {
+            // It makes one of its own, with nothing in it: so do we.
+            return Network::make(None, "", false);
+        };
+        // A mount of the host's, which the keeper may not see: it is older, and in a mount namespace of its
+        // own.
+        let open = || on_host(|| File::open(path));
+        let Some(net) = &spec.net else { return Network::found(open()?.into(), None) };
+        let closed = Network::found(open()?.into(), None)?;
+        let outside = interfaces::outside_of(&closed)?;
+        let mut network = Network::found(open()?.into(), Some(&outside))?;
+        network.disconnect()?;
+        network.arrives(net, net.mac_of(""))?;
+        network.inside(|| nft::carry_out(OPENED))?;
+        Ok(network)
+    }
+
+    /// Has the shim start CRIU, in the network namespace of the container.
+    pub(crate) fn criu(
+        &self,
+        criu: &Path,
+        network: OwnedFd,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Swrk> {
+        let gone = || ContainerError::State("podman's runtime is not waiting".to_owned());
+        let shim = self.creating.as_ref().ok_or_else(gone)?;
+        Swrk::started_by(descriptors, |inherited| {
+            for some in inherited.chunks(talk::DESCRIPTORS) {
+                let numbers = some.iter().map(AsRawFd::as_raw_fd).collect();
+                talk::say(shim, &Order::Take(numbers), some)?;
+            }
+            let mounts = own_namespace("mnt")?;
+            let order = Order::Begin { criu: criu.to_owned(), socket: inherited[0].as_raw_fd() };
+            talk::say(shim, &order, &[mounts.as_fd(), network.as_fd()])?;
+            let (pid, _): (u32, _) = talk::hear(shim)?;
+            Ok(pid as i32)
+        })
+    }
+
+    /// It is restored, with this first process, and stands still. From now on podman waits to hear that it
+    /// runs.
+    pub(crate) fn restored(&mut self, init: i32) -> Result<()> {
+        let gone = || ContainerError::State("podman's runtime is not waiting".to_owned());
+        talk::say(&self.creating.take().ok_or_else(gone)?, &Order::Restored(init), &[])?;
+        let listener =
+            self.listener.try_clone().map_err(ContainerError::io("hold a container's socket"))?;
+        let (sender, receiver) = mpsc::channel();
+        let waiting = thread::Builder::new().name("start".to_owned()).spawn(move || {
+            if let Err(error) = answer_start(&listener, &receiver) {
+                tracing::warn!(%error, "podman does not hear whether the container runs");
+            }
+        });
+        waiting.map_err(ContainerError::io("start a thread"))?;
+        self.started = Some(sender);
+        Ok(())
+    }
+
+    /// It runs: podman may know. Gives what waits until it does.
+    pub(crate) fn runs(mut self) -> impl FnOnce() -> Result<()> + Send {
+        self.runs = true;
+        if let Some(started) = self.started.take() {
+            let _ = started.send(true);
+        }
+        let starting = self.starting.take();
+        let socket = self.directory.join("keeper.sock");
+        move || {
+            let noted = starting.map_or(Ok(Ok(String::new())), JoinHandle::join);
+            remove(&socket);
+            noted.unwrap_or_else(|_| Err(ContainerError::State("A thread panicked".to_owned())))?;
+            Ok(())
+        }
+    }
+
+    fn accept(&self, within: Duration) -> Result<UnixStream> {
+        let over = || self.starting.as_ref().is_some_and(JoinHandle::is_finished);
+        accept(&self.listener, within, over).map_err(|error| match over() {
+            true => ContainerError::State("podman did not start the container".to_owned()),
+            false => error,
+        })
+    }
+}
+
+/// Nothing came of it. What there was of it, frozen, is gone already.
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        if self.runs {
+            return;
+        }
+        if let Some(started) = self.started.take() {
+            let _ = started.send(false);
+        }
+        if let Some(shim) = self.creating.take() {
+            let order = Order::Failed("The container did not come to this host".to_owned());
+            let _ = talk::say(&shim, &order, &[]);
+        }
+        remove(&self.directory.join("keeper.sock"));
+        if let Some(starting) = self.starting.take() {
+            let _ = starting.join();
+        }
+        forget(&self.id, &self.directory, &self.rootfs);
+    }
+}
+
+/// Takes away what podman has of a container that never ran here.
+pub(crate) fn forget(id: &str, directory: &Path, rootfs: &Path) {
+    if let Err(error) = run(&mut podman(&["rm", "--force", "--ignore", "--time", "0", "--", id])) {
+        tracing::warn!(%error, "podman keeps a container that did not come");
+    }
+    let _ = fs::remove_dir_all(directory);
+    // Files that have come are taken back by whoever took them; an empty directory is ours.
+    let _ = fs::remove_dir(rootfs);
+}
+
+fn answer_start(listener: &UnixListener, runs: &mpsc::Receiver<bool>) -> Result<()> {
+    let shim = accept(listener, CALLED_WITHIN, || false)?;
+    let (_, _): (Call, _) = talk::hear(&shim)?;
+    let order = match runs.recv() {
+        Ok(true) => Order::Runs,
+        _ => Order::Failed("The container was not let run here".to_owned()),
+    };
+    talk::say(&shim, &order, &[])
+}
+
+fn accept(
+    listener: &UnixListener,
+    within: Duration,
+    in_vain: impl Fn() -> bool,
+) -> Result<UnixStream> {
+    let begun = Instant::now();
+    while begun.elapsed() < within && !in_vain() {
+        let mut events = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut events, PollTimeout::from(50u8)) {
+            Ok(1..) => {
+                let (stream, _) =
+                    listener.accept().map_err(ContainerError::io("hear podman's runtime"))?;
+                let deadline = Some(NOTED_WITHIN);
+                stream
+                    .set_read_timeout(deadline)
+                    .and_then(|()| stream.set_write_timeout(deadline))
+                    .map_err(ContainerError::io("hear podman's runtime"))?;
+                return Ok(stream);
+            }
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(ContainerError::errno("wait for podman")(errno)),
+        }
+    }
+    Err(ContainerError::State(format!(
+        "podman did not come to the runtime within {} s",
+        within.as_secs()
+    )))
+}
+
+/// Makes the commands that podman gets, and the configuration that names them.
+fn prepare(directory: &Path, tools: &HostTools, kind: RuntimeKind) -> Result<()> {
+    let _ = fs::remove_dir_all(directory);
+    let bin = directory.join("bin");
+    fs::create_dir_all(&bin).map_err(ContainerError::io(format!("make {}", bin.display())))?;
+    let theirs = config::of_host()?;
+    let netavark = config::helper(&theirs, "netavark").ok_or_else(|| {
+        ContainerError::State("podman has no netavark here: install it".to_owned())
+    })?;
+    let (runtime, real) = (directory.join(kind.word()), kind.program(tools));
+    let socket = directory.join("keeper.sock");
+    let shim = format!(
+        "#!/bin/sh\nif [ -S {socket} ]; then for word; do case $word in create|start)\n\
+         exec {decamp} shim --socket {socket} -- \"$@\";; esac; done; fi\nexec {real} \"$@\"\n",
+        socket = quoted(&socket),
+        decamp = quoted(&tools.decamp),
+        real = quoted(real),
+    );
+    write(&runtime, &shim, 0o700)?;
+    let closed = directory.join("closed.nft");
+    let closing = format!(
+        "#!/bin/sh\nif [ -e {closed} ]; then case \" $* \" in *' setup '*) for last; do :; done\n\
+         nsenter --net=\"$last\" nft -f {closed} || exit 1;; esac; fi\nexec {real} \"$@\"\n",
+        closed = quoted(&closed),
+        real = quoted(&netavark),
+    );
+    write(&bin.join("netavark"), &closing, 0o700)?;
+    let text = config::with(theirs, kind.word(), &runtime, &bin)?;
+    write(&directory.join("containers.conf"), &text, 0o600)
+}
+
+/// A path as a word for a shell.
+fn quoted(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', "'\\''"))
+}
+
+fn write(path: &Path, text: &str, mode: u32) -> Result<()> {
+    fs::write(path, text)
+        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
+        .map_err(ContainerError::io(format!("write {}", path.display())))
+}
+
+fn remove(path: &Path) {
+    let _ = fs::remove_file(path);
+}

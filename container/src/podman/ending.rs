@@ -1,0 +1,72 @@
+//! The end of a container of podman's that runs elsewhere, or may: podman shall know that it was wanted, or a
+//! restart policy would start it again here.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use super::{podman, run};
+use crate::cgroup::Cgroups;
+use crate::error::Result;
+use crate::sys;
+
+/// podman has its runtime kill the first process within this.
+const KILLED_WITHIN: Duration = Duration::from_secs(20);
+
+/// Ends the container `id`, which stands still in `cgroups`, with first process `init`. Nothing of it runs
+/// again: all but the first process are killed before anything is thawed, and podman kills that one. Its
+/// record stays, as exited.
+///
+/// # Errors
+/// When podman does not do that. What is left of the container stands still.
+pub(crate) fn end_for_good(id: &str, cgroups: &Cgroups, init: i32) -> Result<()> {
+    for pid in cgroups.processes()?.into_iter().filter(|pid| *pid != init) {
+        // One that is gone is dead already.
+        if let Ok(process) = sys::pidfd_open(pid) {
+            let _ = sys::pidfd_kill(process.as_fd());
+        }
+    }
+    thread::scope(|scope| {
+        let stopping =
+            scope.spawn(|| run(&mut podman(&["stop", "--time", "0", "--", id])).map(|_| ()));
+        let begun = Instant::now();
+        while !stopping.is_finished() && begun.elapsed() < KILLED_WITHIN {
+            if is_killed(init) {
+                // A frozen one of cgroup v1 dies when it is thawed, which not every runtime does. One that
+                // has died may be gone with its cgroup.
+                let _ = cgroups.thaw();
+                break;
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+        stopping.join().unwrap_or_else(|_| {
+            Err(crate::error::ContainerError::State("A thread that stops panicked".to_owned()))
+        })
+    })
+}
+
+/// Whether process `pid` has been killed, if it still waits for that to come to pass, or is gone.
+fn is_killed(pid: i32) -> bool {
+    let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
+    let bit = 1u64 << (Signal::SIGKILL as u32 - 1);
+    let pending = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        let mask = line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        mask.is_some_and(|mask| mask & bit != 0)
+    };
+    pending("SigPnd:") || pending("ShdPnd:")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_lives_is_not_killed_and_who_is_gone_is() {
+        assert!(!is_killed(std::process::id() as i32));
+        assert!(is_killed(i32::MAX));
+    }
+}

@@ -1,0 +1,140 @@
+//! Containers of podman. podman keeps a record of each, mounts its root, makes its network, and has `conmon`
+//! be the parent of what an OCI runtime starts; below that it is a container like any other.
+//!
+//! Rooms: `found` (one that podman has), `made` (what another podman is told to make of it), `arrival` (how
+//! it comes to the charge of this host's podman), `kept` and `ending` (what its keeper does otherwise) and [`shim`] (what `conmon` there takes for the runtime).
+//! Here is how podman is spoken to: by its command, in the mount namespace of the host, for what it mounts
+//! is for all of the host to see.
+
+pub(crate) mod arrival;
+mod config;
+mod ending;
+pub(crate) mod found;
+mod kept;
+pub(crate) mod made;
+pub mod shim;
+mod talk;
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::thread;
+
+use nix::sched::{CloneFlags, setns, unshare};
+use serde_json::Value;
+
+use crate::error::{ContainerError, Result};
+
+pub(crate) use ending::end_for_good;
+pub(crate) use kept::{Conmon, criu, leaves, settle, stop, watch};
+
+/// Its command.
+const PROGRAM: &str = "podman";
+
+/// The mount namespace of the host, where this process has left it.
+static HOST_MOUNTS: OnceLock<OwnedFd> = OnceLock::new();
+
+/// Remembers the mount namespace that this process is in as that of the host, before it leaves it.
+pub(crate) fn remember_host_mounts() -> Result<()> {
+    let path = "/proc/self/ns/mnt";
+    let file = File::open(path).map_err(ContainerError::io(format!("open {path}")))?;
+    let _ = HOST_MOUNTS.set(file.into());
+    Ok(())
+}
+
+/// A command of podman with these arguments.
+pub(crate) fn podman(arguments: &[&str]) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command.args(arguments).current_dir("/").stdin(Stdio::null());
+    command
+}
+
+/// Has podman do something, in the mount namespace of the host.
+///
+/// # Errors
+/// When it cannot be started, or says that it failed, and why.
+pub(crate) fn run(command: &mut Command) -> Result<String> {
+    let what = || {
+        let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy()).collect();
+        words.iter().take(2).map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    };
+    let what = what();
+    let said = on_host(|| command.output())?;
+    told(what, said)
+}
+
+/// Does `work` on a thread that is in the mount namespace of the host: a child that it starts is there too,
+/// and what it opens is the host's.
+pub(crate) fn on_host<T: Send>(work: impl FnOnce() -> std::io::Result<T> + Send) -> Result<T> {
+    thread::scope(|scope| {
+        let there = scope.spawn(|| {
+            if let Some(namespace) = HOST_MOUNTS.get() {
+                unshare(CloneFlags::CLONE_FS)
+                    .and_then(|()| setns(namespace.as_fd(), CloneFlags::CLONE_NEWNS))
+                    .map_err(ContainerError::errno("enter the host's mount namespace"))?;
+            }
+            work().map_err(ContainerError::io("work in the host's mount namespace"))
+        });
+        there.join().unwrap_or_else(|_| {
+            Err(ContainerError::State("A thread that speaks to podman panicked".to_owned()))
+        })
+    })
+}
+
+fn told(what: String, said: Output) -> Result<String> {
+    if said.status.success() {
+        return Ok(String::from_utf8_lossy(&said.stdout).into_owned());
+    }
+    let text = String::from_utf8_lossy(&said.stderr);
+    let last = text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it did not say why");
+    let said = last.strip_prefix("Error: ").unwrap_or(last).to_owned();
+    Err(ContainerError::Tool { tool: PROGRAM, what, said })
+}
+
+/// Has podman answer in JSON.
+fn ask(arguments: &[&str]) -> Result<Value> {
+    let text = run(&mut podman(arguments))?;
+    serde_json::from_str(&text).map_err(|error| ContainerError::Tool {
+        tool: PROGRAM,
+        what: arguments.join(" "),
+        said: format!("no JSON: {error}"),
+    })
+}
+
+/// Whether this host's podman has a container of that name.
+pub(crate) fn has(name: &str) -> bool {
+    on_host(|| podman(&["container", "exists", "--", name]).status()).is_ok_and(|how| how.success())
+}
+
+/// Why this host's podman cannot take a container of that record.
+pub(crate) fn refusals(made: &made::Made) -> Vec<String> {
+    let information = match ask(&["info", "--format", "json"]) {
+        Ok(information) => information,
+        Err(error) => return vec![format!("There is no podman that works: {error}")],
+    };
+    let mut found = Vec::new();
+    let Some(network) = &made.network else { return found };
+    if let Some(nonsense) = made.nonsense() {
+        found.push(nonsense);
+        return found;
+    }
+    let backend = information.pointer("/host/networkBackend").and_then(Value::as_str);
+    if backend != Some("netavark") {
+        found.push("podman makes its networks without netavark there: install that".to_owned());
+    }
+    let nft = Command::new("nft").arg("--version").stdin(Stdio::null()).output();
+    if !nft.is_ok_and(|said| said.status.success()) {
+        found.push(
+            "There is no nft, which closes a network until its container is there".to_owned(),
+        );
+    }
+    let known = ask(&["network", "inspect", "--", &network.name]);
+    if known.is_err() {
+        found.push(format!(
+            "podman has no network {0} there: podman network create {0}, with the subnet of {1}",
+            network.name, network.ip
+        ));
+    }
+    found
+}

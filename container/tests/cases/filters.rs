@@ -1,0 +1,194 @@
+//! Moves of containers with processes under a seccomp filter: CRIU can be under none of ours then, and memory
+//! is hidden from it by mounts.
+
+use decamp_shared::methods::Ways;
+use decamp_shared::pages::PageSet;
+use decamp_shared::workload::Liveness;
+use serde_json::{Value, json};
+
+use super::support::{self, Case, Host, Spot};
+
+pub(crate) const CASES: [Case; 5] = [
+    Case { name: "under_an_allow_list_it_moves_live", run: under_an_allow_list_it_moves_live },
+    Case { name: "under_one_denial_it_moves", run: under_one_denial_it_moves },
+    Case { name: "a_filter_that_comes_late_stays", run: a_filter_that_comes_late_stays },
+    Case { name: "limits_that_nobody_may_ask_for", run: limits_that_nobody_may_ask_for },
+    Case { name: "page_tables_that_are_read_hide_too", run: page_tables_that_are_read_hide_too },
+];
+
+/// As container engines do by default: what is not on the list fails. Much shorter than theirs.
+const ALLOWED: &str = "access arch_prctl brk capget capset chdir clock_getres clock_gettime clock_nanosleep \
+    clone clone3 close close_range copy_file_range dup dup2 dup3 epoll_create1 epoll_ctl epoll_pwait \
+    epoll_wait eventfd2 execve execveat exit exit_group faccessat faccessat2 fadvise64 fallocate fchdir \
+    fchmod fchown fcntl fdatasync flock fork fstat fstatfs fsync ftruncate futex getcwd getdents64 getegid \
+    geteuid getgid getpgrp getpid getppid getrandom getrlimit getrusage gettid gettimeofday getuid ioctl \
+    kill lseek lstat madvise membarrier memfd_create mincore mlock mlock2 mlockall mmap mprotect mremap \
+    msync munlock munlockall munmap nanosleep newfstatat open openat pause pipe pipe2 poll ppoll prctl \
+    pread64 prlimit64 pselect6 pwrite64 read readlink readlinkat readv restart_syscall rseq rt_sigaction \
+    rt_sigpending rt_sigprocmask rt_sigreturn rt_sigsuspend sched_getaffinity sched_yield select sendfile \
+    set_robust_list set_tid_address setgid setgroups setpgid setsid setuid shmat shmctl shmdt shmget \
+    sigaltstack stat statfs statx sysinfo tgkill time times tkill umask uname unlink unlinkat vfork wait4 \
+    waitid write writev";
+
+fn profile(default: &str, names: &str, action: &str) -> Value {
+    let names: Vec<_> = names.split_whitespace().collect();
+    json!({"defaultAction": default, "architectures": ["SCMP_ARCH_X86_64"],
+        "syscalls": [{"names": names, "action": action}]})
+}
+
+fn under_an_allow_list_it_moves_live(host: &Host) {
+    // With threads and a child; with shared memory.
+    for (program, after) in [("memory", 3), ("segments", 8)] {
+        let name = format!("al-{program}");
+        let Some(mut here) = host.program(&format!("{name}0"), program) else {
+            return host.skip("needs cc (tests/setup)");
+        };
+        let allow = profile("SCMP_ACT_ERRNO", ALLOWED, "SCMP_ACT_ALLOW");
+        here.change_config(|config| config["linux"]["seccomp"] = allow);
+        here.run();
+        here.await_rounds(3);
+        let filters = filters_of(host, &here);
+        for turn in 1..=3 {
+            let there = here.twin(&format!("{name}{turn}"));
+            let moved = here.move_live(&there, 4);
+            assert_by_mounts(&moved.left);
+            let before = here.rounds();
+            there.await_rounds(before + after);
+            here = there;
+            assert_eq!(filters_of(host, &here), filters);
+        }
+        here.stop();
+        host.assert_nothing_left(&format!("{name}3"));
+    }
+}
+
+fn under_one_denial_it_moves(host: &Host) {
+    let Some(mut here) = host.program("od0", "segments") else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    let deny = profile("SCMP_ACT_ALLOW", "mkdir mkdirat", "SCMP_ACT_ERRNO");
+    here.change_config(|config| config["linux"]["seccomp"] = deny);
+    here.run();
+    here.await_rounds(3);
+    let filters = filters_of(host, &here);
+    for turn in 1..=2 {
+        let there = here.twin(&format!("od{turn}"));
+        let moved = here.move_to(&there);
+        assert!(moved.pages > 0, "nothing was hidden");
+        assert_by_mounts(&moved.left);
+        let before = here.rounds();
+        there.await_rounds(before + 8);
+        here = there;
+        assert_eq!(filters_of(host, &here), filters);
+    }
+    // Rolled back it runs on, under its filter.
+    let mut source = here.source();
+    source.pause().expect("pause");
+    source.harvest(&mut PageSet::new()).expect("harvest");
+    source.save().expect("save");
+    source.resume().expect("resume");
+    drop(source);
+    here.await_rounds(here.rounds() + 8);
+    assert_eq!(filters_of(host, &here), filters);
+    here.stop();
+    host.assert_nothing_left("od2");
+}
+
+/// One thread puts itself under a filter when the rounds have begun: shared memory that was moved until then
+/// goes into CRIU's images, and nothing else changes.
+fn a_filter_that_comes_late_stays(host: &Host) {
+    let Some(here) = host.program("fl0", "filtered") else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    here.run();
+    here.await_rounds(3);
+    let there = here.twin("fl1");
+    let mut source = here.source();
+    assert!(matches!(source.liveness(), Liveness::Tracked { .. }), "{:?}", source.liveness());
+    let mut destination = there.prepare(&mut *source);
+    source.track().expect("track");
+    let mut dirty = PageSet::new();
+    for _ in 0..2 {
+        source.harvest(&mut dirty).expect("harvest");
+        dirty = support::copy(&dirty, &mut *source, &mut *destination);
+    }
+    assert_eq!(source.ways().dump.as_deref(), Some("hidden"));
+    host.runc(&["exec", &here.place.name, "/bin/busybox", "touch", "/data/filter"]);
+    here.await_log("filtered");
+    source.pause().expect("pause");
+    source.harvest(&mut dirty).expect("harvest");
+    support::copy(&dirty, &mut *source, &mut *destination);
+    destination.load(source.save().expect("save")).expect("load");
+    assert_by_mounts(&source.ways());
+    source.fence(1).expect("fence");
+    destination.activate(1).expect("activate");
+    source.release().expect("release");
+    drop((source, destination));
+    let before = here.rounds();
+    there.await_rounds(before + 30);
+    // Now it is known beforehand.
+    let back = there.twin("fl2");
+    assert_by_mounts(&there.move_live(&back, 3).left);
+    back.await_rounds(there.rounds() + 30);
+    back.stop();
+    host.assert_nothing_left("fl2");
+}
+
+/// Of another user's process under a filter CRIU learns no limits, on a host that lacks a capability.
+fn limits_that_nobody_may_ask_for(host: &Host) {
+    let here = host.shell("ln0", "while :; do n=$((n+1)); echo $n; usleep 100000; done");
+    let deny = profile("SCMP_ACT_ALLOW", "mkdir mkdirat", "SCMP_ACT_ERRNO");
+    here.change_config(|config| {
+        config["linux"]["seccomp"] = deny;
+        config["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+    });
+    here.run();
+    here.await_count(3);
+    let needs = here.source().manifest().expect("a manifest").needs;
+    let told = String::from_utf8(needs).expect("text").contains("CAP_SYS_RESOURCE");
+    let status = std::fs::read_to_string("/proc/self/status").expect("our own");
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("capabilities");
+    let mask = u64::from_str_radix(mask.trim(), 16).expect("a mask");
+    assert_eq!(told, mask & 1 << 24 == 0);
+    if !told {
+        let there = here.twin("ln1");
+        here.move_to(&there);
+        there.await_count(here.last_count() + 3);
+        return there.stop();
+    }
+    here.stop();
+}
+
+/// What CRIU does where the kernel does not scan page tables, brought about by its own fault injection.
+fn page_tables_that_are_read_hide_too(host: &Host) {
+    host.break_criu("reads", "export CRIU_FAULT=135");
+    let Some(mut here) = host.program("rd0", "memory") else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    let deny = profile("SCMP_ACT_ALLOW", "mkdir mkdirat", "SCMP_ACT_ERRNO");
+    here.change_config(|config| config["linux"]["seccomp"] = deny);
+    here.run();
+    here.await_rounds(3);
+    for turn in 1..=2 {
+        let there = here.twin(&format!("rd{turn}"));
+        assert_by_mounts(&here.move_live(&there, 3).left);
+        let before = here.rounds();
+        there.await_rounds(before + 3);
+        here = there;
+    }
+    here.stop();
+    host.assert_nothing_left("rd2");
+}
+
+fn assert_by_mounts(left: &Ways) {
+    assert_eq!(left.dump.as_deref(), Some("hidden-by-mounts"), "{left:?}");
+    assert!(left.fallbacks.iter().any(|text| text.contains("Shared memory")), "{left:?}");
+}
+
+/// What the kernel says of the filters of a container's first process.
+fn filters_of(host: &Host, place: &Spot<'_>) -> String {
+    let name = place.place.name.as_str();
+    let said = host.runc(&["exec", name, "/bin/busybox", "grep", "Seccomp", "/proc/1/status"]);
+    assert!(said.contains("Seccomp:\t2"), "{said}");
+    said
+}

@@ -1,0 +1,376 @@
+//! What speaks against moving a container: made for real, found before anything is frozen, and said with who
+//! it is and by which descriptor; and what only looks like it, over which nothing is said, and which CRIU dumps.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use decamp_shared::workload::{Backend, PlacedTree, SourceWorkload};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use serde_json::{Value, json};
+
+use super::support::{Case, Host, Spot};
+
+pub(crate) const CASES: [Case; 5] = [
+    Case { name: "obstacles_are_named", run: obstacles_are_named },
+    Case { name: "what_criu_can_do_is_no_obstacle", run: what_criu_can_do_is_no_obstacle },
+    Case { name: "what_came_in_from_outside_is_named", run: what_came_in_from_outside_is_named },
+    Case {
+        name: "obstacles_that_come_late_end_the_stop",
+        run: obstacles_that_come_late_end_the_stop,
+    },
+    Case {
+        name: "two_hundred_processes_are_seen_quickly",
+        run: two_hundred_processes_are_seen_quickly,
+    },
+];
+
+/// Who says it: the one that was made, or a mount.
+#[derive(Clone, Copy, PartialEq)]
+enum Who {
+    /// The process, and its descriptor where it has one.
+    Descriptor,
+    /// The process; the kernel knows no descriptor for it.
+    Process,
+    /// No process.
+    Mount,
+}
+
+/// Obstacles, what is said of each, and of whom.
+const OBSTACLES: &[(&str, &str, Who)] = &[
+    ("io_uring", "io_uring", Who::Descriptor),
+    ("userfaultfd", "a userfaultfd of its own", Who::Descriptor),
+    ("traced", "it is traced by process", Who::Process),
+    ("perf", "a performance counter", Who::Descriptor),
+    ("perf-map", "anon_inode:[perf_event] mapped", Who::Process),
+    ("bpf-ring", "a BPF map", Who::Descriptor),
+    ("bpf-prog", "a BPF program", Who::Descriptor),
+    ("bpf-filter", "an eBPF program for a filter", Who::Descriptor),
+    ("fanotify", "fanotify", Who::Descriptor),
+    ("pidfd-thread", "one thread (PIDFD_THREAD)", Who::Descriptor),
+    ("secretmem", "/secretmem (deleted), which is on no mount", Who::Descriptor),
+    ("secretmem-map", "/secretmem (deleted), which is on no mount", Who::Process),
+    ("dev-fuse", "a device (10:229)", Who::Descriptor),
+    ("dev-kvm", "a device (10:232)", Who::Descriptor),
+    ("tun", "a device (10:200)", Who::Descriptor),
+    ("packet", "a packet socket", Who::Descriptor),
+    ("netlink-pending", "with messages that nobody has read", Who::Descriptor),
+    ("netlink-group", "a netlink socket in a group above 32", Who::Descriptor),
+    ("netlink-unbound", "without an address", Who::Descriptor),
+    ("vsock", "AF_VSOCK", Who::Descriptor),
+    ("raw", "a raw IP socket", Who::Descriptor),
+    ("mptcp", "multipath TCP", Who::Descriptor),
+    ("udp-cork", "a corked UDP socket", Who::Descriptor),
+    ("unix-outside", "connected to a process outside", Who::Descriptor),
+    ("passed", "a pipe whose other end is outside", Who::Descriptor),
+    ("other-link", "goes on under another name", Who::Descriptor),
+    ("ghost-large", "a deleted file of 65 MiB", Who::Descriptor),
+    ("overmounted", "over which something else is mounted", Who::Descriptor),
+    ("ramfs", "a file system of kind ramfs", Who::Mount),
+    ("fuse", "a file system of kind fuse", Who::Mount),
+    ("open-tree", "on no mount of the container", Who::Descriptor),
+    ("mqueue", "on no mount of the container", Who::Descriptor),
+    ("nested-pid", "another PID namespace", Who::Process),
+    ("nested-net", "another network namespace", Who::Process),
+    ("nested-mnt", "another mount namespace", Who::Process),
+    ("nested-uts", "another UTS namespace", Who::Process),
+    ("nested-ipc", "another IPC namespace", Who::Process),
+    ("nested-user", "another user namespace", Who::Process),
+    ("nested-cgroup", "another cgroup namespace", Who::Process),
+    ("nested-time", "another time namespace", Who::Process),
+    ("session", "began its session has ended", Who::Process),
+    ("vfork", "a child that it made by vfork", Who::Process),
+    ("deadline", "SCHED_DEADLINE", Who::Process),
+    ("aio", "libaio", Who::Process),
+    ("dead-leader", "its first thread has ended", Who::Process),
+    ("thread-files", "descriptors of its own", Who::Process),
+    ("inotify-gone", "watches by inotify cannot be found", Who::Descriptor),
+    ("epoll-escaped", "it watches by epoll what was its descriptor", Who::Descriptor),
+    ("seccomp-listener", "a seccomp supervisor's end", Who::Descriptor),
+    ("odd-name", "io_uring", Who::Descriptor),
+];
+
+/// What CRIU dumps.
+const HARMLESS: [&str; 20] = [
+    "epoll",
+    "timers",
+    "signalfd",
+    "inotify",
+    "pipes",
+    "locks",
+    "lease",
+    "deleted",
+    "deleted-cwd",
+    "unix",
+    "inet",
+    "filter",
+    "netlink",
+    "pty",
+    "mounts",
+    "proc",
+    "memory",
+    "zombie",
+    "threads",
+    "daemon",
+];
+
+/// A container that makes `names`, with all rights that it takes to make them.
+fn obstacles<'a>(host: &'a Host, name: &str, names: &[&str]) -> Option<Spot<'a>> {
+    let spot = host.program_with(name, "obstacle", &names.join(" "))?;
+    spot.change_config(|config| {
+        let rights = "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER KILL SETUID SETGID NET_RAW NET_ADMIN SYS_ADMIN \
+            SYS_PTRACE MKNOD SYS_NICE BPF PERFMON LEASE";
+        let rights: Vec<_> = rights.split_whitespace().map(|right| format!("CAP_{right}")).collect();
+        config["process"]["capabilities"] =
+            json!({"bounding": rights, "effective": rights, "permitted": rights});
+        config["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+    });
+    Some(spot)
+}
+
+/// What the program says of what it made: its number in the container, and a descriptor or -1.
+fn made(place: &Spot<'_>) -> (BTreeMap<String, (i32, i32)>, Vec<String>) {
+    place.await_log("tick 3\n");
+    let text = std::fs::read_to_string(place.place.log()).expect("a log");
+    let lacking = text.lines().filter_map(|line| line.strip_prefix("lacks ")).map(str::to_owned);
+    let ready = text.lines().filter_map(|line| {
+        let mut words = line.strip_prefix("ready ")?.split(' ');
+        let name = words.next()?.to_owned();
+        Some((name, (words.next()?.parse().ok()?, words.next()?.parse().ok()?)))
+    });
+    (ready.collect(), lacking.collect())
+}
+
+/// What speaks against a move, as the destination says it.
+fn refusals(place: &Spot<'_>, source: &mut dyn SourceWorkload) -> Vec<String> {
+    let there = place.twin("elsewhere");
+    let mut manifest = source.manifest().expect("a manifest");
+    manifest.name = there.place.name.clone();
+    let trees: Vec<_> = manifest
+        .files
+        .iter()
+        .map(|tree| PlacedTree { tree: tree.clone(), path: tree.path.clone().into() })
+        .collect();
+    let found = there.backend().preflight(&manifest, &trees);
+    found.into_iter().map(|refusal| refusal.text).collect()
+}
+
+fn obstacles_of(place: &Spot<'_>) -> Vec<String> {
+    let needs = place.source().manifest().expect("a manifest").needs;
+    let needs: Value = serde_json::from_slice(&needs).expect("JSON");
+    let said = needs["obstacles"].as_array().expect("a list");
+    said.iter().map(|text| text.as_str().expect("text").to_owned()).collect()
+}
+
+/// In groups, because a message names no more than forty.
+fn obstacles_are_named(host: &Host) {
+    for (turn, group) in OBSTACLES.chunks(26).enumerate() {
+        let name = format!("ob{turn}");
+        let names: Vec<&str> = group.iter().map(|(name, ..)| *name).collect();
+        let Some(place) = obstacles(host, &name, &names) else {
+            return host.skip("needs cc (tests/setup)");
+        };
+        let directory = place.bundle().join("rootfs/data");
+        let outside = UnixListener::bind(directory.join("outside.sock")).expect("a socket");
+        let passing = UnixListener::bind(directory.join("passing.sock")).expect("a socket");
+        let pipe = std::io::pipe().expect("a pipe");
+        let writer = pipe.1.as_raw_fd();
+        let passed = std::thread::spawn(move || {
+            let (stream, _) = passing.accept().expect("a connection");
+            let control = [writer];
+            let rights = [ControlMessage::ScmRights(&control)];
+            let part = [std::io::IoSlice::new(b"x")];
+            sendmsg::<()>(stream.as_raw_fd(), &part, &rights, MsgFlags::empty(), None)
+                .expect("sent");
+        });
+        place.run();
+        let (made, lacking) = made(&place);
+        let held =
+            made.contains_key("unix-outside").then(|| outside.accept().expect("a connection"));
+        for lacks in &lacking {
+            eprintln!("    this kernel lacks {lacks}");
+        }
+        assert!(lacking.len() <= 3, "{lacking:#?}");
+        let mut source = place.source();
+        let begun = Instant::now();
+        let said = refusals(&place, &mut *source);
+        eprintln!("    {} obstacles in {:.1?}", said.len(), begun.elapsed());
+        let ticks = place.ticks();
+        let wrong = wrong(group, &made, &said);
+        assert!(wrong.is_empty(), "{wrong:#?}\nof {said:#?}");
+        // None of what was made is more than it was meant to be.
+        for text in &said {
+            let is_meant = group.iter().any(|(_, what, _)| text.contains(what))
+                || text.contains("/fuse.dev open, a device (10:229)");
+            assert!(is_meant, "{text}");
+            assert!(!text.contains(['\n', '\u{1b}']), "{text}");
+        }
+        // What is refused runs on.
+        let error = source.pause().expect_err("it is full of obstacles");
+        assert!(error.to_string().contains("runs on"), "{error}");
+        place.await_log(&format!("tick {}\n", ticks + 3));
+        drop((source, outside, held, pipe));
+        if made.contains_key("passed") {
+            passed.join().expect("passed");
+        }
+        place.stop();
+        host.assert_nothing_left(&name);
+    }
+}
+
+/// Which of the obstacles are not said, or not of whom they are.
+fn wrong(
+    group: &[(&str, &str, Who)],
+    made: &BTreeMap<String, (i32, i32)>,
+    said: &[String],
+) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (name, what, who) in group {
+        let Some((number, descriptor)) = made.get(*name) else { continue };
+        let of_process = format!(", {number} in the container)");
+        let of_descriptor = format!("descriptor {descriptor}:");
+        let is_said = said.iter().any(|text| {
+            text.contains(what)
+                && match who {
+                    Who::Mount => text.contains(&format!("/data/{name}")),
+                    Who::Process => text.contains(&of_process),
+                    Who::Descriptor => text.contains(&of_process) && text.contains(&of_descriptor),
+                }
+        });
+        if !is_said {
+            wrong.push(format!("{name} by {number}, descriptor {descriptor}: {what}"));
+        }
+    }
+    wrong
+}
+
+fn what_criu_can_do_is_no_obstacle(host: &Host) {
+    let Some(place) = obstacles(host, "ok", &HARMLESS) else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    place.run();
+    let (made, lacking) = made(&place);
+    assert_eq!((made.len(), lacking), (HARMLESS.len(), Vec::new()));
+    assert_eq!(obstacles_of(&place), [""; 0]);
+    let ticks = place.ticks();
+    let mut source = place.source();
+    source.pause().expect("nothing speaks against it");
+    source.save().expect("and CRIU takes all of it");
+    source.resume().expect("resume");
+    place.await_log(&format!("tick {}\n", ticks + 3));
+    drop(source);
+    place.stop();
+    host.assert_nothing_left("ok");
+}
+
+/// `exec` puts a process into the container that is no child of any in it.
+fn what_came_in_from_outside_is_named(host: &Host) {
+    let place = host.counter("ex");
+    place.run();
+    place.await_count(2);
+    let mut inside = Command::new("runc")
+        .args(["exec", &place.place.name, "/bin/busybox", "sleep", "60"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("runc");
+    let begun = Instant::now();
+    let said = loop {
+        let said = obstacles_of(&place);
+        if said
+            .iter()
+            .any(|text| text.contains("(busybox") && text.contains("brought in from outside"))
+        {
+            break said;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(10), "{said:#?}");
+    };
+    assert!(
+        said.iter().any(|text| text.contains("a pipe whose other end is outside")),
+        "{said:#?}"
+    );
+    let mut source = place.source();
+    let error = source.pause().expect_err("somebody is inside");
+    assert!(error.to_string().contains("brought in from outside"), "{error}");
+    place.await_count(place.last_count() + 2);
+    host.runc(&["kill", "--all", &place.place.name, "CONT"]);
+    inside.kill().and_then(|()| inside.wait()).expect("ended");
+    drop(source);
+    place.stop();
+    host.assert_nothing_left("ex");
+}
+
+/// Agreed upon, and then something appears: the stop ends with what it is, and not with words of CRIU; and it
+/// runs on. When it has gone the same move works.
+fn obstacles_that_come_late_end_the_stop(host: &Host) {
+    let Some(place) = host.program_with("la", "obstacle", "late") else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    place.run();
+    place.await_log("tick 3\n");
+    let there = place.twin("lb");
+    let mut source = place.source();
+    let mut destination = there.prepare(&mut *source);
+    let signal = |number: &str| {
+        host.runc(&["kill", &place.place.name, number]);
+    };
+    signal("USR1");
+    place.await_log("ready late");
+    let begun = Instant::now();
+    let error = source.pause().expect_err("an obstacle came");
+    let took = begun.elapsed();
+    assert!(error.to_string().contains("io_uring"), "{error}");
+    assert!(took < Duration::from_millis(500), "{took:?}");
+    place.await_log(&format!("tick {}\n", place.ticks() + 3));
+    signal("USR2");
+    place.await_log("gone late");
+    source.pause().expect("pause");
+    super::support::copy_pages(&mut *source, &mut *destination);
+    destination.load(source.save().expect("save")).expect("load");
+    source.fence(1).expect("fence");
+    destination.activate(1).expect("activate");
+    source.release().expect("release");
+    there.await_log(&format!("tick {}\n", place.ticks() + 3));
+    drop((source, destination));
+    there.stop();
+    host.assert_nothing_left("lb");
+}
+
+fn two_hundred_processes_are_seen_quickly(host: &Host) {
+    let Some(place) = host.program_with("many", "obstacle", "many") else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    place.run();
+    place.await_log("tick 3\n");
+    let mut source = place.source();
+    assert_eq!(refusals(&place, &mut *source), [""; 0]);
+    let mut looks = Vec::new();
+    for _ in 0..5 {
+        source.pause().expect("pause");
+        source.resume().expect("resume");
+        let log = std::fs::read_to_string(place.place.dir.join("keeper.log")).expect("a log");
+        let last = |what: &str, key: &str| {
+            let line = log.lines().rfind(|line| line.contains(what)).expect("said");
+            let word =
+                line.split_whitespace().find_map(|word| word.strip_prefix(key)).expect("a number");
+            word.parse::<f64>().expect("a number")
+        };
+        looks.push((
+            last("Looked for obstacles", "cpu_ms="),
+            last("Glanced at", "cpu_us="),
+            last("Glanced at", "seen="),
+        ));
+    }
+    println!("    200 processes (ms running, us frozen, seen): {looks:.1?}");
+    let _ = std::io::stdout().flush();
+    let best = |of: fn(&(f64, f64, f64)) -> f64| looks.iter().map(of).fold(f64::MAX, f64::min);
+    // Time of the CPU, of which 20 ms and 1 ms are aimed at; slow machines take more.
+    assert!(best(|look| look.0) < 100.0 && best(|look| look.1) < 2000.0, "{looks:?}");
+    drop(source);
+    place.stop();
+    host.assert_nothing_left("many");
+}

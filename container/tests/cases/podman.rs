@@ -1,0 +1,323 @@
+//! Containers of podman: adopted, moved into the charge of podman again, given back, and stopped.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use decamp_shared::workload::Backend;
+use nix::mount::{MsFlags, mount};
+use serde_json::{Value, json};
+
+use crate::runtimes::{crun_starts, does, says};
+use crate::support::redis::Redis;
+use crate::support::{Host, Spot};
+
+const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo $i; echo $i >/data/count; sleep 0.1; done";
+
+/// Gives `host` a podman of its own, without any image but one with a shell.
+fn set_up(host: &Host) {
+    let files = host.directory().join("podman");
+    if files.exists() {
+        return;
+    }
+    let hard = |which: &str| says("bash", &["-c", &format!("ulimit -H{which}")]).trim().to_owned();
+    let limits = |which: &str| match hard(which).as_str() {
+        "unlimited" => "4096".to_owned(),
+        limit => limit.parse::<u64>().expect("a limit").min(4096).to_string(),
+    };
+    let conf = format!(
+        "[containers]\ndefault_ulimits = [\"nofile={0}:{0}\", \"nproc={1}:{1}\"]\n\
+         [engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nruntime = \"runc\"\n\
+         [network]\nnetwork_backend = \"netavark\"\n",
+        limits("n"),
+        limits("u")
+    );
+    let none = None::<&str>;
+    for path in ["/etc/containers", "/var/lib/containers"] {
+        fs::create_dir_all(path).expect("a directory");
+        let from = files.join(path.trim_start_matches('/'));
+        fs::create_dir_all(&from).expect("a directory");
+        mount(Some(&from), path, none, MsFlags::MS_BIND, none).expect("podman's own");
+    }
+    fs::write("/etc/containers/containers.conf", conf).expect("a configuration");
+    fs::write(
+        "/etc/containers/policy.json",
+        r#"{"default": [{"type": "insecureAcceptAnything"}]}"#,
+    )
+    .expect("a policy");
+    import(host, "shell", &host.shell("image", "true"));
+}
+
+/// An image of what is in the bundle of `spot`.
+fn import(host: &Host, name: &str, spot: &Spot<'_>) {
+    let archive = host.directory().join("image.tar").display().to_string();
+    let rootfs = spot.bundle().join("rootfs").display().to_string();
+    does("tar", &["-C", &rootfs, "-cf", &archive, "."]);
+    does("podman", &["import", &archive, &format!("localhost/{name}")]);
+}
+
+/// A container that podman started. Deleted when dropped.
+struct Pod<'a> {
+    spot: Spot<'a>,
+}
+
+impl<'a> Pod<'a> {
+    fn start(host: &'a Host, name: &str, more: &[&str], line: &str) -> Self {
+        Self::start_by(host, "runc", name, more, line)
+    }
+
+    fn start_by(host: &'a Host, runtime: &str, name: &str, more: &[&str], line: &str) -> Self {
+        set_up(host);
+        let spot = host.shell(name, "true");
+        let by = format!("--runtime={runtime}");
+        let first = [&by, "run", "--detach", "--network=none", "--name", &spot.place.name];
+        let last = ["localhost/shell", "/bin/sh", "-c", line];
+        does("podman", &[&first[..], more, &last[..]].concat());
+        Self { spot }
+    }
+
+    fn name(&self) -> &str {
+        &self.spot.place.name
+    }
+
+    fn adopt(&mut self) {
+        let backend = self.spot.backend();
+        let found = backend.find_foreign(&format!("podman:{}", self.name()));
+        let found = found.expect("nothing against it");
+        assert_eq!(found.name, self.name());
+        self.spot.spec = found.spec;
+        backend.adopt(&self.spot.spec, &self.spot.place).expect("adopted");
+    }
+
+    fn reasons(&self) -> Vec<String> {
+        let found = self.spot.backend().find_foreign(&format!("podman:{}", self.name()));
+        found.expect_err("it was not refused").into_iter().map(|refusal| refusal.text).collect()
+    }
+}
+
+impl Drop for Pod<'_> {
+    fn drop(&mut self) {
+        remove(self.name());
+    }
+}
+
+fn remove(name: &str) {
+    let _ = Command::new("podman").args(["rm", "-f", "-t", "0", "--ignore", name]).output();
+}
+
+/// What was exchanged for an arrival is gone.
+fn no_commands_left() {
+    let left = fs::read_dir("/run/decamp-podman").into_iter().flatten().count();
+    assert_eq!(left, 0, "directories of arrivals were left");
+}
+
+fn inspect(name: &str) -> Value {
+    let said: Value =
+        serde_json::from_str(&says("podman", &["container", "inspect", name])).expect("JSON");
+    said[0].clone()
+}
+
+fn last_count(name: &str) -> u64 {
+    let said = says("podman", &["logs", name]);
+    said.lines().filter_map(|line| line.trim().parse().ok()).next_back().unwrap_or(0)
+}
+
+fn await_count(name: &str, count: u64) {
+    let begun = Instant::now();
+    while last_count(name) < count {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{name} does not count to {count}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn await_status(name: &str, status: &str) {
+    let begun = Instant::now();
+    while inspect(name)["State"]["Status"] != status {
+        assert!(begun.elapsed() < Duration::from_secs(10), "{}", inspect(name)["State"]);
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+pub(crate) fn podman_is_in_charge_elsewhere(host: &Host) {
+    in_charge(host, "runc");
+}
+
+pub(crate) fn podman_with_crun_is_in_charge_elsewhere(host: &Host) {
+    if crun_starts(host) {
+        in_charge(host, "crun");
+    }
+}
+
+/// The next podman lists and controls what comes, and this one knows that it has left.
+fn in_charge(host: &Host, runtime: &str) {
+    let more =
+        ["--label=a=b", "--env=X=a b", "--restart=always", "--stop-timeout=3", "--memory=64m"];
+    let (here, elsewhere) = (format!("pa-{runtime}"), format!("pb-{runtime}"));
+    let mut pod = Pod::start_by(host, runtime, &here, &more, COUNTER);
+    await_count(pod.name(), 3);
+    pod.adopt();
+    let there = pod.spot.twin(&elsewhere);
+    let moved = pod.spot.move_live(&there, 2);
+    eprintln!("    {:.1?}", moved.times);
+    // podman's own filter of system calls is on it.
+    assert_eq!(moved.left.dump.as_deref(), Some("hidden-by-mounts"));
+    let name = there.place.name.as_str();
+    let before = last_count(pod.name());
+    await_status(pod.name(), "exited");
+    assert_eq!(last_count(pod.name()), before, "it runs twice");
+    await_status(name, "running");
+    await_count(name, before + 3);
+    let first = says("podman", &["logs", name]).lines().next().expect("a line").parse::<u64>();
+    assert!(first.expect("a number") <= before + 1, "went on at {before}");
+    let said = inspect(name);
+    assert_eq!(said["Config"]["Labels"]["a"], "b");
+    assert_eq!(said["HostConfig"]["RestartPolicy"]["Name"], "always");
+    assert_eq!(said["HostConfig"]["Memory"], 64 << 20);
+    let environment = says("podman", &["exec", name, "/bin/busybox", "env"]);
+    assert!(environment.lines().any(|line| line == "X=a b"), "{environment}");
+    let status = says("podman", &["exec", name, "/bin/busybox", "cat", "/proc/1/status"]);
+    assert!(status.lines().any(|line| line == "Seccomp:\t2"), "{status}");
+    let count = says("podman", &["exec", name, "/bin/busybox", "cat", "/data/count"]);
+    assert!(count.trim().parse::<u64>().expect("a number") >= before);
+    assert_eq!(says("podman", &["exec", name, "/bin/busybox", "cat", "/proc/1/comm"]).trim(), "sh");
+    host.assert_nothing_left(&here);
+    // What podman stops it knows the end of, and what it starts again is its own.
+    does("podman", &["stop", name]);
+    there.await_exit();
+    let state = inspect(name)["State"].clone();
+    assert_eq!((&state["Status"], &state["ExitCode"]), (&"exited".into(), &137.into()), "{state}");
+    does("podman", &["start", name]);
+    await_status(name, "running");
+    does("podman", &["rm", "-f", "-t", "0", name]);
+}
+
+/// Given back it is podman's as before; stopped it is stopped for podman too.
+pub(crate) fn podman_has_it_back(host: &Host) {
+    let more = ["--security-opt=seccomp=unconfined", "--restart=always"];
+    let mut pod = Pod::start(host, "pg", &more, COUNTER);
+    await_count(pod.name(), 2);
+    pod.adopt();
+    assert!(pod.reasons()[0].contains("adopted already"), "{:?}", pod.reasons());
+    let backend = pod.spot.backend();
+    backend.let_go(&pod.spot.place).expect("let go");
+    await_count(pod.name(), last_count(pod.name()) + 3);
+    assert_eq!(inspect(pod.name())["State"]["Status"], "running");
+    pod.adopt();
+    // Rolled back it runs on.
+    let mut source = pod.spot.source();
+    source.pause().expect("pause");
+    source.save().expect("save");
+    source.resume().expect("resume");
+    drop(source);
+    await_count(pod.name(), last_count(pod.name()) + 3);
+    backend.stop(&pod.spot.spec, &pod.spot.place).expect("stop");
+    await_status(pod.name(), "exited");
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(inspect(pod.name())["State"]["Status"], "exited", "its policy started it again");
+    assert!(pod.reasons()[0].contains("only one that runs"), "{:?}", pod.reasons());
+    host.assert_nothing_left("pg");
+}
+
+/// With an interface that podman made, its address, and a client that stays connected.
+pub(crate) fn podman_redis_keeps_its_connection(host: &Host) {
+    set_up(host);
+    host.ip(&["link", "add", "br7", "address", "02:00:00:00:00:01", "type", "bridge"]);
+    host.ip(&["address", "add", "10.98.0.1/24", "dev", "br7"]);
+    host.ip(&["link", "set", "br7", "up"]);
+    // Two hosts would have one of the same name; an address is given once in each network.
+    for (number, name) in ["one", "two"].iter().enumerate() {
+        let network = json!({
+            "name": name, "id": format!("{number:064x}"), "driver": "bridge",
+            "network_interface": "br7", "created": "2026-01-01T00:00:00Z",
+            "subnets": [{"subnet": "10.98.0.0/24", "gateway": "10.98.0.1"}],
+            "ipv6_enabled": false, "internal": false, "dns_enabled": false,
+            "ipam_options": {"driver": "host-local"},
+        });
+        let directory = Path::new("/etc/containers/networks");
+        fs::create_dir_all(directory).expect("a directory");
+        fs::write(directory.join(format!("{name}.json")), network.to_string()).expect("a network");
+    }
+    let spot = host.redis("pr", "10.98.0.9/24", &[]);
+    let config = fs::read(spot.bundle().join("config.json")).expect("a config");
+    let config: Value = serde_json::from_slice(&config).expect("JSON");
+    let arguments = config["process"]["args"].as_array().expect("arguments").iter();
+    let arguments: Vec<&str> = arguments.map(|word| word.as_str().expect("a word")).collect();
+    import(host, "redis", &spot);
+    let name = spot.place.name.clone();
+    let directory = format!("--workdir={}", config["process"]["cwd"].as_str().expect("a path"));
+    let network = "--network=one:ip=10.98.0.9,mac=02:00:00:00:00:09";
+    let first = ["run", "--detach", network, &directory, "--name", &name, "localhost/redis"];
+    does("podman", &[&first[..], &arguments].concat());
+    let mut pod = Pod { spot };
+    let mut redis = Redis::connect("10.98.0.9:6379");
+    redis.fill(16 << 20, 5);
+    let digest = redis.ask(&["DEBUG", "DIGEST"]);
+    pod.adopt();
+    assert_eq!(pod.spot.spec["podman"]["network"]["name"], "one");
+    pod.spot.spec["podman"]["network"]["name"] = json!("two");
+    let there = pod.spot.twin("pr2");
+    pod.spot.move_live(&there, 2);
+    assert_eq!(redis.ask(&["DEBUG", "DIGEST"]), digest);
+    assert_eq!(redis.ask(&["SET", "after", "1"]), "OK");
+    let name = there.place.name.as_str();
+    await_status(name, "running");
+    await_status(pod.name(), "exited");
+    assert_eq!(inspect(name)["NetworkSettings"]["Networks"]["two"]["IPAddress"], "10.98.0.9");
+    assert_eq!(host.links().len(), 1, "{:?}", host.links());
+    assert_eq!(redis.ask(&["GET", "after"]), "1");
+    does("podman", &["stop", name]);
+    there.await_exit();
+    assert_eq!(inspect(name)["State"]["ExitCode"], 0);
+    does("podman", &["rm", name]);
+    assert_eq!(host.links().len(), 0, "{:?}", host.links());
+    let _ = Command::new("ip").args(["link", "delete", "br7"]).output();
+}
+
+/// One whose keeper was killed while it stood still may run elsewhere: not even its policy starts it again.
+pub(crate) fn podman_does_not_start_what_was_held(host: &Host) {
+    let more = ["--security-opt=seccomp=unconfined", "--restart=always"];
+    let mut pod = Pod::start(host, "ph", &more, COUNTER);
+    await_count(pod.name(), 2);
+    pod.adopt();
+    let mut source = pod.spot.source();
+    source.pause().expect("pause");
+    let before = last_count(pod.name());
+    pod.spot.kill_keeper();
+    drop(source);
+    pod.spot.backend().sweep(&pod.spot.spec, &pod.spot.place).expect("sweep");
+    await_status(pod.name(), "exited");
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(inspect(pod.name())["State"]["Status"], "exited");
+    assert!(last_count(pod.name()) <= before + 1, "it ran again");
+    host.assert_nothing_left("ph");
+}
+
+/// A move that comes to nothing leaves nothing of it with the next podman.
+pub(crate) fn podman_forgets_what_did_not_come(host: &Host) {
+    let mut pod = Pod::start(host, "pf", &["--security-opt=seccomp=unconfined"], COUNTER);
+    await_count(pod.name(), 2);
+    pod.adopt();
+    for load in [false, true] {
+        let there = pod.spot.twin("pn");
+        let mut source = pod.spot.source();
+        let mut destination = there.prepare(&mut *source);
+        assert_eq!(inspect(&there.place.name)["State"]["Status"], "created");
+        if load {
+            source.pause().expect("pause");
+            crate::support::copy_pages(&mut *source, &mut *destination);
+            destination.load(source.save().expect("save")).expect("load");
+        }
+        destination.discard().expect("discard");
+        drop(destination);
+        source.resume().expect("resume");
+        drop(source);
+        let exists =
+            Command::new("podman").args(["container", "exists", &there.place.name]).status();
+        assert!(!exists.expect("podman").success(), "podman kept it");
+        host.assert_nothing_left("pn");
+        no_commands_left();
+        await_count(pod.name(), last_count(pod.name()) + 2);
+    }
+}

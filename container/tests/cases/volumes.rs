@@ -1,0 +1,154 @@
+//! Directories and files of the host that are mounted into a container, moved with it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use decamp_shared::workload::{Backend, FileRole, FileTree, PlacedTree};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::json;
+
+use crate::support::{Host, Spot, copy_pages};
+
+const WRITER: &str =
+    "exec 3>>/vol/log; echo kept >/vol/gone; exec 4</vol/gone; busybox rm /vol/gone
+    while :; do
+        n=$((n + 1)); echo $n; echo $n >&3; echo $n >/again/n
+        { echo x >/ro/x; } 2>/dev/null && echo ro was written >&3
+        usleep 50000
+        if busybox test -e /vol/ask; then busybox cat <&4 >/vol/answer.new
+            busybox cat /etc/conf >>/vol/answer.new
+            busybox mv /vol/answer.new /vol/answer; busybox rm /vol/ask; fi
+    done";
+
+/// Mounted on itself and shared, as everything is on most hosts; unmounted in the end.
+struct Peered(PathBuf);
+
+impl Peered {
+    fn make(path: &Path) -> Self {
+        fs::create_dir_all(path).expect("a directory");
+        let none = None::<&str>;
+        mount(Some(path), path, none, MsFlags::MS_BIND, none).expect("mounted");
+        mount(none, path, none, MsFlags::MS_SHARED, none).expect("shared");
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Peered {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+fn mounts(spot: &Spot<'_>, mounts: &[(&str, &Path, &[&str])]) {
+    spot.change_config(|config| {
+        let all = config["mounts"].as_array_mut().expect("mounts");
+        all.extend(mounts.iter().map(|(destination, source, options)| {
+            json!({"destination": destination, "type": "bind", "source": source,
+                "options": options})
+        }));
+    });
+}
+
+/// A directory whose mount is a slave, a read-only one, one within another, one twice, a file; on the next
+/// host all of them are elsewhere.
+pub(crate) fn volumes_go_along(host: &Host) {
+    let here = host.shell("v1", WRITER);
+    let room = here.bundle().with_extension("room");
+    let data = Peered::make(&room.join("data"));
+    let file = room.join("conf");
+    fs::create_dir_all(data.0.join("deep")).expect("a directory");
+    fs::write(&file, "of the host\n").expect("written");
+    mounts(
+        &here,
+        &[
+            ("/vol", &data.0, &["rbind", "rw", "rslave"]),
+            ("/again", &data.0.join("deep"), &["bind", "rw", "private"]),
+            ("/ro", &data.0, &["rbind", "ro", "rprivate"]),
+            ("/etc/conf", &file, &["bind", "ro"]),
+        ],
+    );
+    here.run();
+    here.await_count(3);
+    let mut there = here.twin("v2");
+    let mut source = here.source();
+    let manifest = source.manifest().expect("a manifest");
+    let roles: Vec<_> = manifest.files.iter().map(|tree| tree.role()).collect();
+    assert_eq!(roles, [FileRole::Bundle, FileRole::VolumeFile, FileRole::Volume]);
+    assert_eq!(manifest.files[2].mounts.len(), 3, "three mounts of one tree");
+    let moved = room.with_extension("moved");
+    let elsewhere = |path: &str| match Path::new(path).strip_prefix(&room) {
+        Ok(below) => moved.join(below),
+        Err(_) => path.into(),
+    };
+    let mut destination = there.prepare_at(&mut *source, |tree| elsewhere(&tree.path));
+    source.pause().expect("pause");
+    copy_pages(&mut *source, &mut *destination);
+    let copied = Command::new("cp").arg("-a").arg(&room).arg(&moved).status().expect("cp");
+    assert!(copied.success());
+    let sections = source.save().expect("save");
+    destination.load(sections).expect("load");
+    source.fence(1).expect("fence");
+    destination.activate(1).expect("activate");
+    source.release().expect("release");
+    // A keeper listens to one at a time.
+    drop((source, destination));
+    let before = here.last_count();
+    there.await_count(before + 3);
+    let log = |room: &Path| fs::read_to_string(room.join("data/log")).expect("a log");
+    assert!(log(&room).lines().count() as u64 <= before + 1, "it wrote where it was");
+    let numbers: Vec<u64> =
+        log(&moved).lines().map(|line| line.parse().expect("numbers")).collect();
+    assert_eq!(numbers, (1..=numbers.len() as u64).collect::<Vec<_>>());
+    assert!(numbers.len() as u64 >= before + 3);
+    // A file that was deleted, and one that is mounted by itself.
+    fs::write(moved.join("data/ask"), "").expect("asked");
+    let answer = moved.join("data/answer");
+    crate::support::await_that("an answer", || answer.exists());
+    assert_eq!(fs::read_to_string(&answer).expect("an answer"), "kept\nof the host\n");
+    assert!(moved.join("data/deep/n").exists());
+    // And on again, all in the same places.
+    let placed = |tree: &FileTree| PlacedTree { tree: tree.clone(), path: elsewhere(&tree.path) };
+    let trees: Vec<_> = manifest.files.iter().map(placed).collect();
+    there.spec = there.backend().respec(&manifest, &trees).expect("a spec");
+    let third = there.twin("v3");
+    there.move_to(&third);
+    third.await_count(there.last_count() + 3);
+    third.stop();
+    assert!(moved.join("data/log").exists());
+    host.assert_nothing_left("v1");
+    host.assert_nothing_left("v2");
+    drop(data);
+}
+
+/// Said before anything is frozen, and most of it before it is run.
+pub(crate) fn what_is_not_there_does_not_move(host: &Host) {
+    let spot = host.counter("v4");
+    let room = spot.bundle().with_extension("room");
+    let data = room.join("data");
+    fs::create_dir_all(&data).expect("a directory");
+    mounts(&spot, &[("/vol", &data, &["rbind", "rw"])]);
+    spot.run();
+    spot.await_count(2);
+    let needs = || {
+        let needs = spot.source().manifest().expect("a manifest").needs;
+        String::from_utf8(needs).expect("text")
+    };
+    assert!(!needs().contains("/vol does not show"));
+    fs::rename(&data, room.join("away")).expect("renamed");
+    assert!(needs().contains("cannot be found"));
+    fs::create_dir(&data).expect("another");
+    assert!(needs().contains("/vol does not show"));
+    spot.stop();
+    let refusals = |source: &Path| {
+        let spot = host.counter("v5");
+        mounts(&spot, &[("/vol", source, &["rbind", "rw"])]);
+        let refusals = spot.backend().check(&spot.spec);
+        fs::remove_dir_all(spot.bundle()).expect("removed");
+        refusals.len()
+    };
+    for bad in ["/proc/1", "/sys/kernel", "/dev/null", "/nowhere", "/"] {
+        assert_eq!(refusals(Path::new(bad)), 1, "{bad}");
+    }
+    assert_eq!(refusals(&data), 0);
+}
