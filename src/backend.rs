@@ -1,12 +1,15 @@
 //! The only file that names both kinds of workload: everything else speaks of a
 //! [`Backend`] and of a [`Kind`].
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use decamp_container::ContainerBackend;
+pub(crate) use decamp_container::hooks as container;
 use decamp_shared::keeper::KeeperConfig;
-use decamp_shared::workload::{Backend, FileRole, HostTools, Kind, Result, WorkloadError};
+use decamp_shared::workload::{
+    Backend, FileRole, FileTree, HostTools, Kind, Result, Storage, WorkloadError,
+};
 use decamp_vm::VmBackend;
 use serde_json::Value;
 
@@ -26,6 +29,12 @@ impl Backends {
             vm: Arc::new(VmBackend::new(tools.clone())),
             container: Arc::new(ContainerBackend::new(tools.clone())),
         }
+    }
+
+    /// One backend for both kinds.
+    #[cfg(test)]
+    pub(crate) fn both(backend: Arc<dyn Backend>) -> Self {
+        Self { vm: Arc::clone(&backend), container: backend }
     }
 
     /// The backend of `kind`.
@@ -55,6 +64,14 @@ pub(crate) fn keeper_main(config: KeeperConfig) -> Result<()> {
     }
 }
 
+/// Stands for the OCI runtime that podman called with `arguments`; the keeper on `socket` does the work.
+///
+/// # Errors
+/// When it did not.
+pub(crate) fn shim_main(socket: &Path, arguments: &[String]) -> Result<()> {
+    Ok(decamp_container::podman::shim::shim_main(socket, arguments)?)
+}
+
 /// The files that a workload of this spec stands on.
 pub(crate) fn files_of(kind: Kind, spec: &Value) -> Vec<FileEntry> {
     let keys: &[(&str, FileRole)] = match kind {
@@ -62,12 +79,46 @@ pub(crate) fn files_of(kind: Kind, spec: &Value) -> Vec<FileEntry> {
         Kind::Container => &[("bundle", FileRole::Bundle)],
         Kind::Unspecified => &[],
     };
-    keys.iter()
-        .filter_map(|(key, role)| {
-            let path = spec.get(key)?.as_str()?;
-            Some(FileEntry { role: role_word(*role).to_owned(), path: PathBuf::from(path) })
-        })
-        .collect()
+    let named = keys.iter().filter_map(|(key, role)| {
+        let path = PathBuf::from(spec.get(key)?.as_str()?);
+        Some(FileEntry { role: role_word(*role).to_owned(), path, shared: false })
+    });
+    let mounted = match kind {
+        Kind::Container => decamp_container::volume_trees(spec),
+        _ => Vec::new(),
+    };
+    named.chain(mounted.iter().map(|tree| entry(tree, Path::new(&tree.path)))).collect()
+}
+
+/// A tree of a move as the registry has it, at `path`.
+pub(crate) fn entry(tree: &FileTree, path: &Path) -> FileEntry {
+    let shared = tree.storage() == Storage::Shared;
+    FileEntry { role: role_word(tree.role()).to_owned(), path: path.to_owned(), shared }
+}
+
+/// `now`, in which what was shared before still is.
+pub(crate) fn still_shared(mut now: Vec<FileEntry>, before: &[FileEntry]) -> Vec<FileEntry> {
+    for file in &mut now {
+        file.shared |= before.iter().any(|one| one.shared && one.path == file.path);
+    }
+    now
+}
+
+/// Whether a workload of this spec was started by somebody else, who still knows it.
+pub(crate) fn is_adopted(spec: &Value) -> bool {
+    spec.get("adopted").is_some_and(|adopted| !adopted.is_null())
+}
+
+/// Whether podman is in charge of a workload of this spec, and so of its files.
+pub(crate) fn is_podmans(spec: &Value) -> bool {
+    spec.get("podman").is_some_and(|podman| !podman.is_null())
+}
+
+/// Whether a workload of this spec is the container that somebody calls `what`, as in `runc:web`.
+pub(crate) fn is_adopted_as(spec: &Value, what: &str) -> bool {
+    let Some((manager, id)) = what.split_once(':') else { return false };
+    let is = |key: &str, word: &str| spec.get(key).and_then(Value::as_str) == Some(word);
+    is("adopted", id) && (is("runtime", manager) || manager == "podman")
 }
 
 /// A role as it is stored and printed.
@@ -76,6 +127,8 @@ pub(crate) fn role_word(role: FileRole) -> &'static str {
         FileRole::Kernel => "kernel",
         FileRole::Initrd => "initrd",
         FileRole::Bundle => "bundle",
+        FileRole::Volume => "volume",
+        FileRole::VolumeFile => "volume-file",
         FileRole::Unspecified => "file",
     }
 }
@@ -90,10 +143,15 @@ mod tests {
         let vm = json!({"kernel": "/srv/k", "initrd": null, "cmdline": "", "cpus": 1});
         assert_eq!(
             files_of(Kind::Vm, &vm),
-            vec![FileEntry { role: "kernel".into(), path: "/srv/k".into() }]
+            vec![FileEntry { role: "kernel".into(), path: "/srv/k".into(), shared: false }]
         );
         let container = json!({"bundle": "/srv/redis"});
         assert_eq!(files_of(Kind::Container, &container)[0].role, "bundle");
+        assert!(!is_adopted(&container) && is_adopted(&json!({"adopted": "web"})));
+        assert!(!is_podmans(&container) && is_podmans(&json!({"podman": {"name": "web"}})));
+        let adopted = json!({"adopted": "web", "runtime": "runc"});
+        assert!(is_adopted_as(&adopted, "runc:web") && !is_adopted_as(&adopted, "crun:web"));
+        assert!(!is_adopted_as(&container, "runc:web") && !is_adopted_as(&adopted, "web"));
         assert!(files_of(Kind::Vm, &container).is_empty());
     }
 }

@@ -71,10 +71,13 @@ impl fmt::Display for State {
 /// A file or directory that a workload stands on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct FileEntry {
-    /// `kernel`, `initrd` or `bundle`.
+    /// `kernel`, `initrd`, `bundle`, `volume` or `volume-file`.
     pub(crate) role: String,
     /// Where it stands on this host.
     pub(crate) path: PathBuf,
+    /// Whether another host has, or may have, the very same: nobody removes any of it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) shared: bool,
 }
 
 /// A workload in a list.
@@ -127,6 +130,41 @@ pub(crate) struct RunRequest {
     pub(crate) kind: Kind,
     /// In the backend's own words.
     pub(crate) spec: Value,
+}
+
+/// `POST /v1/adopt`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AdoptRequest {
+    /// `RUNTIME:ID`.
+    pub(crate) what: String,
+}
+
+/// `POST /v1/hook`: what a runtime's hook has to say.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct HookRequest {
+    /// `RUNTIME:ID`, or `podman:ID`.
+    pub(crate) what: String,
+    /// What has become of it.
+    pub(crate) event: HookEvent,
+}
+
+/// What a hook is called for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum HookEvent {
+    /// It runs, or is about to.
+    Started,
+    /// It has ended, or its runtime has let go of it.
+    Stopped,
+}
+
+/// What the agent does about it, beside the hook.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HookAnswer {
+    /// For people.
+    pub(crate) said: String,
 }
 
 /// What `DELETE /v1/workloads/NAME` did.
@@ -204,6 +242,76 @@ pub(crate) struct ResolveAnswer {
     pub(crate) workload: String,
     /// What was done, and what is to be done on the other host.
     pub(crate) text: String,
+}
+
+/// `POST /v1/workloads/NAME/checkpoint`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CheckpointRequest {
+    /// Absolute path of the file; nothing may stand there.
+    pub(crate) output: PathBuf,
+    /// Whether the workload runs on afterwards.
+    #[serde(default)]
+    pub(crate) leave_running: bool,
+}
+
+/// `POST /v1/restore`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RestoreRequest {
+    /// Absolute path of the file.
+    pub(crate) file: PathBuf,
+    /// The name that it gets; the one in the file when there is none.
+    #[serde(default)]
+    pub(crate) name: Option<String>,
+    /// Where its files go: old and new paths.
+    #[serde(default)]
+    pub(crate) paths: Vec<(PathBuf, PathBuf)>,
+}
+
+/// A line of the answer to either. The last one is none of [`ArchiveEvent::Step`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub(crate) enum ArchiveEvent {
+    /// How far it is.
+    Step {
+        /// What is being done, as a word.
+        phase: String,
+        /// Bytes that are done.
+        bytes: u64,
+        /// Of so many; 0 when there is nothing to count.
+        total: u64,
+    },
+    /// The file is complete.
+    Checkpointed(CheckpointView),
+    /// It runs.
+    Restored(WorkloadView),
+    /// Refused before anything was touched.
+    Refused(ErrorBody),
+    /// Failed; the message says how the workload is.
+    Failed(ErrorBody),
+}
+
+/// Code of a failed checkpoint whose workload runs on as it did.
+pub(crate) const RUNS_ON: &str = "failed-runs-on";
+
+/// A checkpoint that was made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CheckpointView {
+    /// The workload.
+    pub(crate) workload: String,
+    /// Its kind.
+    pub(crate) kind: Kind,
+    /// The file.
+    pub(crate) output: PathBuf,
+    /// Bytes of the file.
+    pub(crate) file_bytes: u64,
+    /// Bytes of what is in it.
+    pub(crate) bytes: u64,
+    /// Whether the workload runs on.
+    pub(crate) left_running: bool,
+    /// How long it stood still, in milliseconds.
+    pub(crate) stopped_ms: f64,
 }
 
 /// `GET /v1/host`.

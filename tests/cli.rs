@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
-const VERBS: [&[&str]; 17] = [
+const VERBS: [&[&str]; 22] = [
     &["agent"],
     &["pki"],
     &["pki", "init"],
@@ -27,6 +27,11 @@ const VERBS: [&[&str]; 17] = [
     &["migrate"],
     &["cancel"],
     &["resolve"],
+    &["hook"],
+    &["hook", "install"],
+    &["hook", "remove"],
+    &["hook", "oci"],
+    &["hook", "criu"],
     &[],
 ];
 
@@ -153,7 +158,7 @@ fn bad_usage_exits_with_2() {
         &["run", "vm", "web", "--kernel", "k", "--memory", "much"],
         &["run", "vm", "web", "--kernel", "k", "--cpus", "0"],
         &["run", "container", "web", "--bundle", "b", "--net", "br0"],
-        &["run", "container", "web", "--bundle", "b", "--runtime", "crun"],
+        &["run", "container", "web", "--bundle", "b", "--runtime", "kata"],
         &["migrate", "web"],
         &["migrate", "--to", "beta"],
         &["migrate", "web", "--to", "be ta"],

@@ -5,6 +5,8 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use nix::fcntl::{Flock, FlockArg};
+
 const HOSTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hosts");
 const SETUP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/setup");
 
@@ -93,13 +95,66 @@ fn directories_that_hold_something_else_are_not_removed() {
     assert!(!dir.exists() && !data.exists());
 }
 
+#[test]
+fn a_second_run_leaves_the_hosts_of_the_first() {
+    if !is_root() {
+        println!("[skipped: needs root]");
+        return;
+    }
+    let scratch = tempfile::tempdir().expect("a directory");
+    let (dir, data) = (scratch.path().join(name()), scratch.path().join("data"));
+    fs::create_dir(&dir).expect("a directory");
+    fs::write(dir.join(".made-by-decamp-tests-hosts"), "").expect("written");
+    let lock = scratch.path().join(format!("{}.run.lock", name()));
+    let file = fs::File::create(&lock).expect("a lock");
+    let held = Flock::lock(file, FlockArg::LockExclusiveNonblock).expect("locked");
+    for script in ["all", "demo"] {
+        let output = Command::new(format!("{}/tests/{script}", env!("CARGO_MANIFEST_DIR")))
+            .env("DECAMP_HOSTS_DIR", dir.join(""))
+            .env("DECAMP_HOSTS_DATA", &data)
+            .output()
+            .expect("the script runs");
+        assert_refused(&output, "another run is on");
+        assert!(dir.exists(), "{script} took down what it had not made");
+        assert!(lock.exists(), "{script} unlocked what it had not locked");
+    }
+    drop(held);
+}
+
+#[test]
+fn a_guard_of_a_run_that_was_killed_goes_with_the_next() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let policy = scratch.path().join("policy-rc.d");
+    let run = |steps: &str| {
+        let script =
+            format!("cleanup=(); {steps}; for step in \"${{cleanup[@]}}\"; do $step; done");
+        let output = setup_with(scratch.path(), &script, &policy);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    run("guard_services; [[ -x $POLICY ]]");
+    assert!(!policy.exists(), "it goes with its run");
+    run("guard_services; cleanup=()");
+    assert!(policy.exists(), "that run was killed");
+    run("adopt_guard; guard_services");
+    assert!(!policy.exists());
+    fs::write(&policy, "#!/bin/sh\nexit 101\n").expect("written");
+    run("adopt_guard; guard_services || true");
+    assert!(policy.exists(), "it is not ours");
+}
+
 /// Runs functions of `tests/setup`, all that stands before its main part, on a prefix.
 fn setup(prefix: &Path, script: &str) -> Output {
+    setup_with(prefix, script, Path::new("/dev/null/none"))
+}
+
+/// The same, with another guard against services.
+fn setup_with(prefix: &Path, script: &str, policy: &Path) -> Output {
     let functions = fs::read_to_string(SETUP).expect("tests/setup");
     let (functions, _) = functions.split_once("# ---- the whole").expect("a main part");
     let script = format!("{functions}\n{script}");
     let mut command = Command::new("bash");
-    command.args(["-c", &script]).env("DECAMP_CRIU_PREFIX", prefix).output().expect("bash runs")
+    command.args(["-c", &script]).env("DECAMP_CRIU_PREFIX", prefix).env("DECAMP_POLICY_RC", policy);
+    command.output().expect("bash runs")
 }
 
 #[test]

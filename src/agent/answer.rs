@@ -56,6 +56,15 @@ impl Answer {
         Answer::Failed(chain(error))
     }
 
+    /// As the body of an answer.
+    pub(crate) fn body(&self) -> ErrorBody {
+        let refusals = match self {
+            Answer::Refused { refusals, .. } => refusals.clone(),
+            _ => Vec::new(),
+        };
+        ErrorBody { code: self.status_and_code().1.to_owned(), message: self.to_string(), refusals }
+    }
+
     fn status_and_code(&self) -> (StatusCode, &'static str) {
         match self {
             Answer::Request(_) => (StatusCode::BAD_REQUEST, "bad-request"),
@@ -70,13 +79,7 @@ impl Answer {
 
 impl IntoResponse for Answer {
     fn into_response(self) -> Response {
-        let (status, code) = self.status_and_code();
-        let message = self.to_string();
-        let refusals = match self {
-            Answer::Refused { refusals, .. } => refusals,
-            _ => Vec::new(),
-        };
-        (status, Json(ErrorBody { code: code.to_owned(), message, refusals })).into_response()
+        (self.status_and_code().0, Json(self.body())).into_response()
     }
 }
 

@@ -19,10 +19,11 @@ use tokio::net::UnixListener;
 
 use super::Agent;
 use super::answer::{Answer, Result};
-use super::recovery;
+use super::{hooked, recovery};
 use crate::messages::{
-    HostView, MigrationRequest, MigrationView, RemoveAnswer, ResolveAnswer, ResolveRequest,
-    RunRequest, WorkloadDetail, WorkloadView,
+    AdoptRequest, CheckpointRequest, HookAnswer, HookRequest, HostView, MigrationRequest,
+    MigrationView, RemoveAnswer, ResolveAnswer, ResolveRequest, RestoreRequest, RunRequest,
+    WorkloadDetail, WorkloadView,
 };
 
 type Agency = Shared<Arc<Agent>>;
@@ -80,10 +81,14 @@ fn router(agent: Arc<Agent>) -> Router {
     Router::new()
         .route("/v1/host", get(host))
         .route("/v1/workloads", get(list).post(run))
+        .route("/v1/adopt", post(adopt))
+        .route("/v1/hook", post(hook))
         .route("/v1/workloads/{name}", get(inspect).delete(remove))
         .route("/v1/workloads/{name}/start", post(start))
         .route("/v1/workloads/{name}/stop", post(stop))
         .route("/v1/workloads/{name}/logs", get(logs))
+        .route("/v1/workloads/{name}/checkpoint", post(checkpoint))
+        .route("/v1/restore", post(restore))
         .route("/v1/migrations", get(migrations).post(migrate))
         .route("/v1/migrations/{id}", get(follow))
         .route("/v1/migrations/{id}/cancel", post(cancel))
@@ -143,6 +148,17 @@ async fn run(agent: Agency, body: Bytes) -> Result<(StatusCode, Json<WorkloadVie
     Ok((StatusCode::CREATED, Json(view)))
 }
 
+async fn adopt(agent: Agency, body: Bytes) -> Result<(StatusCode, Json<WorkloadView>)> {
+    let request: AdoptRequest = read(&body)?;
+    let view = to_its_end(async move { agent.adopt_new(request).await }).await?;
+    Ok((StatusCode::CREATED, Json(view)))
+}
+
+async fn hook(agent: Agency, body: Bytes) -> Result<(StatusCode, Json<HookAnswer>)> {
+    let request: HookRequest = read(&body)?;
+    Ok((StatusCode::ACCEPTED, Json(hooked::called(&agent, request)?)))
+}
+
 async fn inspect(agent: Agency, name: Part<String>) -> Result<Json<WorkloadDetail>> {
     agent.inspect(&name).await.map(Json)
 }
@@ -168,6 +184,18 @@ async fn logs(agent: Agency, name: Part<String>, query: Queried<LogsQuery>) -> R
     let LogsQuery { follow } = asked(query)?;
     let body = super::logs::read(agent.0, name.0, follow.0).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response())
+}
+
+async fn checkpoint(agent: Agency, name: Part<String>, body: Bytes) -> Result<Response> {
+    let request: CheckpointRequest = read(&body)?;
+    let agent = agent.0;
+    let lines = to_its_end(async move { agent.begin_checkpoint(&name, request).await }).await?;
+    Ok(json_lines(lines))
+}
+
+async fn restore(agent: Agency, body: Bytes) -> Result<Response> {
+    let request: RestoreRequest = read(&body)?;
+    agent.0.begin_restore(request).map(json_lines)
 }
 
 async fn migrations(agent: Agency) -> Result<Json<Vec<MigrationView>>> {

@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use decamp_shared::methods::Methods;
 use decamp_shared::protocol::PORT;
 use decamp_shared::transport::PeerAddress;
 use decamp_shared::workload::{HostTools, is_plain_absolute};
@@ -83,6 +84,12 @@ pub(crate) struct Config {
     /// runc: a path, or a name to look for in PATH.
     #[serde(default = "default_runc")]
     pub(crate) runc: PathBuf,
+    /// How containers may be moved.
+    #[serde(default, deserialize_with = "methods")]
+    pub(crate) containers: Methods,
+    /// crun: a path, or a name to look for in PATH.
+    #[serde(default = "default_crun")]
+    pub(crate) crun: PathBuf,
     /// How long a paused workload waits for its agent before it resumes by itself.
     #[serde(default = "default_resume_after", deserialize_with = "time")]
     pub(crate) resume_after: Duration,
@@ -141,7 +148,9 @@ impl Config {
             decamp,
             criu: self.criu.clone(),
             runc: self.runc.clone(),
+            crun: self.crun.clone(),
             resume_after: self.resume_after,
+            methods: self.containers,
         }
     }
 
@@ -178,6 +187,10 @@ fn default_criu() -> PathBuf {
 
 fn default_runc() -> PathBuf {
     "runc".into()
+}
+
+fn default_crun() -> PathBuf {
+    "crun".into()
 }
 
 fn default_resume_after() -> Duration {
@@ -245,6 +258,13 @@ fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error
     })
 }
 
+fn methods<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Methods, D::Error> {
+    checked(deserializer, |methods: Methods| match methods.contradiction() {
+        Some(text) => Err(text),
+        None => Ok(methods),
+    })
+}
+
 fn hosts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
     checked(deserializer, |table: BTreeMap<String, String>| {
         table
@@ -293,6 +313,8 @@ fn mappings<'de, D: Deserializer<'de>>(
 
 #[cfg(test)]
 mod tests {
+    use decamp_shared::methods::{HidingChoice, RestoreChoice, TrackerChoice};
+
     use super::*;
 
     const GOOD: &str = r#"
@@ -334,6 +356,7 @@ six = "[fd77::4]:7422"
         assert_eq!(config.state_dir, Path::new("/var/lib/decamp"));
         assert_eq!(config.certificate, Path::new("/etc/decamp/alpha.pem"));
         assert_eq!(config.page_encryption, PageEncryption::On);
+        assert_eq!(config.containers, Methods::default());
         assert_eq!(config.resume_after, Duration::from_secs(5));
         assert_eq!(config.paths, [("/srv/old".into(), "/srv/new".into())]);
     }
@@ -364,6 +387,35 @@ six = "[fd77::4]:7422"
         assert_eq!(config.state_dir, Path::new("/tmp/d"));
         let long = Overrides { state_dir: Some("/x".repeat(40).into()), ..Overrides::default() };
         assert!(load_with(GOOD, long).expect_err("too long").contains("no room"));
+    }
+
+    #[test]
+    fn the_ways_of_moving_containers_are_chosen_each_by_itself() {
+        let with = |table: &str| load(&format!("{GOOD}\n[containers]\n{table}\n"));
+        let methods =
+            with("tracker = \"page-hash\"\nrestore = \"eager\"").expect("right").containers;
+        let expected = Methods {
+            tracker: TrackerChoice::PageHash,
+            restore: RestoreChoice::Eager,
+            ..Methods::default()
+        };
+        assert_eq!(methods, expected);
+        let config = with("hiding = \"none\"").expect("right");
+        assert_eq!(config.tools("decamp".into()).methods.hiding, HidingChoice::None);
+        // What is wrong is said with what would be right.
+        for (table, says) in [
+            (
+                "tracker = \"softdirty\"",
+                "`auto`, `write-protect`, `soft-dirty`, `page-hash`, `none`",
+            ),
+            ("restore = \"late\"", "`auto`, `lazy`, `eager`"),
+            ("hiding = \"seccomp\"", "`auto`, `hidden`, `none`"),
+            ("traker = \"auto\"", "`tracker`, `hiding`, `restore`"),
+            ("tracker = \"page-hash\"\nhiding = \"none\"", "cannot be with hiding"),
+        ] {
+            let error = with(table).expect_err(table);
+            assert!(error.contains(says) && error.contains("at line "), "{error}");
+        }
     }
 
     #[test]

@@ -3,22 +3,25 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use decamp_shared::files::{check_place, free_bytes};
 use decamp_shared::session::DestinationHost;
 use decamp_shared::workload::{
     DestinationWorkload, FileRole, Kind, Manifest, PlacedTree, Refusal, RefusalCode, Result,
-    WorkloadError, is_plain_absolute,
+    Storage, WorkloadError, is_plain_absolute,
 };
 
 use super::Agent;
 use super::answer::chain;
+use super::arrivals;
 use super::config::PageEncryption;
-use super::leftovers::user_of;
-use super::registry::Workload;
-use crate::backend::role_word;
+use super::leftovers::{is_system, user_of};
+use super::registry::{RegistryError, Workload};
+use super::supervise::is_gone;
+use super::workloads::blocking;
+use crate::backend::{entry, role_word, still_shared};
 use crate::messages::{FileEntry, State, is_workload_name};
 
 /// A workload with more trees than this is not believed.
@@ -26,6 +29,12 @@ const TREES_MAX: usize = 64;
 
 /// How long an arrival that was given up may take to be gone.
 const GONE_WITHIN: Duration = Duration::from_secs(5);
+
+/// Between two tries to note how an arrival ended.
+const NOTE_AGAIN: Duration = Duration::from_secs(5);
+
+/// Notes how an arrival (its migration, its workload) ended.
+type Note = fn(&Agent, &str, &str) -> super::answer::Result<()>;
 
 /// This host as sessions see it.
 pub(crate) struct ArrivalHost {
@@ -66,10 +75,21 @@ impl ArrivalHost {
             return;
         }
         self.let_it_go(manifest);
-        if self.earlier_stay(manifest).is_some() && !self.agent.claims.is_taken(name) {
+        let host = &self.agent.config.name;
+        let earlier = self.earlier_stay(manifest);
+        if let Some(earlier) = earlier.filter(|_| !self.agent.claims.is_taken(name)) {
+            // It listens where the new one would.
+            if !is_gone(&self.agent.place(&earlier)) {
+                refusals.push(Refusal::new(
+                    RefusalCode::Busy,
+                    format!(
+                        "The old copy of {name} on {host} is still being taken away: try again in a \
+                         moment"
+                    ),
+                ));
+            }
             return;
         }
-        let host = &self.agent.config.name;
         let of_uuid = self.agent.registry.by_uuid(&manifest.uuid);
         match (self.agent.registry.get(name), of_uuid) {
             (Ok(Some(other)), _) => refusals.push(Refusal::new(
@@ -101,11 +121,20 @@ impl ArrivalHost {
         let mut others = self.agent.registry.list().unwrap_or_default();
         others.retain(|other| other.uuid != manifest.uuid);
         let host = &self.agent.config.name;
-        for placed in trees {
+        // What nobody said a word of is refused for that.
+        let unsaid = |placed: &&PlacedTree| {
+            placed.tree.role().is_volume() && placed.tree.storage() == Storage::Unsaid
+        };
+        for placed in trees.iter().filter(|placed| !unsaid(placed)) {
             let path = placed.path.display();
-            let text = if let Some(other) = user_of(&placed.path, &others)
-                && !is_shared_file(placed, other)
-            {
+            if placed.tree.storage() == Storage::Shared {
+                if let Some(why) = unfit_to_share(placed, &others) {
+                    let text = format!("{path} on {host} cannot be shared: {why}");
+                    refusals.push(Refusal::new(RefusalCode::PathTaken, text));
+                }
+                continue;
+            }
+            let text = if let Some(other) = other_user_of(placed, &others) {
                 format!("{path} on {host} is used by workload {}", other.name)
             } else if let Some(why) =
                 check_place(&placed.tree, &placed.path, self.known_copy(manifest, placed))
@@ -123,7 +152,10 @@ impl ArrivalHost {
     /// disk that fills up then ends the move with the workload running on.
     fn check_disk(&self, manifest: &Manifest, trees: &[PlacedTree], refusals: &mut Vec<Refusal>) {
         let mut needed: BTreeMap<u64, (u64, &Path)> = BTreeMap::new();
-        for placed in trees.iter().filter(|placed| !self.known_copy(manifest, placed)) {
+        let comes = |placed: &&PlacedTree| {
+            placed.tree.storage() != Storage::Shared && !self.known_copy(manifest, placed)
+        };
+        for placed in trees.iter().filter(comes) {
             let device = device_of(&placed.path);
             let entry = needed.entry(device).or_insert((0, &placed.path));
             entry.0 = entry.0.saturating_add(placed.tree.bytes);
@@ -147,10 +179,30 @@ impl ArrivalHost {
         }
     }
 
-    /// Enters the workload as arriving; the entry of an earlier stay is kept inside the new one.
-    fn enter(&self, incoming: Workload) -> Result<()> {
+    /// Enters the workload as arriving; the entry of an earlier stay is kept inside the new one. Since it
+    /// was looked at, others may have been entered: two that want one place are told apart here.
+    fn enter(&self, incoming: Workload, trees: &[PlacedTree]) -> Result<()> {
+        let _one_at_a_time = self.agent.entering.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = |error| WorkloadError::new("Cannot enter the workload in the registry", error);
         let registry = &self.agent.registry;
+        let mut others = registry.list().map_err(failed)?;
+        others.retain(|other| other.uuid != incoming.uuid);
+        for placed in trees {
+            if placed.tree.storage() == Storage::Shared {
+                if let Some(why) = unfit_to_share(placed, &others) {
+                    return Err(WorkloadError::plain(format!(
+                        "{} cannot be shared: {why}",
+                        placed.path.display()
+                    )));
+                }
+            } else if let Some(other) = other_user_of(placed, &others) {
+                return Err(WorkloadError::plain(format!(
+                    "{} is used by workload {}, which has come in the meantime",
+                    placed.path.display(),
+                    other.name
+                )));
+            }
+        }
         match registry.by_uuid(&incoming.uuid).map_err(failed)? {
             Some(earlier) if earlier.state == State::Moved && earlier.name == incoming.name => {
                 registry
@@ -216,7 +268,9 @@ impl DestinationHost for ArrivalHost {
     fn known_copy(&self, manifest: &Manifest, tree: &PlacedTree) -> bool {
         let role = role_word(tree.tree.role());
         self.earlier_stay(manifest).is_some_and(|earlier| {
-            earlier.files.iter().any(|file| file.path == tree.path && file.role == role)
+            // What other hosts have too is nobody's copy, and nothing of it is replaced.
+            let is_it = |file: &FileEntry| file.path == tree.path && file.role == role;
+            earlier.files.iter().any(|file| is_it(file) && !file.shared)
         })
     }
 
@@ -234,55 +288,88 @@ impl DestinationHost for ArrivalHost {
         let mut incoming =
             Workload::new(&manifest.name, &manifest.uuid, kind, spec.clone(), State::Incoming);
         incoming.migration = Some(migration.to_owned());
-        incoming.files = trees.iter().map(file_entry).collect();
-        self.enter(incoming)?;
+        let earlier = self.earlier_stay(manifest).map(|earlier| earlier.files).unwrap_or_default();
+        let files = trees.iter().map(|placed| entry(&placed.tree, &placed.path)).collect();
+        incoming.files = still_shared(files, &earlier);
+        self.enter(incoming, trees)?;
         let built = self.build(manifest, &spec);
         drop(claim);
         built.inspect_err(|_| self.gone(migration, manifest))
     }
 
     fn running(&self, migration: &str, manifest: &Manifest) {
-        match self.agent.registry.change(&manifest.name, Workload::becomes_running) {
-            Ok(_) => tracing::info!(migration, workload = manifest.name, "Runs here now"),
-            Err(error) => tracing::error!(
-                migration,
-                workload = manifest.name,
-                "Runs here, but cannot be entered; the journal knows: {}",
-                chain(&error)
-            ),
+        match self.agent.enter_arrival(migration, &manifest.name) {
+            Ok(()) => tracing::info!(migration, workload = manifest.name, "Runs here now"),
+            Err(answer) => {
+                tracing::error!(
+                    migration,
+                    workload = manifest.name,
+                    "Runs here, but cannot be entered; the journal knows, and it is tried again: {answer}"
+                );
+                self.agent.try_again(migration, &manifest.name, Agent::enter_arrival);
+            }
         }
     }
 
-    fn undecided(&self, migration: &str, manifest: &Manifest) {
-        let unresolved = |entry: &mut Workload| entry.state = State::Unresolved;
-        match self.agent.registry.change(&manifest.name, unresolved) {
-            Ok(_) => tracing::warn!(
-                migration,
-                workload = manifest.name,
-                "Its keeper was lost while it was let run: nobody knows whether it did"
-            ),
-            Err(error) => tracing::error!(
-                migration,
-                workload = manifest.name,
-                "Cannot enter that it is unresolved: {}",
-                chain(&error)
-            ),
-        }
+    fn undecided(&self, migration: &str, _manifest: &Manifest) {
+        arrivals::look_after(&self.agent, migration);
+    }
+
+    fn recovers(&self, migration: &str) -> bool {
+        self.agent.recovering.has(migration)
     }
 
     fn gone(&self, migration: &str, manifest: &Manifest) {
-        if let Err(error) = self.agent.forget_arrival(migration, &manifest.name) {
+        if let Err(answer) = self.agent.forget_arrival(migration, &manifest.name) {
             tracing::error!(
                 migration,
                 workload = manifest.name,
-                "Cannot take the entry of an arrival back: {}",
-                chain(&error)
+                "Cannot take the entry of an arrival back; it is tried again: {answer}"
             );
+            self.agent.try_again(migration, &manifest.name, Agent::forget_arrival);
         }
     }
 }
 
 impl Agent {
+    /// The workload of an arrival runs here. Harmless when it was entered before.
+    fn enter_arrival(&self, migration: &str, name: &str) -> super::answer::Result<()> {
+        let entered = self.registry.change(name, |entry| {
+            let arrives = matches!(entry.state, State::Incoming | State::Unresolved);
+            if arrives && entry.migration.as_deref() == Some(migration) {
+                entry.becomes_running();
+            }
+        });
+        match entered {
+            Ok(_) | Err(RegistryError::Unknown(_)) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Goes on trying to note how an arrival ended, beside everything else: a disk that is full now may not
+    /// stay so.
+    fn try_again(self: &Arc<Self>, migration: &str, name: &str, note: Note) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (agent, migration, name) = (Arc::clone(self), migration.to_owned(), name.to_owned());
+        runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(NOTE_AGAIN).await;
+                let (asked, of, whose) = (Arc::clone(&agent), migration.clone(), name.clone());
+                let noted = blocking(move || note(&asked, &of, &whose)).await;
+                match noted.and_then(|noted| noted) {
+                    Ok(()) => return,
+                    Err(answer) => {
+                        tracing::debug!(
+                            migration,
+                            workload = name,
+                            "Still cannot note it: {answer}"
+                        );
+                    }
+                }
+            }
+        });
+    }
+
     /// Takes back what an arrival that came to nothing left: keeper's leftovers, directory, entry.
     /// An earlier stay's entry is put back. Harmless when there is nothing.
     pub(crate) fn forget_arrival(&self, migration: &str, name: &str) -> super::answer::Result<()> {
@@ -294,6 +381,7 @@ impl Agent {
         }
         let place = self.place(&workload);
         self.backends.of(workload.kind)?.sweep(&workload.spec, &place)?;
+        super::restores::take_back_files(&place);
         self.state_dir.remove_place(&place)?;
         match workload.earlier {
             Some(earlier) => {
@@ -326,10 +414,20 @@ fn place(
             refusals.push(Refusal::new(RefusalCode::Request, text));
             continue;
         }
-        let path = mapped(old, asked).or_else(|| mapped(old, configured));
-        let path = path.unwrap_or_else(|| old.to_owned());
-        if let Some(why) = unfit(&path, &placed, state_dir) {
+        let named = mapped(old, asked).or_else(|| mapped(old, configured));
+        let default = if tree.place.is_empty() { old } else { Path::new(&tree.place) };
+        // Only people may name a place where the host itself looks for what it runs.
+        let is_trap = named.is_none() && is_obeyed(default);
+        let path = named.unwrap_or_else(|| default.to_owned());
+        if let Some(why) = unfit(&path, tree.role(), &placed, state_dir) {
             let text = format!("{} cannot go to {}: {why}", tree.path, path.display());
+            refusals.push(Refusal::new(RefusalCode::Request, text));
+        } else if is_trap {
+            let text = format!(
+                "{0} does not go there unasked: the host runs, or believes, what it finds there. \
+                 Map it with --path {0}=NEW, or name the place itself with --path {0}={0}",
+                tree.path
+            );
             refusals.push(Refusal::new(RefusalCode::Request, text));
         }
         placed.push(PlacedTree { tree: tree.clone(), path });
@@ -347,9 +445,32 @@ fn mapped(path: &Path, mappings: &[(PathBuf, PathBuf)]) -> Option<PathBuf> {
     mappings.iter().filter_map(fits).max_by_key(|(length, _)| *length).map(|(_, new)| new)
 }
 
-fn unfit(path: &Path, placed: &[PlacedTree], state_dir: &Path) -> Option<&'static str> {
+/// Whether the host itself reads and obeys what is at `path`: programs, units, tables of jobs, keys of
+/// those who may log in. A kernel in `/boot` is only booted by people.
+fn is_obeyed(path: &Path) -> bool {
     let below = |top: &str| path.starts_with(top);
-    if !is_plain_absolute(path) || path.components().count() < 3 {
+    let is_hidden =
+        |part: std::path::Component<'_>| part.as_os_str().as_encoded_bytes().first() == Some(&b'.');
+    let of_home = match path.components().nth(1) {
+        Some(top) if top.as_os_str() == "root" => path.components().nth(2),
+        Some(top) if top.as_os_str() == "home" => path.components().nth(3),
+        _ => None,
+    };
+    (is_system(path) && !below("/boot"))
+        || ["/var/spool", "/run/systemd", "/run/udev"].into_iter().any(below)
+        || of_home.is_some_and(is_hidden)
+}
+
+fn unfit(
+    path: &Path,
+    role: FileRole,
+    placed: &[PlacedTree],
+    state_dir: &Path,
+) -> Option<&'static str> {
+    let below = |top: &str| path.starts_with(top);
+    // What is mounted into a container is often mounted at the top.
+    let depth = if role.is_volume() { 2 } else { 3 };
+    if !is_plain_absolute(path) || path.components().count() < depth {
         return Some("files go at least one directory below the top");
     }
     if below("/proc") || below("/sys") || below("/dev") {
@@ -363,8 +484,29 @@ fn unfit(path: &Path, placed: &[PlacedTree], state_dir: &Path) -> Option<&'stati
     placed.iter().any(overlaps).then_some("another file of this workload goes there")
 }
 
-fn file_entry(placed: &PlacedTree) -> FileEntry {
-    FileEntry { role: role_word(placed.tree.role()).to_owned(), path: placed.path.clone() }
+/// Why a tree that stands here cannot be used as it is by one more workload.
+fn unfit_to_share(placed: &PlacedTree, others: &[Workload]) -> Option<String> {
+    let overlaps = |file: &FileEntry| {
+        file.path.starts_with(&placed.path) || placed.path.starts_with(&file.path)
+    };
+    let volumes = [FileRole::Volume, FileRole::VolumeFile].map(role_word);
+    let owned = |file: &FileEntry| overlaps(file) && !volumes.contains(&file.role.as_str());
+    if let Some(other) = others.iter().find(|other| other.files.iter().any(owned)) {
+        return Some(format!("it is part of workload {}, or the other way round", other.name));
+    }
+    if !placed.tree.live {
+        return None;
+    }
+    match nix::unistd::access(&placed.path, nix::unistd::AccessFlags::W_OK) {
+        Ok(()) => None,
+        Err(error) => Some(format!("it cannot be written there ({error})")),
+    }
+}
+
+/// The workload among `others` that is in the way of a tree.
+fn other_user_of<'a>(placed: &PlacedTree, others: &'a [Workload]) -> Option<&'a Workload> {
+    let uses = |other: &&Workload| user_of(&placed.path, std::slice::from_ref(*other)).is_some();
+    others.iter().find(|other| uses(other) && !is_shared_file(placed, other))
 }
 
 /// Whether the tree is a file that nobody writes and that `other` stands on too, as two machines on
@@ -385,6 +527,9 @@ fn device_of(path: &Path) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
+    use super::super::testing::{Bench, MIGRATION, UUID, keeper};
     use super::*;
     use decamp_shared::workload::FileTree;
 
@@ -395,6 +540,7 @@ mod tests {
             path: (*path).to_owned(),
             bytes: 1,
             live: true,
+            ..FileTree::default()
         };
         Manifest { files: paths.iter().enumerate().map(tree).collect(), ..Manifest::default() }
     }
@@ -408,6 +554,67 @@ mod tests {
             Ok(placed) => placed.iter().map(|one| one.path.display().to_string()).collect(),
             Err(refusals) => refusals.into_iter().map(|one| one.text).collect(),
         }
+    }
+
+    #[test]
+    fn nothing_comes_back_where_its_old_copy_is_still_kept() {
+        let bench = Bench::new();
+        let web = bench.enter(State::Moved);
+        let host = ArrivalHost::new(Arc::clone(&bench.agent));
+        let manifest = Manifest {
+            name: "web".into(),
+            uuid: UUID.into(),
+            kind: Kind::Vm.into(),
+            ..Manifest::default()
+        };
+        let keeper = keeper(&bench.agent.place(&web));
+        let refusals = host.preflight(&manifest, &[]);
+        assert_eq!(refusals.len(), 1, "{refusals:?}");
+        assert_eq!(refusals[0].code(), RefusalCode::Busy);
+        assert!(refusals[0].text.contains("still being taken away"), "{}", refusals[0].text);
+        drop(keeper);
+        assert!(host.preflight(&manifest, &[]).is_empty());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn how_it_ended_is_noted_when_that_is_possible_again() {
+        let manifest = Manifest { name: "web".into(), ..Manifest::default() };
+        let bench = Bench::new();
+        let host = ArrivalHost::new(Arc::clone(&bench.agent));
+        bench.enter(State::Incoming);
+        bench.fill_disk(State::Running);
+        host.running(MIGRATION, &manifest);
+        assert_eq!(bench.state(), Some(State::Incoming));
+        bench.free_disk();
+        bench.until("another try", |bench| bench.state() == Some(State::Running)).await;
+
+        let bench = Bench::new();
+        let host = ArrivalHost::new(Arc::clone(&bench.agent));
+        bench.enter(State::Incoming);
+        bench.backend.cannot_sweep.store(true, Ordering::SeqCst);
+        host.gone("another", &manifest);
+        host.gone(MIGRATION, &manifest);
+        assert_eq!(bench.state(), Some(State::Incoming));
+        bench.backend.cannot_sweep.store(false, Ordering::SeqCst);
+        bench.until("another try", |bench| bench.state().is_none()).await;
+    }
+
+    #[test]
+    fn of_two_that_want_one_place_only_one_is_entered() {
+        let bench = Bench::new();
+        let host = ArrivalHost::new(Arc::clone(&bench.agent));
+        let tree = manifest(&["/srv/a"]).files.remove(0);
+        let trees = [PlacedTree { tree, path: "/srv/a".into() }];
+        let enter = |name: &str, uuid: &str| {
+            let spec = serde_json::json!({});
+            let mut incoming = Workload::new(name, uuid, Kind::Vm, spec, State::Incoming);
+            incoming.files = trees.iter().map(|placed| entry(&placed.tree, &placed.path)).collect();
+            host.enter(incoming, &trees)
+        };
+        enter("web", UUID).expect("the first");
+        let error = enter("mail", "another").expect_err("the second").to_string();
+        assert!(error.contains("/srv/a is used by workload web"), "{error}");
+        assert_eq!(bench.agent.registry.get("mail").expect("reads"), None);
     }
 
     #[test]
@@ -436,6 +643,24 @@ mod tests {
         assert!(placed(&["/srv/a", "/srv/a/b"], &[], &[])[0].contains("another file"));
         let many = vec!["/srv/a"; TREES_MAX + 1];
         assert!(placed(&many, &[], &[])[0].contains("file trees"));
+    }
+
+    #[test]
+    fn what_the_host_obeys_is_only_put_where_people_said_so() {
+        for obeyed in [
+            "/etc/cron.d/x",
+            "/usr/lib/systemd/system/x.service",
+            "/root/.ssh/authorized_keys",
+            "/home/ada/.bashrc",
+            "/var/spool/cron/root",
+        ] {
+            assert!(placed(&[obeyed], &[], &[])[0].contains("--path"), "{obeyed}");
+            assert_eq!(placed(&[obeyed], &[(obeyed, obeyed)], &[]), [obeyed]);
+            assert_eq!(placed(&[obeyed], &[], &[(obeyed, "/srv/x")]), ["/srv/x"]);
+        }
+        for fit in ["/boot/vmlinuz", "/root/vm/kernel", "/home/ada/web", "/var/lib/web/a"] {
+            assert_eq!(placed(&[fit], &[], &[]), [fit]);
+        }
     }
 
     #[test]

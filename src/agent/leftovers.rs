@@ -24,6 +24,7 @@ pub(crate) fn remove(files: &[FileEntry], others: &[Workload], state_dir: &Path)
     for file in files {
         let path = &file.path;
         let objection = match &mounts {
+            _ if file.shared => Some("other hosts have the very same".to_owned()),
             Ok(mounts) => objection(path, others, state_dir, mounts),
             Err(error) => Some(format!("cannot tell what is mounted in it: {error}")),
         };
@@ -138,7 +139,7 @@ mod tests {
     use serde_json::json;
 
     fn bundle(path: &Path) -> FileEntry {
-        FileEntry { role: "bundle".into(), path: path.to_owned() }
+        FileEntry { role: "bundle".into(), path: path.to_owned(), shared: false }
     }
 
     fn other(path: &Path) -> Workload {
@@ -171,6 +172,15 @@ mod tests {
         assert!(!path.exists());
         let again = remove(&[bundle(&path)], &[], state);
         assert_eq!(again, RemoveAnswer::default());
+    }
+
+    #[test]
+    fn what_is_shared_stays() {
+        let (_dir, path) = tree();
+        let shared = FileEntry { shared: true, ..bundle(&path) };
+        let answer = remove(&[shared], &[], Path::new("/var/lib/decamp"));
+        assert!(answer.removed.is_empty() && answer.left[0].why.contains("other hosts"));
+        assert!(path.join("config.json").exists());
     }
 
     #[test]

@@ -2,13 +2,22 @@
 //! them in, and answers the CLI. What must not die with it is in the keepers; what must not be
 //! forgotten is in the registry and in the session journal.
 //!
-//! [`api`] and [`peers`] are its two doors; [`workloads`] and [`moves`] do what is asked at the first,
-//! [`host`] answers at the second; [`supervise`] and [`recovery`] make sense of what a restart left.
+//! [`api`] and [`peers`] are its two doors; [`workloads`], [`moves`], [`checkpoints`] and
+//! [`restores`] (with [`awakening`]) do what is asked at the first, [`hooked`] what runtimes' hooks ask,
+//! [`host`] answers at the second; [`supervise`] and [`recovery`] make sense of what a restart left, the
+//! former with [`fenced`], the latter with [`departures`] and [`arrivals`].
 
+mod adoption;
 mod answer;
 mod api;
+mod arrivals;
+mod awakening;
+mod checkpoints;
 mod claims;
 pub(crate) mod config;
+mod departures;
+mod fenced;
+mod hooked;
 mod host;
 mod leftovers;
 mod logs;
@@ -16,14 +25,17 @@ mod moves;
 mod peers;
 mod recovery;
 mod registry;
+mod restores;
 mod state_dir;
 mod supervise;
 mod systemd;
+#[cfg(test)]
+mod testing;
 mod workloads;
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use decamp_shared::session::DestinationSessions;
@@ -31,6 +43,7 @@ use decamp_shared::session::journal::{Journal, JournalError};
 use decamp_shared::transport::{Acceptor, Dialer, Identity, TransportError, Versions};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -38,16 +51,21 @@ use crate::backend::Backends;
 use crate::messages::HostView;
 use answer::Answer;
 use api::ApiError;
+use arrivals::Recovering;
 use claims::Claims;
 use config::{Config, PageEncryption};
+use departures::OpenMoves;
+use hooked::Awaited;
 use host::ArrivalHost;
 use moves::Moves;
-use recovery::OpenMoves;
 use registry::{Registry, RegistryError};
 use state_dir::{StateDir, StateDirError};
 
 /// How long moves may take to roll back when the agent is told to end.
 const ROLL_BACK_WITHIN: Duration = Duration::from_secs(10);
+/// How long threads may take after that: those that write to the disk are done by then, those that wait
+/// for a keeper may wait for minutes, and the next agent asks it again.
+const THREADS_WITHIN: Duration = Duration::from_secs(3);
 
 /// Why an agent does not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -93,8 +111,16 @@ pub(crate) struct Agent {
     pub(crate) backends: Backends,
     pub(crate) dialer: Dialer,
     pub(crate) claims: Claims,
+    /// Whose keeper is just asked how it is.
+    pub(crate) asking: Claims,
     pub(crate) moves: Moves,
     pub(crate) open_moves: OpenMoves,
+    pub(crate) recovering: Recovering,
+    /// Held while an arrival is entered.
+    pub(crate) entering: Mutex<()>,
+    /// How many checkpoints are being written.
+    pub(crate) writing: watch::Sender<u32>,
+    pub(crate) awaited: Awaited,
     stopping: CancellationToken,
 }
 
@@ -103,11 +129,13 @@ pub(crate) struct Agent {
 /// # Errors
 /// When it cannot start, or one of its doors fails.
 pub(crate) fn run(config: Config) -> Result<(), AgentError> {
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
-        .map_err(|source| AgentError::System { what: "start threads", source })?
-        .block_on(live(config))
+        .map_err(|source| AgentError::System { what: "start threads", source })?;
+    let ended = runtime.block_on(live(config));
+    runtime.shutdown_timeout(THREADS_WITHIN);
+    ended
 }
 
 async fn live(config: Config) -> Result<(), AgentError> {
@@ -135,7 +163,10 @@ async fn live(config: Config) -> Result<(), AgentError> {
     let ended = serve_until_told(&agent, socket).await;
     systemd::notify("STOPPING=1");
     agent.stopping.cancel();
-    agent.moves.end_all(ROLL_BACK_WITHIN).await;
+    tokio::join!(
+        agent.moves.end_all(ROLL_BACK_WITHIN),
+        checkpoints::end_all(&agent, ROLL_BACK_WITHIN)
+    );
     // A client that connects now shall hear that nobody is there.
     let _ = std::fs::remove_file(&agent.config.socket);
     doors.shutdown().await;
@@ -160,6 +191,8 @@ async fn serve_until_told(agent: &Arc<Agent>, socket: UnixListener) -> Result<()
 
 impl Agent {
     fn open(config: Config) -> Result<(Arc<Self>, Acceptor), AgentError> {
+        // Connections, memory of workloads that come, and the looks at keepers all take descriptors.
+        decamp_shared::keeper::allow_many_files();
         let state_dir = StateDir::own(&config.state_dir)?;
         let identity = Identity::load(&config.ca, &config.certificate, &config.key)
             .map_err(AgentError::Identity)?;
@@ -183,11 +216,21 @@ impl Agent {
             backends,
             dialer: Dialer::new(identity.clone(), Versions::OURS),
             claims: Claims::default(),
+            asking: Claims::default(),
             moves: Moves::default(),
             open_moves: OpenMoves::default(),
+            recovering: Recovering::default(),
+            entering: Mutex::default(),
+            writing: watch::Sender::new(0),
+            awaited: Awaited::default(),
             stopping: CancellationToken::new(),
         };
         Ok((Arc::new(agent), Acceptor::new(identity, Versions::OURS)))
+    }
+
+    /// Cancelled when the agent is told to end.
+    pub(crate) fn stopping(&self) -> &CancellationToken {
+        &self.stopping
     }
 
     /// Whether the agent is ending.

@@ -2,16 +2,18 @@
 //! they end. How a move is done is the session's business.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use decamp_shared::session::progress::Phase;
 use decamp_shared::session::source::{Ending, Fate, SourceContext, SourceMove, migrate};
-use decamp_shared::session::{MoveOptions, Progress, ProgressSender, Report};
+use decamp_shared::session::{MoveOptions, Progress, ProgressSender, Report, storage};
 use decamp_shared::transport::PeerAddress;
-use decamp_shared::workload::{FileTree, SourceWorkload, is_plain_absolute};
+use decamp_shared::workload::{
+    FileTree, SourceWorkload, Storage, WorkloadError, is_plain_absolute,
+};
 use futures_util::stream;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, mpsc, watch};
@@ -22,19 +24,25 @@ use super::answer::{Answer, Result, chain};
 use super::claims::Claim;
 use super::config::PageEncryption;
 use super::recovery;
-use super::registry::Workload;
-use super::workloads::{blocking, not_in_state};
-use crate::backend::role_word;
+use super::registry::{RegistryError, Workload};
+use super::workloads::{blocking, gone, not_in_state};
+use crate::backend::{entry, still_shared};
 use crate::messages::{FileEntry, MigrationRequest, MigrationView, State};
 
 /// What a claim for a move says.
 pub(crate) const DOING: &str = "being moved";
+/// What a claim says while it is noted late how a move ended.
+const TIDYING: &str = "being noted as moved";
 /// Events that a slow listener may be behind; of more it misses the oldest.
 const BEHIND: usize = 1024;
 /// How long `cancel` waits for the move to end.
 const CANCEL_WITHIN: Duration = Duration::from_secs(60);
 /// How long the last words of a session may take to be told on.
 const DRAINED_WITHIN: Duration = Duration::from_secs(1);
+/// Between two tries to note how a move ended.
+const NOTE_AGAIN: Duration = Duration::from_secs(5);
+/// The least of an id that stands for it: less is typed by mistake, or was to be a name.
+const ID_LEAST: usize = 6;
 /// Reports of earlier moves that are listed.
 const LISTED: u32 = 100;
 
@@ -48,6 +56,8 @@ pub(crate) struct Move {
     id: String,
     workload: String,
     to: String,
+    /// What the registry had as its files before it began.
+    files: Vec<FileEntry>,
     cancel: CancellationToken,
     events: broadcast::Sender<Progress>,
     told: Mutex<Told>,
@@ -61,6 +71,11 @@ struct Told {
     report: Option<Report>,
 }
 
+/// Whether `key` is as much of a migration's id as it takes to mean it.
+pub(super) fn begins_so(id: &str, key: &str) -> bool {
+    key.len() >= ID_LEAST && id.starts_with(key)
+}
+
 /// Takes a move out of the list, however its task ends.
 struct Listed {
     agent: Arc<Agent>,
@@ -72,16 +87,21 @@ impl Moves {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The move under way with that id, an id that begins so, or the workload of that name.
+    /// Whether the move of exactly that id is under way.
+    pub(crate) fn has(&self, id: &str) -> bool {
+        self.held().contains_key(id)
+    }
+
+    /// The move under way with that id, or of the workload of that name; else the only one whose id begins
+    /// so.
     fn find(&self, key: &str) -> Option<Arc<Move>> {
         let held = self.held();
-        let mut begins = held.range(key.to_owned()..).take_while(|(id, _)| id.starts_with(key));
-        let by_id = match (begins.next(), begins.next()) {
-            (Some((_, only)), None) => Some(only),
-            (Some((id, first)), Some(_)) => (id == key).then_some(first),
-            _ => None,
+        let exact = held.get(key).or_else(|| held.values().find(|one| one.workload == key));
+        let begins = || {
+            let mut begin = held.values().filter(|one| begins_so(&one.id, key));
+            begin.next().filter(|_| begin.next().is_none())
         };
-        by_id.or_else(|| held.values().find(|one| one.workload == key)).cloned()
+        exact.or_else(begins).cloned()
     }
 
     /// Cancels every move that can still be, and waits for all to end.
@@ -206,8 +226,16 @@ impl Agent {
         }
         let backend = self.backends.of(workload.kind)?;
         let (spec, place) = (workload.spec.clone(), self.place(&workload));
-        let source = blocking(move || backend.source(&spec, &place)).await?.map_err(|error| {
+        let described = blocking(move || {
+            let mut source = backend.source(&spec, &place)?;
+            let trees = source.manifest()?.files;
+            Ok::<_, WorkloadError>((source, trees))
+        });
+        let (source, trees) = described.await?.map_err(|error| {
             Answer::refused(format!("{name} cannot be moved: {}", chain(&error)))
+        })?;
+        let trees = storage::said(trees, &request.options).map_err(|refusals| {
+            Answer::refused_for(&format!("{name} cannot be moved"), refusals)
         })?;
         let id = uuid::Uuid::new_v4().to_string();
         if !request.options.dry_run {
@@ -215,9 +243,11 @@ impl Agent {
                 workload.state = State::Migrating;
                 workload.moved_to = Some(peer.name.clone());
                 workload.migration = Some(id.clone());
+                // Before anything else: whoever settles it after a crash knows no more than this.
+                workload.files = may_be_shared(&trees, &workload.files);
             })?;
         }
-        Ok(self.launch(id, request, peer, source, claim))
+        Ok(self.launch(id, request, peer, source, workload.files, claim))
     }
 
     /// Sets the session going, and whoever tells of it and writes down its end.
@@ -227,12 +257,14 @@ impl Agent {
         request: MigrationRequest,
         peer: PeerAddress,
         source: Box<dyn SourceWorkload>,
+        files: Vec<FileEntry>,
         claim: Claim,
     ) -> Arc<Move> {
         let moving = Arc::new(Move {
             id: id.clone(),
             workload: request.workload,
             to: peer.name.clone(),
+            files,
             cancel: CancellationToken::new(),
             events: broadcast::Sender::new(BEHIND),
             told: Mutex::default(),
@@ -256,12 +288,13 @@ impl Agent {
             // All that was told before comes before the report.
             let _ = tokio::time::timeout(DRAINED_WITHIN, follower).await;
             listed.agent.settle(&ending, &options, &listed.moving).await;
-            let agent = Arc::clone(&listed.agent);
-            let id = ending.report.migration.clone();
-            listed.end(claim, ending.report);
+            // Its entry keeps everybody else off as long as nobody knows where it is.
+            drop(claim);
             if ending.fate == Fate::Unresolved {
-                recovery::go_on_asking(&agent, &id).await;
+                // Before the report, so that whoever hears it can decide at once.
+                recovery::go_on_asking(&listed.agent, &ending.report.migration).await;
             }
+            listed.end(ending.report);
         });
         moving
     }
@@ -339,38 +372,58 @@ impl Agent {
     }
 
     /// Writes down where the workload is after a move.
-    async fn settle(&self, ending: &Ending, options: &MoveOptions, moving: &Move) {
+    async fn settle(self: &Arc<Self>, ending: &Ending, options: &MoveOptions, moving: &Arc<Move>) {
         if options.dry_run {
             return;
         }
-        let written = self.registry.change(&moving.workload, |workload| match ending.fate {
-            Fate::Here => {
-                workload.state = State::Running;
-                workload.moved_to = None;
-            }
-            Fate::Moved => {
-                workload.becomes_moved(&moving.to);
-                if !ending.trees.is_empty() {
-                    workload.files = ending.trees.iter().map(file_entry).collect();
+        match self.registry.change(&moving.workload, |entry| enter_end(entry, ending, moving)) {
+            Ok(workload) => self.tidy(&workload, ending.fate, options, moving).await,
+            Err(error) => {
+                tracing::error!(
+                    migration = moving.id,
+                    "Cannot note how the move ended; the journal knows: {}",
+                    chain(&error)
+                );
+                if ending.fate != Fate::Unresolved {
+                    let (ending, moving) = (ending.clone(), Arc::clone(moving));
+                    tokio::spawn(note_end_later(Arc::clone(self), ending, options.clone(), moving));
                 }
             }
-            Fate::Unresolved => workload.state = State::Unresolved,
-        });
-        match written {
-            Ok(workload) if ending.fate == Fate::Moved && options.remove_source => {
-                self.remove_source(&workload, moving).await;
-            }
-            Ok(_) => {}
-            Err(error) => tracing::error!(
-                migration = moving.id,
-                "Cannot note how the move ended; the journal knows: {}",
-                chain(&error)
-            ),
         }
     }
 
+    /// What is left here of a workload that is noted as moved goes.
+    async fn tidy(
+        self: &Arc<Self>,
+        workload: &Workload,
+        fate: Fate,
+        options: &MoveOptions,
+        moving: &Move,
+    ) {
+        if fate == Fate::Moved {
+            self.sweep_moved(workload).await;
+            if options.remove_source {
+                self.remove_source(workload, moving).await;
+            }
+        }
+    }
+
+    /// Removes the files of a workload that moved. Its claim must be held.
     async fn remove_source(&self, workload: &Workload, moving: &Move) {
         let note = |text: String| moving.tell(Progress::Note { text });
+        let name = &workload.name;
+        let is_it = |found: &Workload| {
+            found.state == State::Moved && found.migration.as_deref() == Some(&moving.id)
+        };
+        if !self.registry.get(name).is_ok_and(|found| found.as_ref().is_some_and(is_it)) {
+            return note(format!("{name} is not what moved away any more, so its files stay"));
+        }
+        if !gone(&self.place(workload)).await.unwrap_or(false) {
+            return note(format!(
+                "The old copy of {name} is still being taken away, so its files stay: `decamp rm {name}` \
+                 removes them"
+            ));
+        }
         let answer = match self.remove_files(workload).await {
             Ok(answer) => answer,
             Err(answer) => return note(format!("The files here were not removed: {answer}")),
@@ -391,9 +444,8 @@ impl Agent {
 }
 
 impl Listed {
-    /// Ends the move: whoever hears the report finds the workload free.
-    fn end(self, claim: Claim, report: Report) {
-        drop(claim);
+    /// Ends the move. Its claim was given back: whoever hears the report finds the workload free.
+    fn end(self, report: Report) {
         let reason = report.reason.as_deref().unwrap_or_default();
         tracing::info!(
             migration = self.moving.id,
@@ -414,16 +466,83 @@ impl Drop for Listed {
     }
 }
 
-fn file_entry(tree: &FileTree) -> FileEntry {
-    FileEntry { role: role_word(tree.role()).to_owned(), path: PathBuf::from(&tree.path) }
+/// What the registry says of a workload when its move has ended.
+fn enter_end(entry: &mut Workload, ending: &Ending, moving: &Move) {
+    match ending.fate {
+        Fate::Here => {
+            entry.state = State::Running;
+            entry.moved_to = None;
+            entry.files.clone_from(&moving.files);
+        }
+        Fate::Moved => {
+            entry.becomes_moved(&moving.to);
+            if !ending.trees.is_empty() {
+                let files =
+                    ending.trees.iter().map(|tree| self::entry(tree, Path::new(&tree.path)));
+                entry.files = still_shared(files.collect(), &moving.files);
+            }
+        }
+        Fate::Unresolved => entry.state = State::Unresolved,
+    }
+}
+
+/// A disk that is full now may not stay so: until it is noted, nothing can be done to the workload.
+async fn note_end_later(
+    agent: Arc<Agent>,
+    ending: Ending,
+    options: MoveOptions,
+    moving: Arc<Move>,
+) {
+    loop {
+        tokio::time::sleep(NOTE_AGAIN).await;
+        // As soon as it is noted it may come back, or be removed: not before all of this is done.
+        let Ok(_claim) = agent.claims.take(&moving.workload, TIDYING) else { continue };
+        let mut entered = false;
+        let noted = agent.registry.change(&moving.workload, |entry| {
+            // It may have been settled otherwise meanwhile.
+            let same = entry.migration.as_deref() == Some(&moving.id);
+            entered = same && entry.state == State::Migrating;
+            if entered {
+                enter_end(entry, &ending, &moving);
+            }
+        });
+        match noted {
+            Ok(workload) if entered => {
+                return agent.tidy(&workload, ending.fate, &options, &moving).await;
+            }
+            Ok(_) | Err(RegistryError::Unknown(_)) => return,
+            Err(error) => tracing::debug!("Still cannot note how it ended: {}", chain(&error)),
+        }
+    }
+}
+
+/// The files of a workload that begins to leave: where nobody said that a volume is copied the other host
+/// may have the very same.
+fn may_be_shared(trees: &[FileTree], before: &[FileEntry]) -> Vec<FileEntry> {
+    let files = trees.iter().map(|tree| {
+        let unsaid = tree.role().is_volume() && tree.storage() == Storage::Unsaid;
+        let entry = entry(tree, Path::new(&tree.path));
+        FileEntry { shared: entry.shared || unsaid, ..entry }
+    });
+    still_shared(files.collect(), before)
 }
 
 fn check_options(options: &MoveOptions) -> Result<()> {
     if !(1..=64).contains(&options.streams) {
         return Err(Answer::Request(format!("{} streams: 1 to 64 can be used", options.streams)));
     }
-    if options.max_downtime_ms == 0 || options.timeout_ms == 0 {
+    if options.max_downtime_ms == Some(0) || options.timeout_ms == 0 {
         return Err(Answer::Request("A time of 0 ms cannot be kept".into()));
+    }
+    let words = options.storage.iter().chain(options.storage_of.iter().map(|(_, word)| word));
+    if words.into_iter().any(|word| *word == Storage::Unsaid) {
+        return Err(Answer::Request("Storage is copy or shared".into()));
+    }
+    if let Some((path, _)) = options.storage_of.iter().find(|(path, _)| !is_plain_absolute(path)) {
+        return Err(Answer::Request(format!(
+            "{} has to be an absolute path without `..`",
+            path.display()
+        )));
     }
     match options.paths.iter().find(|(old, new)| !is_plain_absolute(old) || !is_plain_absolute(new))
     {
@@ -438,6 +557,7 @@ fn check_options(options: &MoveOptions) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::{Bench, MIGRATION, keeper};
     use super::*;
 
     fn moving(id: &str, workload: &str) -> Arc<Move> {
@@ -445,6 +565,7 @@ mod tests {
             id: id.into(),
             workload: workload.into(),
             to: "beta".into(),
+            files: Vec::new(),
             cancel: CancellationToken::new(),
             events: broadcast::Sender::new(4),
             told: Mutex::default(),
@@ -499,18 +620,100 @@ mod tests {
         assert!(!view.active && view.phase == Some(Phase::Prepare));
     }
 
+    #[tokio::test(flavor = "multi_thread")]
+    async fn files_stay_as_long_as_the_old_copy_does() {
+        let bench = Bench::new();
+        let web = bench.enter(State::Moved);
+        let keeper = keeper(&bench.agent.place(&web));
+        let one = moving(MIGRATION, "web");
+        let mut events = one.events.subscribe();
+        bench.agent.remove_source(&web, &one).await;
+        let Ok(Progress::Note { text }) = events.try_recv() else { panic!("nothing is told") };
+        assert!(text.contains("decamp rm web"), "{text}");
+        assert_eq!(bench.state(), Some(State::Moved));
+        drop(keeper);
+        bench.agent.remove_source(&web, &one).await;
+        assert_eq!(bench.state(), None);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn files_of_what_came_back_stay() {
+        let bench = Bench::new();
+        let web = bench.enter(State::Moved);
+        let one = moving(MIGRATION, "web");
+        let mut events = one.events.subscribe();
+        bench.agent.registry.change("web", Workload::becomes_running).expect("written");
+        bench.agent.remove_source(&web, &one).await;
+        let Ok(Progress::Note { text }) = events.try_recv() else { panic!("nothing is told") };
+        assert!(text.contains("its files stay"), "{text}");
+        assert_eq!(bench.state(), Some(State::Running));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn how_it_ended_is_not_noted_while_something_is_done_to_it() {
+        let bench = Bench::new();
+        bench.enter(State::Migrating);
+        let claim = bench.agent.claims.take("web", "arriving").expect("free");
+        let ending = Ending { report: report(MIGRATION), fate: Fate::Moved, trees: Vec::new() };
+        let options = MoveOptions { remove_source: true, ..MoveOptions::default() };
+        let agent = Arc::clone(&bench.agent);
+        tokio::spawn(note_end_later(agent, ending, options, moving(MIGRATION, "web")));
+        tokio::time::sleep(NOTE_AGAIN + Duration::from_millis(500)).await;
+        assert_eq!(bench.state(), Some(State::Migrating));
+        drop(claim);
+        bench.until("another try", |bench| bench.state().is_none()).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn how_it_ended_is_noted_when_the_disk_has_room_again() {
+        let bench = Bench::new();
+        bench.enter(State::Migrating);
+        bench.fill_disk(State::Running);
+        let report = report(MIGRATION);
+        let ending = Ending { report, fate: Fate::Here, trees: Vec::new() };
+        let one = moving(MIGRATION, "web");
+        bench.agent.settle(&ending, &MoveOptions::default(), &one).await;
+        assert_eq!(bench.state(), Some(State::Migrating));
+        bench.free_disk();
+        bench.until("another try", |bench| bench.state() == Some(State::Running)).await;
+    }
+
+    #[test]
+    fn what_may_be_shared_is_noted_before_anything_can_go_wrong() {
+        let tree = |path: &str, storage: Storage| FileTree {
+            role: decamp_shared::workload::FileRole::Volume.into(),
+            path: path.to_owned(),
+            storage: storage.into(),
+            ..FileTree::default()
+        };
+        let trees = [
+            tree("/own", Storage::Copy),
+            tree("/nas", Storage::Shared),
+            tree("/unsaid", Storage::Unsaid),
+            tree("/once", Storage::Copy),
+        ];
+        // A copy is made of what was shared with another host, which may still use it.
+        let once = FileEntry { role: "volume".into(), path: "/once".into(), shared: true };
+        let files = may_be_shared(&trees, &[once]);
+        let shared: Vec<bool> = files.iter().map(|file| file.shared).collect();
+        assert_eq!(shared, [false, true, true, true]);
+    }
+
     #[test]
     fn moves_are_found_by_id_its_beginning_or_workload() {
         let moves = Moves::default();
-        for (id, workload) in [("3f2a-1", "web"), ("3f2b-2", "redis"), ("a", "3f")] {
+        let under_way =
+            [("3f2a17-1", "web"), ("3f2a17-2", "mail"), ("3f2b18-3", "redis"), ("a", "3f2b18")];
+        for (id, workload) in under_way {
             moves.held().insert(id.into(), moving(id, workload));
         }
         let found = |key: &str| moves.find(key).map(|one| one.id.clone());
-        assert_eq!(found("3f2a-1").as_deref(), Some("3f2a-1"));
-        assert_eq!(found("3f2b").as_deref(), Some("3f2b-2"));
-        assert_eq!(found("web").as_deref(), Some("3f2a-1"));
-        assert_eq!(found("3f").as_deref(), Some("a"), "ambiguous as an id, but a workload's name");
-        assert_eq!(found("3f2"), None);
+        assert_eq!(found("3f2a17-1").as_deref(), Some("3f2a17-1"));
+        assert_eq!(found("3f2b18-").as_deref(), Some("3f2b18-3"));
+        assert_eq!(found("web").as_deref(), Some("3f2a17-1"));
+        assert_eq!(found("3f2b18").as_deref(), Some("a"), "first of all it is a workload's name");
+        assert_eq!(found("3f2a17"), None, "two begin so");
+        assert_eq!(found("3f2b1"), None, "too little");
         assert_eq!(found("zzz"), None);
     }
 
@@ -521,8 +724,13 @@ mod tests {
             MoveOptions { streams: 0, ..MoveOptions::default() },
             MoveOptions { streams: 65, ..MoveOptions::default() },
             MoveOptions { timeout_ms: 0, ..MoveOptions::default() },
-            MoveOptions { max_downtime_ms: 0, ..MoveOptions::default() },
+            MoveOptions { max_downtime_ms: Some(0), ..MoveOptions::default() },
             MoveOptions { paths: vec![("/a".into(), "../b".into())], ..MoveOptions::default() },
+            MoveOptions { storage: Some(Storage::Unsaid), ..MoveOptions::default() },
+            MoveOptions {
+                storage_of: vec![("a/..".into(), Storage::Copy)],
+                ..MoveOptions::default()
+            },
         ] {
             assert!(matches!(check_options(&bad), Err(Answer::Request(_))), "{bad:?}");
         }

@@ -3,26 +3,30 @@
 //!
 //! Every change claims the workload first, and is written in the registry before it is believed.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use decamp_shared::keeper::{ExitRecord, KeeperClient};
-use decamp_shared::workload::{Backend, Kind, Place};
+use decamp_shared::workload::{Backend, Kind, Place, Refusal, RefusalCode};
 use serde_json::{Value, json};
 
 use super::Agent;
 use super::answer::{Answer, Result, chain};
 use super::claims::Claim;
-use super::leftovers;
 use super::registry::Workload;
-use super::supervise::NOTING;
+use super::supervise::{NOTING, is_kept};
+use super::{fenced, leftovers};
+use crate::backend::{files_of, is_adopted, is_podmans};
 use crate::messages::{
-    LeftFile, RemoveAnswer, RunRequest, State, WorkloadDetail, WorkloadView, is_workload_name,
+    FileEntry, LeftFile, RemoveAnswer, RunRequest, State, WorkloadDetail, WorkloadView,
+    is_workload_name,
 };
 
 /// A keeper that does not answer `inspect` within this is not waited for.
 const FACTS_WITHIN: Duration = Duration::from_secs(3);
+/// How long whoever removes a workload waits for what a checkpoint left of it.
+const RELEASED_WITHIN: Duration = Duration::from_secs(5);
 /// How long it may take to note that a workload ended.
 const ENDED_WITHIN: Duration = Duration::from_secs(10);
 
@@ -40,7 +44,7 @@ impl Agent {
         let log = place.log();
         // A session has the keeper to itself.
         let keeper = match workload.state {
-            State::Running if !self.claims.is_taken(name) => keeper_facts(place).await,
+            State::Running if !self.claims.is_taken(name) => self.keeper_facts(place).await,
             _ => None,
         };
         Ok(WorkloadDetail { view: workload.view(), spec: workload.spec, log, keeper })
@@ -65,6 +69,8 @@ impl Agent {
         self.registry.create(&workload)?;
         match self.bring_up(&backend, &workload, &place).await {
             Ok(running) => Ok(running.view()),
+            // What could not be ended is not forgotten: the next agent finds it.
+            Err(answer) if is_kept(&place) => Err(answer),
             Err(answer) => {
                 self.registry.remove(&name)?;
                 self.state_dir.remove_place(&place)?;
@@ -81,11 +87,18 @@ impl Agent {
             return Err(Answer::Conflict(not_in_state(&workload, "started", "stopped")));
         }
         let backend = self.backends.of(workload.kind)?;
-        self.check(&backend, name, &workload.spec).await?;
         let place = self.place(&workload);
+        if !gone(&place).await? {
+            return Err(Answer::Conflict(format!(
+                "{name} is noted as stopped, but a keeper of it is still there: it may run. See \
+                 `decamp logs {name}`; restart the agent once that keeper has ended"
+            )));
+        }
+        self.check(&backend, name, &workload.spec).await?;
         self.registry.change(name, |workload| workload.state = State::Starting)?;
         match self.bring_up(&backend, &workload, &place).await {
             Ok(running) => Ok(running.view()),
+            Err(answer) if is_kept(&place) => Err(answer),
             Err(answer) => {
                 let exit = ExitRecord { status: 1, text: "could not be started".into() };
                 self.registry.change(name, |workload| workload.becomes_stopped(exit))?;
@@ -103,29 +116,43 @@ impl Agent {
         }
         let backend = self.backends.of(workload.kind)?;
         let place = self.place(&workload);
-        let (spec, at) = (workload.spec, place.clone());
-        blocking(move || {
-            let ended = backend.stop(&spec, &at);
-            if ended.is_err() && super::supervise::is_kept(&at) {
-                return ended;
-            }
-            // It may have ended by itself in the same moment.
-            backend.sweep(&spec, &at)
-        })
-        .await??;
+        end(backend, workload.spec, place.clone()).await?;
         let exit = super::supervise::exit_record(&place)
             .unwrap_or_else(|| ExitRecord { status: 0, text: "stopped".into() });
         let stopped = self.registry.change(name, |workload| workload.becomes_stopped(exit))?;
         Ok(stopped.view())
     }
 
-    /// Forgets a workload that does not run here. The files that one which moved away left are
-    /// removed unless `keep_files`.
-    pub(crate) async fn remove(&self, name: &str, keep_files: bool) -> Result<RemoveAnswer> {
+    /// Forgets a workload that does not run here, or gives an adopted one back as it runs. The files that
+    /// one which moved away left are removed unless `keep_files`.
+    pub(crate) async fn remove(
+        self: &Arc<Self>,
+        name: &str,
+        keep_files: bool,
+    ) -> Result<RemoveAnswer> {
         let _claim = self.claim(name, "being removed").await?;
         let workload = self.find(name)?;
+        let place = self.place(&workload);
+        // What a checkpoint left of it goes too.
+        if workload.state == State::Stopped && is_kept(&place) {
+            let (agent, owned) = (Arc::clone(self), name.to_owned());
+            let settled = blocking(move || fenced::settle(&agent, &owned, RELEASED_WITHIN)).await?;
+            if let Err(answer) = settled {
+                tracing::warn!(workload = name, "Its keeper: {answer}");
+            }
+        }
+        // Before its files go: a copy that is not gone yet may be the only one.
+        if matches!(workload.state, State::Stopped | State::Moved) && !gone(&place).await? {
+            return Err(Answer::Conflict(format!(
+                "A keeper of {name} is still there, perhaps being taken away: try again in a moment"
+            )));
+        }
         let answer = match workload.state {
             State::Stopped => stays(&workload, "files of a stopped workload are never removed"),
+            State::Running if is_adopted(&workload.spec) => {
+                self.let_go(&workload, &place).await?;
+                stays(&workload, "it runs on under its runtime")
+            }
             State::Moved if keep_files => stays(&workload, "as asked"),
             State::Moved => self.remove_files(&workload).await?,
             _ => {
@@ -136,12 +163,6 @@ impl Agent {
                 )));
             }
         };
-        let place = self.place(&workload);
-        if super::supervise::is_kept(&place) {
-            return Err(Answer::Conflict(format!(
-                "The old copy of {name} is still being taken away: try again in a moment"
-            )));
-        }
         self.state_dir.remove_place(&place)?;
         self.registry.remove(name)?;
         Ok(answer)
@@ -149,6 +170,12 @@ impl Agent {
 
     /// Removes the files that `workload` left here.
     pub(crate) async fn remove_files(&self, workload: &Workload) -> Result<RemoveAnswer> {
+        if is_podmans(&workload.spec) {
+            return Ok(stays(
+                workload,
+                "it is podman's, which removes it with the container (podman rm)",
+            ));
+        }
         let mut others = self.registry.list()?;
         others.retain(|other| other.uuid != workload.uuid);
         let files = workload.files.clone();
@@ -185,9 +212,29 @@ impl Agent {
         }
     }
 
+    /// What a keeper says of itself, if it does so soon. While one is asked nobody else asks it: those who
+    /// look often do not pile up before one that is silent.
+    async fn keeper_facts(&self, place: Place) -> Option<Value> {
+        let asking = self.asking.take(&place.name, "being asked").ok()?;
+        let ask = move || -> decamp_shared::workload::Result<Value> {
+            let _asking = asking;
+            let mut keeper = KeeperClient::connect_within(&place, FACTS_WITHIN)?;
+            let phase = keeper.phase()?;
+            Ok(json!({ "phase": phase, "facts": keeper.facts()? }))
+        };
+        let asked = tokio::time::timeout(FACTS_WITHIN, tokio::task::spawn_blocking(ask)).await;
+        asked.ok()?.ok()?.ok()
+    }
+
     async fn check(&self, backend: &Arc<dyn Backend>, name: &str, spec: &Value) -> Result<()> {
         let (backend, spec) = (Arc::clone(backend), spec.clone());
-        let refusals = blocking(move || backend.check(&spec)).await?;
+        let state_dir = self.config.state_dir.clone();
+        let refusals = blocking(move || {
+            let mut refusals = backend.check(&spec);
+            refusals.extend(exposed(&files_of(backend.kind(), &spec), &state_dir));
+            refusals
+        });
+        let refusals = refusals.await?;
         if refusals.is_empty() {
             Ok(())
         } else {
@@ -202,18 +249,58 @@ impl Agent {
         workload: &Workload,
         place: &Place,
     ) -> Result<Workload> {
-        let (backend, spec, at) = (Arc::clone(backend), workload.spec.clone(), place.clone());
+        let (owned, spec, at) = (Arc::clone(backend), workload.spec.clone(), place.clone());
         let started = blocking(move || {
-            backend.run(&spec, &at).inspect_err(|_| {
-                if let Err(error) = backend.sweep(&spec, &at) {
+            owned.run(&spec, &at).inspect_err(|_| {
+                if let Err(error) = owned.sweep(&spec, &at) {
                     tracing::warn!("Cannot sweep after a failed start: {}", chain(&error));
                 }
             })
         })
         .await?;
         started?;
-        Ok(self.registry.change(&workload.name, Workload::becomes_running)?)
+        let written = match self.registry.change(&workload.name, Workload::becomes_running) {
+            Ok(running) => return Ok(running),
+            Err(error) => Answer::from(error),
+        };
+        // One that runs and that nobody knows of would be started a second time.
+        match end(Arc::clone(backend), workload.spec.clone(), place.clone()).await {
+            Ok(()) => Err(written),
+            Err(answer) => Err(Answer::Failed(format!(
+                "{written}. It was started and could not be ended again ({answer}): restart the agent \
+                 and look with `decamp ls`"
+            ))),
+        }
     }
+}
+
+/// Nothing that a workload may write holds what the agent knows.
+fn exposed(files: &[FileEntry], state_dir: &Path) -> Option<Refusal> {
+    let holds =
+        |file: &&FileEntry| file.path.starts_with(state_dir) || state_dir.starts_with(&file.path);
+    let file = files.iter().find(holds)?;
+    let text =
+        format!("{} cannot be part of a workload: the agent's state is there", file.path.display());
+    Some(Refusal::new(RefusalCode::File, text))
+}
+
+/// Ends a running workload and what is left of it.
+async fn end(backend: Arc<dyn Backend>, spec: Value, place: Place) -> Result<()> {
+    let ended = blocking(move || {
+        let ended = backend.stop(&spec, &place);
+        if ended.is_err() && is_kept(&place) {
+            return ended;
+        }
+        // It may have ended by itself in the same moment.
+        backend.sweep(&spec, &place)
+    });
+    Ok(ended.await??)
+}
+
+/// Whether there is no keeper at `place`; one that is just ending is waited for.
+pub(crate) async fn gone(place: &Place) -> Result<bool> {
+    let place = place.clone();
+    blocking(move || super::supervise::is_gone(&place)).await
 }
 
 /// Runs what blocks on a thread of its own.
@@ -223,16 +310,6 @@ pub(crate) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|error| Answer::Failed(format!("The agent's own work broke off: {error}")))
-}
-
-async fn keeper_facts(place: Place) -> Option<Value> {
-    let ask = move || -> decamp_shared::workload::Result<Value> {
-        let mut keeper = KeeperClient::connect(&place)?;
-        let phase = keeper.phase()?;
-        Ok(json!({ "phase": phase, "facts": keeper.facts()? }))
-    };
-    let asked = tokio::time::timeout(FACTS_WITHIN, tokio::task::spawn_blocking(ask)).await;
-    asked.ok()?.ok()?.ok()
 }
 
 fn stays(workload: &Workload, why: &str) -> RemoveAnswer {
@@ -290,12 +367,63 @@ pub(crate) fn not_in_state(workload: &Workload, done: &str, needed: &str) -> Str
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
+    use super::super::testing::{Bench, keeper};
     use super::*;
 
     fn workload(state: State) -> Workload {
         let mut workload = Workload::new("web", "u-1", Kind::Vm, json!({}), state);
         workload.moved_to = Some("beta".into());
         workload
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_cannot_be_entered_as_running_does_not_run() {
+        let bench = Bench::new();
+        bench.fill_disk(State::Running);
+        let request = || RunRequest { name: "web".into(), kind: Kind::Vm, spec: json!({}) };
+        let refused = bench.agent.run_new(request()).await;
+        assert!(matches!(refused, Err(Answer::Failed(_))), "{refused:?}");
+        assert!(!bench.backend.runs());
+        assert_eq!(bench.state(), None, "forgotten, because it does not run");
+        let web = bench.enter(State::Stopped);
+        let refused = bench.agent.start("web").await;
+        assert!(matches!(refused, Err(Answer::Failed(_))), "{refused:?}");
+        assert!(!bench.backend.runs());
+        assert_eq!(bench.backend.stopped.load(Ordering::SeqCst), 2);
+        assert_eq!(bench.state(), Some(State::Stopped));
+        bench.free_disk();
+        std::fs::remove_file(bench.agent.place(&web).socket()).expect("there was one");
+        bench.agent.start("web").await.expect("starts");
+        assert!(bench.backend.runs());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_a_keeper_still_holds_is_neither_started_nor_removed() {
+        let bench = Bench::new();
+        let web = bench.enter(State::Stopped);
+        let _keeper = keeper(&bench.agent.place(&web));
+        let refused = bench.agent.start("web").await;
+        assert!(matches!(refused, Err(Answer::Conflict(_))), "{refused:?}");
+        assert!(!bench.backend.runs());
+        let refused = bench.agent.remove("web", true).await;
+        assert!(matches!(refused, Err(Answer::Conflict(_))), "{refused:?}");
+        assert_eq!(bench.state(), Some(State::Stopped));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn those_who_look_do_not_pile_up_before_a_silent_keeper() {
+        let bench = Bench::new();
+        let web = bench.enter(State::Running);
+        let silent = keeper(&bench.agent.place(&web));
+        let looks = (0..8).map(|_| bench.agent.inspect("web"));
+        for looked in futures_util::future::join_all(looks).await {
+            assert_eq!(looked.expect("an entry").keeper, None);
+        }
+        bench.until("the end of the look", |bench| !bench.agent.asking.is_taken("web")).await;
+        silent.set_nonblocking(true).expect("set");
+        assert!(silent.accept().is_ok() && silent.accept().is_err(), "one has asked");
     }
 
     #[test]

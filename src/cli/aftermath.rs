@@ -22,8 +22,17 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 pub(crate) struct Aftermath {
     /// As far as it is known.
     pub(crate) outcome: Outcome,
+    /// Whether it is known to run on neither host.
+    pub(crate) lost: bool,
     /// In a sentence.
     pub(crate) text: String,
+}
+
+impl Aftermath {
+    /// The exit code of the command contract.
+    pub(crate) fn exit_code(&self) -> u8 {
+        if self.lost { 1 } else { self.outcome.exit_code() }
+    }
 }
 
 /// Waits until an agent answers that knows how the move ended; gives up after a while, or at Ctrl-C.
@@ -63,6 +72,7 @@ pub(crate) async fn wait(
     let name = &request.workload;
     Aftermath {
         outcome: Outcome::Unresolved,
+        lost: false,
         text: format!(
             "The agent ended before the move of {name} did, and it is not known how that ended. Start \
              the agent again: it settles what was left open, and `decamp ls --all` shows where {name} is"
@@ -73,7 +83,7 @@ pub(crate) async fn wait(
 /// What an agent's word on the workload says of the move; nothing as long as it is open.
 fn judge(found: Result<WorkloadDetail, Failure>, request: &MigrationRequest) -> Option<Aftermath> {
     let MigrationRequest { workload: name, to, options } = request;
-    let ended = |outcome, text| Some(Aftermath { outcome, text });
+    let ended = |outcome, text| Some(Aftermath { outcome, lost: false, text });
     let detail = match found {
         Ok(detail) => detail,
         Err(failure) if failure.body.code == "unknown-workload" && options.remove_source => {
@@ -95,9 +105,11 @@ fn judge(found: Result<WorkloadDetail, Failure>, request: &MigrationRequest) -> 
             Outcome::Failed,
             format!("{name} did not move to {to}, because the agent here ended. It runs on here"),
         ),
-        State::Stopped => {
-            ended(Outcome::Failed, format!("{name} did not move to {to}, and ended here meanwhile"))
-        }
+        State::Stopped => Some(Aftermath {
+            outcome: Outcome::Failed,
+            lost: true,
+            text: format!("{name} did not move to {to}, and ended here meanwhile"),
+        }),
         State::Unresolved => ended(
             Outcome::Unresolved,
             format!(
@@ -118,6 +130,10 @@ mod tests {
     use decamp_shared::workload::Kind;
 
     fn outcome(state: State) -> Option<Outcome> {
+        aftermath(state).map(|aftermath| aftermath.outcome)
+    }
+
+    fn aftermath(state: State) -> Option<Aftermath> {
         let view = WorkloadView {
             name: "web".into(),
             uuid: "u".into(),
@@ -132,7 +148,7 @@ mod tests {
         };
         let spec = serde_json::json!({});
         let detail = WorkloadDetail { view, spec, log: "/log".into(), keeper: None };
-        judge(Ok(detail), &request(false)).map(|aftermath| aftermath.outcome)
+        judge(Ok(detail), &request(false))
     }
 
     fn request(remove_source: bool) -> MigrationRequest {
@@ -150,6 +166,9 @@ mod tests {
         assert_eq!(outcome(State::Stopped), Some(Outcome::Failed));
         assert_eq!(outcome(State::Unresolved), Some(Outcome::Unresolved));
         assert_eq!(outcome(State::Migrating), None);
+        let exit = |state| aftermath(state).map(|aftermath| aftermath.exit_code());
+        assert_eq!(exit(State::Running), Some(4), "it runs on here");
+        assert_eq!(exit(State::Stopped), Some(1), "it runs nowhere");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use decamp_shared::session::Outcome;
+use decamp_shared::session::progress::Phase;
 
 use super::client::Client;
 use super::failure::Failure;
@@ -14,7 +15,7 @@ use crate::messages::MigrationView;
 #[derive(Debug, Args)]
 #[command(after_help = "Example: decamp cancel web")]
 pub(crate) struct Cancel {
-    /// Id of the migration, the beginning of it, or the name of the workload
+    /// Id of the migration, the name of the workload, or the first six characters or more of the id
     #[arg(value_parser = values::migration)]
     migration: String,
 }
@@ -36,17 +37,55 @@ impl Cancel {
                     ended.outcome,
                     Outcome::Cancelled | Outcome::Failed | Outcome::Refused
                 );
-                Ok(if called_off { 0 } else { 1 })
+                Ok(if called_off && !ended.lost { 0 } else { 1 })
             }
             None => {
                 if !json {
-                    output::line(format!(
-                        "Migration {} is past its fence and decides by itself: see `decamp ls --all`",
-                        view.migration
-                    ));
+                    output::line(still_under_way(&view));
                 }
                 Ok(1)
             }
+        }
+    }
+}
+
+/// The move did not end within the time that the agent waited.
+fn still_under_way(view: &MigrationView) -> String {
+    let id = &view.migration;
+    match view.phase {
+        Some(phase) if phase >= Phase::Fence => {
+            format!("Migration {id} is past its fence and decides by itself: see `decamp ls --all`")
+        }
+        _ => format!(
+            "Migration {id} was told to end, before its fence, and has not ended yet: {} runs on here \
+             once it has. See `decamp ls --all` and the agent's log",
+            view.workload
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_move_past_its_fence_is_said_to_be() {
+        let text = |phase| {
+            still_under_way(&MigrationView {
+                migration: "3f2a".into(),
+                workload: "web".into(),
+                to: "beta".into(),
+                active: true,
+                phase,
+                report: None,
+            })
+        };
+        for before in [None, Some(Phase::Negotiate), Some(Phase::PreCopy), Some(Phase::Final)] {
+            assert!(!text(before).contains("past its fence"), "{before:?}");
+            assert!(text(before).contains("web runs on here once it has"));
+        }
+        for after in [Phase::Fence, Phase::Commit, Phase::Release] {
+            assert!(text(Some(after)).contains("past its fence"), "{after:?}");
         }
     }
 }

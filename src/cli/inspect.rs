@@ -75,7 +75,11 @@ mod tests {
                 moved_to: None,
                 migration: None,
                 exit: None,
-                files: vec![FileEntry { role: "kernel".into(), path: "/srv/k".into() }],
+                files: vec![FileEntry {
+                    role: "kernel".into(),
+                    path: "/srv/k".into(),
+                    shared: false,
+                }],
             },
             spec: json!({"cpus": 1}),
             log: "/var/lib/decamp/workloads/web/console.log".into(),

@@ -24,6 +24,9 @@ impl Keeper {
     pub(crate) fn run(self) -> Result<u8, Failure> {
         spawn::detach();
         super::agent::log_to_stderr(false);
+        // Those of the agent that started it.
+        #[cfg(feature = "failpoints")]
+        let _failpoints = fail::FailScenario::setup();
         match self.keep() {
             Ok(()) => Ok(0),
             Err(error) => {

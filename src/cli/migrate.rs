@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use decamp_shared::session::report::{DowntimeParts, PageCounts, Predicted};
 use decamp_shared::session::{Compress, Mode, MoveOptions, Outcome, Progress, Report};
+use decamp_shared::workload::Storage;
 use hyper::Method;
 use serde_json::{Value, json};
 
@@ -23,7 +24,8 @@ use crate::messages::{MigrationRequest, MigrationView};
 /// Ctrl-C cancels the move: the workload runs on here, and no other is begun. Losing the terminal does
 /// not; the move goes on.
 #[derive(Debug, Args)]
-#[command(after_help = "Example: decamp migrate web --to edge-2\n\n\
+#[command(after_help = "Example: decamp migrate web --to edge-2\n         \
+    decamp migrate db --to edge-2 --storage /var/lib/db=copy --storage /media=shared\n\n\
     Exit codes: 0 moved; 3 refused, nothing was touched; 4 failed or cancelled, it runs on here;\n\
     5 not known where it runs, `decamp resolve` is needed.")]
 pub(crate) struct Migrate {
@@ -36,9 +38,10 @@ pub(crate) struct Migrate {
     /// How memory travels
     #[arg(long, value_enum, default_value_t = ModeWord::Auto)]
     mode: ModeWord,
-    /// Stop the workload only when it is predicted to stand still for less than this
-    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = values::time)]
-    max_downtime: Duration,
+    /// Stop the workload only when it is predicted to stand still for less than this. Without it 300ms
+    /// are aimed at, and more is taken where a stop costs more before any memory is sent
+    #[arg(long, value_name = "TIME", value_parser = values::time)]
+    max_downtime: Option<Duration>,
     /// Page connections
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
     streams: u32,
@@ -51,6 +54,10 @@ pub(crate) struct Migrate {
     /// Put files from below OLD below NEW on the destination
     #[arg(long, value_name = "OLD=NEW", value_parser = values::mapping)]
     path: Vec<(PathBuf, PathBuf)>,
+    /// What becomes of what is mounted into a container from outside of its bundle: copied, or shared, where
+    /// both hosts have the same storage. Of one mount with PATH, in the container or on this host
+    #[arg(long, value_name = "[PATH=]copy|shared", value_parser = values::storage)]
+    storage: Vec<(Option<PathBuf>, Storage)>,
     /// Remove the files here once the workload runs there
     #[arg(long)]
     remove_source: bool,
@@ -96,6 +103,12 @@ enum Ended {
 
 impl Migrate {
     pub(crate) async fn run(self, client: &Client, json: bool) -> Result<u8, Failure> {
+        let mut words = self.storage.iter().filter(|(path, _)| path.is_none());
+        if let (Some((_, first)), Some((_, second))) = (words.next(), words.next())
+            && first != second
+        {
+            return Err(Failure::usage("--storage says both copy and shared of everything"));
+        }
         let options = self.options();
         let mut interrupts = Interrupts::listen()?;
         let mut ends = Vec::new();
@@ -134,7 +147,7 @@ impl Migrate {
                 ModeWord::PreCopy => Mode::PreCopy,
                 ModeWord::StopAndCopy => Mode::StopAndCopy,
             },
-            max_downtime_ms: self.max_downtime.as_millis() as u64,
+            max_downtime_ms: self.max_downtime.map(|time| time.as_millis() as u64),
             streams: self.streams,
             compress: match self.compress {
                 CompressWord::Auto => Compress::Auto,
@@ -144,6 +157,12 @@ impl Migrate {
             },
             timeout_ms: self.timeout.as_millis() as u64,
             paths: self.path.clone(),
+            storage: self.storage.iter().find(|(path, _)| path.is_none()).map(|(_, word)| *word),
+            storage_of: self
+                .storage
+                .iter()
+                .filter_map(|(path, word)| Some((path.clone()?, *word)))
+                .collect(),
             dry_run: self.dry_run,
             remove_source: self.remove_source,
         }
@@ -193,7 +212,7 @@ impl Migrate {
         json!({
             "migration": null, "workload": name, "kind": null, "from": null, "to": self.to,
             "outcome": outcome, "reason": reason, "mode": null, "tracker": null,
-            "total_ms": null, "downtime_ms": null, "downtime": DowntimeParts::default(),
+            "dump": null, "restore": null, "fallbacks": [], "compare_ms": 0.0, "total_ms": null, "downtime_ms": null, "downtime": DowntimeParts::default(),
             "rounds": [], "memory_bytes": null, "wire_bytes": 0, "file_bytes": 0,
             "pages": PageCounts::default(), "streams": null, "encrypted": null,
             "predicted": Predicted::default(), "source_stall_ms": 0.0,
@@ -204,9 +223,9 @@ impl Migrate {
 impl Ended {
     fn exit_code(&self) -> u8 {
         match self {
-            Ended::Report(report) => report.outcome.exit_code(),
+            Ended::Report(report) => report.exit_code(),
             Ended::Failed(failure) => failure.exit,
-            Ended::Unseen(aftermath) => aftermath.outcome.exit_code(),
+            Ended::Unseen(aftermath) => aftermath.exit_code(),
         }
     }
 
@@ -232,6 +251,7 @@ fn gravity(code: u8) -> u8 {
 fn never_begun(name: &str) -> Aftermath {
     Aftermath {
         outcome: Outcome::Cancelled,
+        lost: false,
         text: format!("The move of {name} was called off before it was begun. It runs on here"),
     }
 }
@@ -240,6 +260,7 @@ fn never_begun(name: &str) -> Aftermath {
 fn left(name: &str) -> Aftermath {
     Aftermath {
         outcome: Outcome::Unresolved,
+        lost: false,
         text: format!(
             "Nobody watched the move of {name} to its end; it ends by itself: `decamp ls --all` shows \
              where {name} is then"

@@ -2,15 +2,20 @@
 //! and draws the answer; what the agent does is no business of this room.
 //!
 //! [`client`] speaks to the agent, [`failure`] holds the exit codes, [`values`] reads sizes, times and
-//! names, [`units`] writes them, [`display`] and [`report`] draw a move, [`aftermath`]
+//! names, [`units`] writes them, [`display`] and [`report`] draw a move, [`archive`] follows a checkpoint
+//! or a restore, [`aftermath`]
 //! finds out how one ended that nobody could watch, [`interrupts`] notes Ctrl-C.
 
+mod adopt;
 mod aftermath;
 mod agent;
+mod archive;
 mod cancel;
+mod checkpoint;
 mod client;
 mod display;
 mod failure;
+mod hook;
 mod inspect;
 mod interrupts;
 mod keeper;
@@ -21,8 +26,10 @@ mod output;
 mod pki;
 mod report;
 mod resolve;
+mod restore;
 mod rm;
 mod run;
+mod shim;
 mod start;
 mod stop;
 mod units;
@@ -35,6 +42,7 @@ use clap::{Parser, Subcommand};
 
 use client::Client;
 use failure::Failure;
+pub(crate) use failure::chain;
 
 /// Where an agent's socket is unless somebody says otherwise.
 const SOCKET: &str = "/run/decamp.sock";
@@ -64,6 +72,7 @@ enum Verb {
     Agent(agent::Agent),
     Pki(pki::Pki),
     Run(run::Run),
+    Adopt(adopt::Adopt),
     Ls(ls::Ls),
     Inspect(inspect::Inspect),
     Logs(logs::Logs),
@@ -73,8 +82,13 @@ enum Verb {
     Migrate(migrate::Migrate),
     Cancel(cancel::Cancel),
     Resolve(resolve::Resolve),
+    Checkpoint(checkpoint::Checkpoint),
+    Restore(restore::Restore),
+    Hook(hook::Hook),
     #[command(hide = true)]
     Keeper(keeper::Keeper),
+    #[command(hide = true)]
+    Shim(shim::Shim),
 }
 
 /// Runs the verb and gives the exit code of the command contract.
@@ -83,8 +97,10 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     let ended = match verb {
         // A keeper forks and has no use for threads that it did not start.
         Verb::Keeper(verb) => verb.run(),
+        Verb::Shim(verb) => Ok(verb.run()),
         Verb::Pki(verb) => verb.run(json),
         Verb::Agent(verb) => verb.run(socket, json),
+        Verb::Hook(verb) => verb.run(socket, SOCKET, json),
         verb => {
             let client = Client::new(socket.unwrap_or_else(|| SOCKET.into()));
             tokio::runtime::Builder::new_current_thread()
@@ -106,6 +122,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 async fn ask(verb: Verb, client: &Client, json: bool) -> Result<u8, Failure> {
     match verb {
         Verb::Run(verb) => verb.run(client, json).await,
+        Verb::Adopt(verb) => verb.run(client, json).await,
         Verb::Ls(verb) => verb.run(client, json).await,
         Verb::Inspect(verb) => verb.run(client, json).await,
         Verb::Logs(verb) => verb.run(client, json).await,
@@ -115,7 +132,9 @@ async fn ask(verb: Verb, client: &Client, json: bool) -> Result<u8, Failure> {
         Verb::Migrate(verb) => verb.run(client, json).await,
         Verb::Cancel(verb) => verb.run(client, json).await,
         Verb::Resolve(verb) => verb.run(client, json).await,
-        Verb::Agent(_) | Verb::Pki(_) | Verb::Keeper(_) => {
+        Verb::Checkpoint(verb) => verb.run(client, json).await,
+        Verb::Restore(verb) => verb.run(client, json).await,
+        Verb::Agent(_) | Verb::Pki(_) | Verb::Hook(_) | Verb::Keeper(_) | Verb::Shim(_) => {
             Err(Failure::other("This verb does not speak to an agent"))
         }
     }

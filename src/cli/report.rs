@@ -1,6 +1,7 @@
 //! How a move ended, for people: a headline, and a compact table of what it cost. The JSON form is
 //! the report itself.
 
+use decamp_shared::methods::Ways;
 use decamp_shared::session::{Outcome, Report};
 
 use super::failure::with_reasons;
@@ -12,7 +13,7 @@ pub(crate) fn headline(report: &Report, dry_run: bool) -> String {
     let reason =
         with_reasons(report.reason.as_deref().unwrap_or("no reason was given"), &report.refusals);
     // The session says where it runs as a rule; a refusal of the agent's own may not.
-    let runs_on = match reason.contains("runs on at") {
+    let runs_on = match report.lost || reason.contains("runs on at") {
         true => String::new(),
         false => format!("\n{workload} runs on at {from}."),
     };
@@ -75,6 +76,10 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
             false => total,
         },
     ));
+    if report.compare_ms > 0.0 {
+        let compared = units::milliseconds(report.compare_ms);
+        rows.push(("", format!("{compared:<10} of the downtime to compare all memory")));
+    }
     rows.push(("memory", format!("{:<10} {}", units::bytes(report.memory_bytes), wire(report))));
     let pages = pages(report);
     if !pages.is_empty() {
@@ -86,8 +91,28 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
     rows.extend(rounds(report));
     let tracker = report.tracker.as_deref().map_or_else(String::new, |by| format!(" ({by})"));
     rows.push(("mode", format!("{}{tracker}", report.mode)));
+    if let Some(memory) = ways(report) {
+        rows.push(("ways", memory));
+    }
+    let keys = std::iter::once("because").chain(std::iter::repeat(""));
+    rows.extend(keys.zip(report.fallbacks.iter().cloned()));
     rows.push(("migration", report.migration.clone()));
     rows
+}
+
+/// How the memory of a container left and came.
+fn ways(report: &Report) -> Option<String> {
+    let dump = report.dump.as_deref().map(|dump| match dump {
+        Ways::HIDDEN => "memory hidden from CRIU",
+        Ways::MOUNTS => "memory hidden from CRIU by mounts",
+        _ => "all memory in CRIU's images",
+    });
+    let restore = report.restore.as_deref().map(|restore| match restore {
+        Ways::LAZY => "restored lazily",
+        _ => "restored eagerly",
+    });
+    let ways: Vec<_> = dump.into_iter().chain(restore).collect();
+    (!ways.is_empty()).then(|| ways.join(", "))
 }
 
 fn parts(report: &Report) -> String {
@@ -171,6 +196,7 @@ mod tests {
             to: "beta".into(),
             outcome: Outcome::Completed,
             reason: None,
+            lost: false,
             refusals: Vec::new(),
             mode: "pre-copy".into(),
             tracker: Some("KVM dirty log".into()),
@@ -195,6 +221,10 @@ mod tests {
             encrypted: true,
             predicted: Predicted { total_ms: None, downtime_ms: Some(11.0) },
             source_stall_ms: 0.0,
+            compare_ms: 0.0,
+            dump: None,
+            restore: None,
+            fallbacks: Vec::new(),
         }
     }
 
@@ -214,6 +244,28 @@ web moved from alpha to beta in 1.42 s, stopped for 12.3 ms
   mode        pre-copy (KVM dirty log)
   migration   3f2a9c81d04e5b76";
         assert_eq!(text(&report(), false), expected);
+    }
+
+    #[test]
+    fn the_ways_of_a_container_are_named_with_their_reasons() {
+        let moved = Report {
+            kind: Kind::Container,
+            tracker: Some("page-hash".into()),
+            dump: Some("hidden".into()),
+            restore: Some("eager".into()),
+            fallbacks: vec!["Tracker write-protect: too old".into(), "All memory first".into()],
+            compare_ms: 4.0,
+            ..report()
+        };
+        let expected = "
+  mode        pre-copy (page-hash)
+  ways        memory hidden from CRIU, restored eagerly
+  because     Tracker write-protect: too old
+              All memory first
+  migration   3f2a9c81d04e5b76";
+        let text = text(&moved, false);
+        assert!(text.ends_with(expected), "{text}");
+        assert!(text.contains("\n              4.0 ms     of the downtime to compare"), "{text}");
     }
 
     #[test]
@@ -269,6 +321,19 @@ web runs on at alpha.";
             assert!(text.contains("connection cut\nweb runs on at alpha."), "{text}");
             assert!(!text.contains("downtime "), "{text}");
         }
+    }
+
+    #[test]
+    fn a_workload_that_ended_is_not_said_to_run_on() {
+        let lost = Report {
+            outcome: Outcome::Failed,
+            reason: Some("web ended, or its keeper was killed, while it was being moved".into()),
+            lost: true,
+            ..report()
+        };
+        assert!(!text(&lost, false).contains("runs on"), "{}", text(&lost, false));
+        assert_eq!(lost.exit_code(), 1);
+        assert_eq!(Report { lost: false, ..lost }.exit_code(), 4);
     }
 
     #[test]

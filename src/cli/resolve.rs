@@ -16,7 +16,7 @@ use crate::messages::{ResolveAnswer, ResolveRequest, Side};
 #[derive(Debug, Args)]
 #[command(after_help = "Example: decamp resolve 3f2a9c81d04e5b76 --keep source")]
 pub(crate) struct Resolve {
-    /// Id of the migration, the beginning of it, or the name of the workload
+    /// Id of the migration, the name of the workload, or the first six characters or more of the id
     #[arg(value_parser = values::migration)]
     migration: String,
     /// Whose copy is to live

@@ -1,4 +1,4 @@
-//! `decamp rm`: forgets a workload that does not run here, and removes the files that one which
+//! `decamp rm`: forgets a workload that does not run here, gives one back that was adopted, and removes the files that one which
 //! moved away left behind.
 
 use std::io::{self, BufRead, IsTerminal, Write};
@@ -10,9 +10,10 @@ use super::failure::Failure;
 use super::{output, values};
 use crate::messages::{RemoveAnswer, State, WorkloadDetail};
 
-/// Remove a workload that does not run
+/// Remove a workload that does not run, or give an adopted one back
 ///
-/// A stopped workload is forgotten; its files stay. Of one that moved to another host the files that
+/// A stopped workload is forgotten; its files stay. An adopted one that runs is given back to its
+/// runtime as it runs. Of one that moved to another host the files that
 /// it left here are removed too, unless another workload uses them or --keep-files is given.
 #[derive(Debug, Args)]
 #[command(after_help = "Example: decamp rm web --yes")]

@@ -62,8 +62,11 @@ struct Container {
     #[arg(long, value_name = "DIR")]
     bundle: PathBuf,
     /// OCI runtime
-    #[arg(long, default_value = "runc", value_parser = ["runc"])]
+    #[arg(long, default_value = "runc", value_parser = ["runc", "crun"])]
     runtime: String,
+    /// Give it a terminal, whose output is in its log
+    #[arg(long)]
+    tty: bool,
     /// Network interface on a bridge of the host
     #[arg(long, value_name = "bridge=BR,ip=CIDR[,gateway=IP][,mac=MAC]", value_parser = net)]
     net: Option<Value>,
@@ -99,6 +102,7 @@ impl Run {
                 spec: json!({
                     "bundle": values::absolute(&container.bundle),
                     "runtime": container.runtime,
+                    "tty": container.tty,
                     "net": container.net,
                 }),
             },

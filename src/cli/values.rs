@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use decamp_shared::workload::is_plain_absolute;
+use decamp_shared::workload::{Storage, is_plain_absolute};
 
 use crate::messages::is_workload_name;
 
@@ -69,6 +69,28 @@ pub(crate) fn mapping(text: &str) -> Result<(PathBuf, PathBuf), String> {
     Ok((plain(old)?, plain(new)?))
 }
 
+/// `copy`, `shared`, or either of one mount: `PATH=copy`.
+pub(crate) fn storage(text: &str) -> Result<(Option<PathBuf>, Storage), String> {
+    let (path, word) = match text.rsplit_once('=') {
+        Some((path, word)) => (Some(path), word),
+        None => (None, text),
+    };
+    let storage = match word {
+        "copy" => Storage::Copy,
+        "shared" => Storage::Shared,
+        _ => {
+            return Err(format!(
+                "{word:?} is no way to store anything; write copy or shared, or PATH=copy for one mount"
+            ));
+        }
+    };
+    let plain = |path: &str| {
+        let plain = is_plain_absolute(Path::new(path)).then(|| PathBuf::from(path));
+        plain.ok_or_else(|| format!("{path:?} is not an absolute path without `..`"))
+    };
+    Ok((path.map(plain).transpose()?, storage))
+}
+
 /// `HOST[:PORT]`.
 pub(crate) fn host(text: &str) -> Result<String, String> {
     let (name, port) = match text.split_once(':') {
@@ -85,13 +107,35 @@ pub(crate) fn host(text: &str) -> Result<String, String> {
 
 /// `path` as the agent, whose working directory is another, has to read it.
 pub(crate) fn absolute(path: &Path) -> PathBuf {
-    // What does not exist is for the agent to refuse, with all other reasons.
-    path.canonicalize().or_else(|_| std::path::absolute(path)).unwrap_or_else(|_| path.to_owned())
+    // What does not exist is for the agent to refuse, with all other reasons, or to make.
+    path.canonicalize()
+        .or_else(|_| within_its_directory(path))
+        .or_else(|_| std::path::absolute(path))
+        .unwrap_or_else(|_| path.to_owned())
+}
+
+/// What does not exist, in a directory that does.
+fn within_its_directory(path: &Path) -> std::io::Result<PathBuf> {
+    let name = path.file_name().ok_or(std::io::ErrorKind::InvalidInput)?;
+    let directory = match path.parent() {
+        Some(directory) if !directory.as_os_str().is_empty() => directory,
+        _ => Path::new("."),
+    };
+    Ok(directory.canonicalize()?.join(name))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn storage_is_a_word_for_all_or_for_one() {
+        assert_eq!(storage("shared"), Ok((None, Storage::Shared)));
+        assert_eq!(storage("/a=b=copy"), Ok((Some("/a=b".into()), Storage::Copy)));
+        for bad in ["", "move", "/a", "/a=", "/a=moved", "a=copy", "/a/../b=copy", "=copy"] {
+            assert!(storage(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn sizes() {
@@ -135,5 +179,9 @@ mod tests {
     #[test]
     fn what_does_not_exist_still_becomes_absolute() {
         assert!(absolute(Path::new("no/such/kernel")).is_absolute());
+        let here = std::env::current_dir().expect("a directory").canonicalize().expect("is there");
+        assert_eq!(absolute(Path::new("new.tar.zst")), here.join("new.tar.zst"));
+        let above = here.parent().expect("not the top").join("new.tar.zst");
+        assert_eq!(absolute(Path::new("../new.tar.zst")), above);
     }
 }

@@ -146,7 +146,7 @@ impl Held {
             Failure::Reset => hosts.hosts(&["cut", to, "--reset"]).expect(0),
             Failure::KillDestination => hosts.hosts(&["agent", to, "kill"]).expect(0),
             Failure::KillSource => hosts.hosts(&["agent", from, "kill"]).expect(0),
-            Failure::Cancel => hosts.decamp(from, &["cancel", name]),
+            Failure::Cancel => hosts.decamp(from, &["cancel", name]).expect(0),
             Failure::Error => return,
         };
     }

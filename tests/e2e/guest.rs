@@ -11,6 +11,8 @@ use crate::running::{find, until};
 
 /// A guest reports every 50 ms: this is a hundred reports.
 const REPORT_WITHIN: Duration = Duration::from_secs(30);
+/// A dozen reports.
+const ADVANCES_WITHIN: Duration = Duration::from_millis(600);
 /// Sweeping or verifying a GiB, on a busy machine.
 const VERIFY_WITHIN: Duration = Duration::from_secs(60);
 
@@ -39,6 +41,18 @@ impl Guest {
             guest.log(host).contains("verdict=clean")
         });
         guest
+    }
+
+    /// One that somebody else started.
+    pub(crate) fn found(hosts: &'static Hosts, name: &'static str) -> Self {
+        Self { hosts, name }
+    }
+
+    /// Whether it reports within a moment in which it would report often.
+    pub(crate) fn advances(&self, host: &str) -> bool {
+        let mark = self.log(host).len();
+        std::thread::sleep(ADVANCES_WITHIN);
+        self.log(host).len() > mark
     }
 
     /// Its name.

@@ -1,8 +1,8 @@
 //! What lives without an agent: workloads while it is away, one that it left paused, one that it left fenced.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::failures::{Failure, arm, hold};
+use crate::failures::{Failure, arm, hold, report};
 use crate::guest::Guest;
 use crate::hosts::{ALPHA, BETA, hosts};
 use crate::redis::Redis;
@@ -21,6 +21,8 @@ pub(crate) fn tests() -> Vec<Test> {
         Test::new("keepers::paused_resumes_by_itself", Needs::Both, paused),
         Test::new("keepers::paused_is_resumed_by_the_next_agent", Needs::Kvm, paused_and_found),
         Test::new("keepers::fenced_stays_and_is_found", Needs::Both, fenced),
+        Test::new("keepers::killed_while_it_is_moved", Needs::Kvm, killed),
+        Test::new("keepers::stuck_does_not_keep_the_agent", Needs::Kvm, stuck),
     ]
 }
 
@@ -139,4 +141,41 @@ fn fenced() {
     }
     guest.verify(ALPHA);
     client.finish();
+}
+
+/// The workload is gone with its keeper: nobody says that it runs on.
+fn killed() {
+    let hosts = hosts();
+    hosts.mend();
+    let _guest = Guest::start(hosts, ALPHA, "mortal", "256M", "fill=64 hot=4 report=50");
+    arm(hosts, ALPHA, "source.pre-copy", Failure::Cancel);
+    let held = hold(hosts, ALPHA, "mortal", "source.pre-copy", &[]);
+    hosts.signal_keeper(ALPHA, "mortal", "KILL");
+    let ran = held.ended().expect(1);
+    let report = report(&ran).unwrap_or_else(|| panic!("no report\n{ran}"));
+    let reason = report["reason"].as_str().unwrap_or_default();
+    assert!(reason.contains("ended") && !reason.contains("runs on"), "{ran}");
+    assert_eq!(report["lost"], true, "{ran}");
+    until("alpha to notice", Duration::from_secs(10), || {
+        hosts.state(ALPHA, "mortal").as_deref() == Some("stopped")
+    });
+    until("beta to give its copy up", Duration::from_secs(20), || {
+        hosts.state(BETA, "mortal").is_none()
+    });
+}
+
+/// A thread of the agent waits minutes for a keeper's answer: the agent ends all the same when it is told to.
+fn stuck() {
+    let hosts = hosts();
+    hosts.mend();
+    let guest = Guest::start(hosts, ALPHA, "stuck", "128M", "fill=16 hot=1 report=50");
+    hosts.signal_keeper(ALPHA, "stuck", "STOP");
+    hosts.decamp(ALPHA, &["inspect", "stuck"]).expect(0);
+    let told = Instant::now();
+    hosts.hosts(&["agent", ALPHA, "stop"]).expect(0);
+    let took = told.elapsed();
+    hosts.signal_keeper(ALPHA, "stuck", "CONT");
+    assert!(took < Duration::from_secs(20), "the agent took {took:?} to end");
+    hosts.start_agent(ALPHA, "");
+    guest.runs_clean(ALPHA);
 }

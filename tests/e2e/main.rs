@@ -8,20 +8,26 @@
 //!
 //! `cargo test --release --features failpoints --test e2e -- [FILTER] [--list]`
 
+mod adoption;
 mod after_fence;
 mod before_fence;
 mod certificates;
+mod checkpoints;
 mod failures;
 mod guest;
+mod hooks;
 mod hosts;
 mod keepers;
 mod moves;
 mod peers;
+mod podman;
 mod redis;
 mod refusals;
 mod running;
 mod snapshot;
+mod volumes;
 mod watch;
+mod ways;
 
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -39,6 +45,8 @@ enum Needs {
     Containers,
     /// Both.
     Both,
+    /// What containers need, and a kernel that keeps no soft-dirty bits.
+    NoSoftDirty,
 }
 
 fn main() -> ExitCode {
@@ -47,8 +55,14 @@ fn main() -> ExitCode {
     let tests = [
         refusals::tests(),
         peers::tests(),
+        podman::tests(),
         moves::tests(),
+        ways::tests(),
+        volumes::tests(),
+        adoption::tests(),
+        hooks::tests(),
         keepers::tests(),
+        checkpoints::tests(),
         before_fence::tests(),
         after_fence::tests(),
     ];
@@ -101,7 +115,12 @@ impl Needs {
         if matches!(self, Needs::Kvm | Needs::Both) && !Path::new("/dev/kvm").exists() {
             return Some("/dev/kvm");
         }
-        if matches!(self, Needs::Containers | Needs::Both) {
+        // Each mapping of a process that nobody tracks has the flag, where there is such a thing.
+        let smaps = || std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+        if self == Needs::NoSoftDirty && smaps().contains(" sd") {
+            return Some("kernel without soft-dirty bits");
+        }
+        if matches!(self, Needs::Containers | Needs::Both | Needs::NoSoftDirty) {
             for program in [hosts::CRIU, "runc", "redis-server"] {
                 if !runs(program) {
                     return Some(program);

@@ -74,7 +74,13 @@ pub(crate) fn untouched(act: impl FnOnce(&'static Hosts, &Guest)) {
 
 /// Tries to move a container that is to stay where it is, untouched, its client's connection alive.
 #[track_caller]
-fn stays(hosts: &'static Hosts, name: &'static str, last: u8, options: &[&str], says: &[&str]) {
+pub(crate) fn stays(
+    hosts: &'static Hosts,
+    name: &'static str,
+    last: u8,
+    options: &[&str],
+    says: &[&str],
+) {
     let redis = Redis::start(hosts, ALPHA, name, last);
     let mut client = redis.client(4, 500);
     let before = Snapshot::take(hosts);

@@ -1,48 +1,74 @@
-//! Scenario `container`: the same Redis moved by us and by runc's own checkpoint, in turns, watched
-//! by the same client on one connection.
+//! Scenarios `container`, `container-local` and `container-tree`: the same Redis moved by us and by
+//! runc's own checkpoint, in turns, watched by the same client on one connection. In the last two the
+//! peer stays on its host, and so has no network to cross.
 //!
 //! A connection that breaks, or a key that is not what it was, ends the benchmark.
 
-use std::process::Command;
-use std::thread::sleep;
 use std::time::Duration;
 
-use crate::decamp::Decamp;
 use crate::error::{BenchError, Result};
-use crate::hosts::{DESTINATION, Hosts, SOURCE, done};
+use crate::hosts::Hosts;
 use crate::load::OtherWork;
-use crate::memory::{Sampler, Usage};
-use crate::redis::{ADDRESS, Client, FILL_MIB};
+use crate::memory::Usage;
+use crate::redis_move::{Burden, Sample, ours, theirs};
 use crate::row::Row;
 use crate::runc::Runc;
 use crate::{Bench, median_of, ms, tell};
 
-const NAME: &str = "bench";
-/// How long the client works on before and after the move.
-const WATCH: Duration = Duration::from_secs(1);
+/// What Redis has in each scenario.
+const ACROSS: Burden = Burden { fill_mib: 256, children: 0 };
+const LOCAL: Burden = Burden { fill_mib: 1024, children: 0 };
+const TREE: Burden = Burden { fill_mib: 16, children: 200 };
+/// What the downtime is to be at most, beside a peer that stays where it is.
+const LOCAL_DOWNTIME: f64 = 0.1;
+const TREE_DOWNTIME: f64 = 0.7;
+/// What the destination is to have at the most, in parts of the container's memory.
+const PEAK: f64 = 1.15;
 
-/// One move, by either side.
-struct Sample {
-    /// From the command to its end, as seen from outside.
-    total: Duration,
-    /// The client's longest wait for a reply over the whole move.
-    gap: Duration,
-    /// The same just before, when nothing moved.
-    quiet: Duration,
-    /// What the tool says of itself, in milliseconds: total time and downtime. runc says nothing.
-    said: (f64, f64),
-}
-
-/// All rows of the scenario.
+/// All rows of the scenario `container`.
 pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     let hosts = Hosts::up(&bench.work, &bench.root, false)?;
+    let (pairs, other) = pairs(bench, &hosts, "container", &ACROSS, Runc::migrate)?;
+    let mut rows = compare("container", &pairs, &other, Runc::describe()?, None)?;
+    rows.push(memory_row(bench, &hosts)?);
+    Ok(rows)
+}
+
+/// All rows of the scenario `container-local`.
+pub(crate) fn run_local(bench: &Bench) -> Result<Vec<Row>> {
+    let hosts = Hosts::up(&bench.work, &bench.root, false)?;
+    let name = "container-local";
+    let (pairs, other) = pairs(bench, &hosts, name, &LOCAL, |runc, _| runc.bounce())?;
+    let mut rows = compare(name, &pairs, &other, Runc::describe_local()?, Some(LOCAL_DOWNTIME))?;
+    rows.push(peak_row(name, &pairs)?);
+    Ok(rows)
+}
+
+/// All rows of the scenario `container-tree`.
+pub(crate) fn run_tree(bench: &Bench) -> Result<Vec<Row>> {
+    let hosts = Hosts::up(&bench.work, &bench.root, false)?;
+    let name = "container-tree";
+    let (pairs, other) = pairs(bench, &hosts, name, &TREE, |runc, _| runc.bounce())?;
+    compare(name, &pairs, &other, Runc::describe_local()?, Some(TREE_DOWNTIME))
+}
+
+pub(crate) type Pairs = Vec<(Sample, Sample)>;
+
+/// Moves by us and by the peer, in turns.
+fn pairs(
+    bench: &Bench,
+    hosts: &Hosts,
+    scenario: &'static str,
+    burden: &Burden,
+    peer: fn(&mut Runc, &Hosts) -> Result<Duration>,
+) -> Result<(Pairs, OtherWork)> {
     let (mut pairs, mut other) = (Vec::new(), OtherWork::default());
     for number in 0..=bench.pairs {
-        let (ours, _) = ours(bench, &hosts, None, &mut other)?;
-        let theirs = theirs(bench, &hosts, &mut other)?;
+        let ours = ours(bench, hosts, scenario, burden, None, &mut other)?;
+        let theirs = theirs(bench, hosts, burden, peer, &mut other)?;
         let which = if number == 0 { "warm-up".to_owned() } else { format!("pair {number}") };
         tell(format_args!(
-            "container, {which}: ours {:.0} ms, gap {:.0} ms; runc {:.0} ms, gap {:.0} ms",
+            "{scenario}, {which}: ours {:.0} ms, gap {:.0} ms; runc {:.0} ms, gap {:.0} ms",
             ms(ours.total),
             ms(ours.gap),
             ms(theirs.total),
@@ -52,13 +78,16 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
             pairs.push((ours, theirs));
         }
     }
-    let mut rows = compare(&pairs, &other)?;
-    rows.push(memory_row(bench, &hosts)?);
-    Ok(rows)
+    Ok((pairs, other))
 }
 
-fn compare(pairs: &[(Sample, Sample)], other: &OtherWork) -> Result<Vec<Row>> {
-    let peer = Runc::describe()?;
+pub(crate) fn compare(
+    scenario: &'static str,
+    pairs: &[(Sample, Sample)],
+    other: &OtherWork,
+    peer: String,
+    downtime: Option<f64>,
+) -> Result<Vec<Row>> {
     let of = |value: fn(&Sample) -> Duration| -> Vec<(f64, f64)> {
         pairs.iter().map(|(ours, theirs)| (ms(value(ours)), ms(value(theirs)))).collect()
     };
@@ -82,18 +111,12 @@ fn compare(pairs: &[(Sample, Sample)], other: &OtherWork) -> Result<Vec<Row>> {
         other.text()
     );
     let rows = [
+        Row::beside((scenario, "total", "ms"), &peer, &of(|sample| sample.total), None, total_note),
         Row::beside(
-            ("container", "total", "ms"),
-            &peer,
-            &of(|sample| sample.total),
-            None,
-            total_note,
-        ),
-        Row::beside(
-            ("container", "downtime", "ms"),
+            (scenario, "downtime", "ms"),
             &peer,
             &of(|sample| sample.gap),
-            None,
+            downtime,
             gap_note,
         ),
     ];
@@ -102,88 +125,29 @@ fn compare(pairs: &[(Sample, Sample)], other: &OtherWork) -> Result<Vec<Row>> {
         .ok_or_else(|| BenchError::wrong("There are no pairs to compare"))
 }
 
+/// What the destination had at the most, as parts of the container's memory.
+fn peak_row(scenario: &'static str, pairs: &[(Sample, Sample)]) -> Result<Row> {
+    let part = |ours: &Sample| ours.peak as f64 / ours.memory.max(1) as f64;
+    let parts: Vec<f64> = pairs.iter().map(|(ours, _)| part(ours)).collect();
+    let note = "The most that the destination's cgroup had during the move and until its memory was \
+                in place, less what it had before, in parts of the container's memory: agent, \
+                keeper, page store, container, the bundle's files in the page cache, page tables \
+                and buffers.";
+    Row::alone((scenario, "memory_peak", "parts"), &parts, PEAK, note.to_owned())
+        .ok_or_else(|| BenchError::wrong("There are no moves whose memory was counted"))
+}
+
 /// Moves of their own: taking samples costs time that the others must not pay.
 fn memory_row(bench: &Bench, hosts: &Hosts) -> Result<Row> {
     let mut most = Vec::new();
     let mut memory = 0;
     for number in 1..=bench.pairs {
         let mut usage = Usage::default();
-        memory = ours(bench, hosts, Some(&mut usage), &mut OtherWork::default())?.1;
+        let moved =
+            ours(bench, hosts, "container", &ACROSS, Some(&mut usage), &mut OtherWork::default())?;
+        memory = moved.memory;
         tell(format_args!("container, memory {number}: {}", usage.text()));
         most.push(usage);
     }
     crate::memory::row(("container", "without encryption of pages"), &most, memory)
-}
-
-/// One move by us, and the memory that the container had.
-fn ours(
-    bench: &Bench,
-    hosts: &Hosts,
-    usage: Option<&mut Usage>,
-    other: &mut OtherWork,
-) -> Result<(Sample, u64)> {
-    let (here, there) = (Decamp::at(hosts, SOURCE)?, Decamp::at(hosts, DESTINATION)?);
-    done(
-        Command::new(bench.root.join("tests/fixtures/redis-bundle"))
-            .arg(hosts.srv(SOURCE).join("redis")),
-    )?;
-    let net = format!("bridge=br0,ip={ADDRESS}/16");
-    here.verb(&["run", "container", NAME, "--bundle", "/srv/redis", "--net", &net])?;
-    let mut client = Client::start(&bench.redis_client())?;
-    let quiet = quiet(&mut client)?;
-    let sampler = usage.is_some().then(|| Sampler::start(hosts.init(SOURCE)?)).transpose()?;
-    let before = hosts.mark()?;
-    let moved = here.migrate(NAME, DESTINATION)?;
-    other.add(&before, &hosts.mark()?);
-    if let (Some(usage), Some(sampler)) = (usage, sampler) {
-        *usage = sampler.most()?;
-    }
-    if moved.report["encrypted"] != false {
-        return Err(BenchError::wrong(format!(
-            "The move says encrypted: {}",
-            moved.report["encrypted"]
-        )));
-    }
-    bench.keep_report("container", &moved.report);
-    let said = (moved.reported("total_ms"), moved.reported("downtime_ms"));
-    let sample = finish(client, moved.wall, quiet, said)?;
-    there.verb(&["stop", NAME])?;
-    there.verb(&["rm", NAME, "--yes"])?;
-    here.verb(&["rm", NAME, "--yes"])?;
-    hosts.clear_srv(SOURCE)?;
-    hosts.clear_srv(DESTINATION)?;
-    Ok((sample, moved.report["memory_bytes"].as_u64().unwrap_or(u64::from(FILL_MIB) << 20)))
-}
-
-/// One move by runc and tar.
-fn theirs(bench: &Bench, hosts: &Hosts, other: &mut OtherWork) -> Result<Sample> {
-    let mut runc = Runc::start(hosts, &bench.root)?;
-    let mut client = Client::start(&bench.redis_client())?;
-    let quiet = quiet(&mut client)?;
-    let before = hosts.mark()?;
-    let total = runc.migrate(hosts)?;
-    other.add(&before, &hosts.mark()?);
-    let sample = finish(client, total, quiet, (0.0, 0.0))?;
-    runc.clear(hosts)?;
-    Ok(sample)
-}
-
-/// The client's longest wait while nothing moves. From here on its gaps count anew.
-fn quiet(client: &mut Client) -> Result<Duration> {
-    client.gap()?;
-    sleep(WATCH);
-    client.gap()
-}
-
-/// Lets the client work on for a while, and has it verify everything.
-fn finish(
-    mut client: Client,
-    total: Duration,
-    quiet: Duration,
-    said: (f64, f64),
-) -> Result<Sample> {
-    sleep(WATCH);
-    let gap = client.gap()?;
-    client.stop()?;
-    Ok(Sample { total, gap, quiet, said })
 }

@@ -13,6 +13,9 @@ pub(crate) enum BenchError {
     /// A program ended badly.
     #[error("`{command}` ended with {status}: {said}")]
     Command { command: String, status: String, said: String },
+    /// An application did not come through its moves.
+    #[error("{app} did not come through its moves")]
+    App { app: &'static str, source: Box<BenchError> },
     /// Something answered otherwise than it should.
     #[error("{0}")]
     Wrong(String),

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{BenchError, Result};
 use crate::load::{Mark, Processors};
+use crate::peak::Peak;
 
 /// The source of every move.
 pub(crate) const SOURCE: &str = "alpha";
@@ -25,6 +26,8 @@ pub(crate) struct Hosts {
     script: PathBuf,
     dir: PathBuf,
     processors: Option<Processors>,
+    /// What their cgroups are called.
+    name: String,
 }
 
 impl Hosts {
@@ -36,12 +39,17 @@ impl Hosts {
         let dir = std::env::var_os("DECAMP_HOSTS_DIR").ok_or_else(|| {
             BenchError::wrong("DECAMP_HOSTS_DIR is not set: start this by tests/bench")
         })?;
-        let mut hosts =
-            Self { script: root.join("tests/hosts"), dir: dir.into(), processors: None };
+        let mut hosts = Self {
+            script: root.join("tests/hosts"),
+            dir: dir.into(),
+            processors: None,
+            name: String::new(),
+        };
         done(Command::new(&hosts.script).args(["up", "2"]).env("DECAMP_AGENT_TOML", &settings))?;
         done(Command::new(&hosts.script).args(["client", CLIENT, "10.77.1.9/16"]))?;
         let name = hosts.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         hosts.processors = Some(Processors::of(&name)?);
+        hosts.name = name;
         Ok(hosts)
     }
 
@@ -49,6 +57,11 @@ impl Hosts {
     pub(crate) fn mark(&self) -> Result<Mark> {
         let processors = self.processors.as_ref();
         processors.ok_or_else(|| BenchError::wrong("The hosts are not up"))?.mark()
+    }
+
+    /// Begins to watch the memory of one of them.
+    pub(crate) fn peak(&self, host: &str) -> Result<Peak> {
+        Peak::begin(&self.name, host)
     }
 
     /// Has both agents start again with pages encrypted, or not.

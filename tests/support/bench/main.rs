@@ -7,19 +7,25 @@
 
 #![deny(unsafe_code)]
 
+mod apps;
 mod beat;
 mod container;
 mod decamp;
 mod error;
+mod growth;
 mod hosts;
 mod load;
 mod memory;
+mod peak;
+mod podman;
 mod qemu;
 mod qmp;
 mod redis;
+mod redis_move;
 mod row;
 mod runc;
 mod shell;
+mod tracking;
 mod vm;
 mod warm;
 
@@ -50,12 +56,38 @@ Example: tests/bench vm --json";
 /// A scenario: its name, what it is, how it is run.
 type Scenario = (&'static str, &'static str, fn(&Bench) -> Result<Vec<Row>>);
 
-const SCENARIOS: [Scenario; 2] = [
+const SCENARIOS: [Scenario; 8] = [
     ("vm", "a virtual machine with 1 GiB filled and 32 MiB hot, beside QEMU", vm::run),
     (
         "container",
         "Redis with 256 MiB, beside runc checkpoint + tar + runc restore",
         container::run,
+    ),
+    (
+        "container-local",
+        "Redis with 1 GiB between two hosts, beside runc checkpoint + restore on one",
+        container::run_local,
+    ),
+    (
+        "container-tree",
+        "Redis with 200 children of 2 MiB, beside runc checkpoint + restore on one host",
+        container::run_tree,
+    ),
+    (
+        "container-podman",
+        "Redis with 1 GiB run by podman, beside podman container checkpoint -e + restore -i",
+        podman::run,
+    ),
+    ("container-growth", "Redis with 256 MiB, 1 GiB and 4 GiB, beside each other", growth::run),
+    (
+        "container-tracking",
+        "how fast Redis with 256 MiB answers while it is copied, beside itself before",
+        tracking::run,
+    ),
+    (
+        "container-apps",
+        "PostgreSQL, nginx, memcached, Python and Node.js there and back under load",
+        apps::run,
     ),
 ];
 
@@ -90,6 +122,11 @@ impl Bench {
         self.work.join("redis-client")
     }
 
+    /// The program that makes a tree of processes.
+    pub(crate) fn process_tree(&self) -> PathBuf {
+        self.work.join("process-tree")
+    }
+
     /// Adds one of our reports to the file of them, if one is wanted.
     pub(crate) fn keep_report(&self, scenario: &str, report: &Value) {
         use std::io::Write;
@@ -115,7 +152,7 @@ fn main() -> ExitCode {
         }
     };
     if options.list {
-        SCENARIOS.iter().for_each(|(name, what, _)| println!("{name:<12}{what}"));
+        SCENARIOS.iter().for_each(|(name, what, _)| println!("{name:<20}{what}"));
         return ExitCode::SUCCESS;
     }
     match run(&options) {

@@ -13,11 +13,9 @@ use crate::hosts::{CLIENT, Reaped, await_that, done};
 
 /// Where Redis is, on the workloads' network.
 pub(crate) const ADDRESS: &str = "10.77.1.20";
-/// MiB of random values.
-pub(crate) const FILL_MIB: u32 = 256;
 /// Pairs of a write and a read in a second: four heartbeats in a millisecond would be no use, and a
 /// client that asks as fast as it can keeps a processor from what is measured.
-const RATE: &str = "1000";
+pub(crate) const RATE: u32 = 1000;
 
 /// A client at work. Killed when this is dropped.
 pub(crate) struct Client {
@@ -28,15 +26,16 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// Connects as soon as Redis listens, and fills it.
-    pub(crate) fn start(binary: &Path) -> Result<Self> {
+    /// Connects as soon as Redis listens, and fills it with so many MiB of random values. From then on
+    /// it works, `rate` times a second, or with 0 as fast as it can.
+    pub(crate) fn start(binary: &Path, fill_mib: u32, rate: u32) -> Result<Self> {
         forget_neighbours()?;
         await_listening()?;
         let mut child = Command::new("ip")
             .args(["netns", "exec", CLIENT])
             .arg(binary)
             .arg(format!("{ADDRESS}:6379"))
-            .args(["--fill-mib", &FILL_MIB.to_string(), "--rate", RATE])
+            .args(["--fill-mib", &fill_mib.to_string(), "--rate", &rate.to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -59,10 +58,16 @@ impl Client {
 
     /// The longest time without a reply since this was asked last.
     pub(crate) fn gap(&mut self) -> Result<Duration> {
+        Ok(self.report()?.1)
+    }
+
+    /// How many operations there were since this was asked last, and the longest time without one.
+    pub(crate) fn report(&mut self) -> Result<(u64, Duration)> {
         self.command("report")?;
         let report = self.line()?;
-        let gap = report["longest_gap_ms"].as_f64().filter(|_| report["errors"] == 0);
-        gap.map(|ms| Duration::from_secs_f64(ms / 1000.0))
+        let ops = report["ops"].as_u64().filter(|_| report["errors"] == 0);
+        ops.zip(report["longest_gap_ms"].as_f64())
+            .map(|(ops, ms)| (ops, Duration::from_secs_f64(ms / 1000.0)))
             .ok_or_else(|| BenchError::wrong(format!("The Redis client met errors: {report}")))
     }
 
@@ -94,7 +99,7 @@ impl Client {
 }
 
 /// The containers of a benchmark share an address, and not the hardware address behind it.
-fn forget_neighbours() -> Result<()> {
+pub(crate) fn forget_neighbours() -> Result<()> {
     done(Command::new("ip").args(["-n", CLIENT, "neigh", "flush", "all"]))?;
     Ok(())
 }

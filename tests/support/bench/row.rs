@@ -102,6 +102,15 @@ impl Row {
         })
     }
 
+    /// A figure without a peer that is measured to be known.
+    pub(crate) fn without_target(
+        name: (&'static str, &'static str, &'static str),
+        values: &[f64],
+        note: String,
+    ) -> Option<Self> {
+        Some(Self { target: None, ..Self::alone(name, values, f64::INFINITY, note)? })
+    }
+
     fn json(&self) -> Value {
         json!({
             "scenario": self.scenario, "metric": self.metric, "unit": self.unit, "peer": self.peer,

@@ -7,15 +7,16 @@
 //! the clock starts.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
+use crate::Bench;
 use crate::error::{BenchError, Result};
 use crate::hosts::{DESTINATION, DESTINATION_ADDRESS, Hosts, SOURCE, await_that, done};
 use crate::redis::ADDRESS;
+use crate::redis_move::{Burden, change_config};
 use crate::shell::Shell;
 
 const PORT: u16 = 47421;
@@ -43,10 +44,15 @@ impl Runc {
         Ok(format!("{} with {}, tar over plain TCP", version("runc", 0)?, version(&criu(), 0)?))
     }
 
+    /// The same for one that stays on its host.
+    pub(crate) fn describe_local() -> Result<String> {
+        Ok(Self::describe()?.replace(", tar over plain TCP", ", through a tmpfs of the same host"))
+    }
+
     /// Starts the container.
-    pub(crate) fn start(hosts: &Hosts, root: &Path) -> Result<Self> {
+    pub(crate) fn start(hosts: &Hosts, bench: &Bench, burden: &Burden) -> Result<Self> {
         for host in [SOURCE, DESTINATION] {
-            make_bundle(hosts, root, host)?;
+            make_bundle(hosts, bench, burden, host)?;
         }
         let mut runc = Self {
             source: Shell::start(hosts, SOURCE)?,
@@ -71,6 +77,13 @@ impl Runc {
         // The source first: when it fails the destination waits for ever.
         self.source.end()?;
         self.destination.end()?;
+        Ok(started.elapsed())
+    }
+
+    /// Checkpoints it and restores it where it was: how long that took.
+    pub(crate) fn bounce(&mut self) -> Result<Duration> {
+        let started = Instant::now();
+        self.source.run(&format!("{}\n{}", checkpoint(), restore()))?;
         Ok(started.elapsed())
     }
 
@@ -106,14 +119,31 @@ fn prepare() -> String {
     )
 }
 
-fn send() -> String {
+fn checkpoint() -> String {
     format!(
         "runc --criu {criu} checkpoint --image-path /run/bench/images --work-path /run/bench/work \
              --tcp-established --file-locks peer || \
-             {{ tail -n 5 /run/bench/work/dump.log; false; }}\n\
+             {{ tail -n 5 /run/bench/work/dump.log; false; }}",
+        criu = criu()
+    )
+}
+
+fn restore() -> String {
+    format!(
+        "runc --criu {criu} restore --detach --image-path /run/bench/images \
+             --work-path /run/bench/work --bundle /srv/peer --tcp-established --file-locks \
+             peer </dev/null >/dev/null 2>&1 || \
+             {{ tail -n 5 /run/bench/work/restore.log; false; }}",
+        criu = criu()
+    )
+}
+
+fn send() -> String {
+    format!(
+        "{checkpoint}\n\
          ip link set peer0 down\n\
          tar -c -b 512 -f - -C /run/bench/images . >/dev/tcp/{DESTINATION_ADDRESS}/{PORT}",
-        criu = criu()
+        checkpoint = checkpoint()
     )
 }
 
@@ -125,32 +155,28 @@ fn receive() -> String {
              tar -x -b 512 -f - -C /run/bench/images\n\
          ip link set peer0 up\n\
          ip netns exec peer busybox arping -q -U -c 1 -w 1 -I eth0 {ADDRESS} >/dev/null 2>&1 &\n\
-         runc --criu {criu} restore --detach --image-path /run/bench/images \
-             --work-path /run/bench/work --bundle /srv/peer --tcp-established --file-locks \
-             peer </dev/null >/dev/null 2>&1 || \
-             {{ tail -n 5 /run/bench/work/restore.log; false; }}",
-        criu = criu()
+         {restore}",
+        restore = restore()
     )
 }
 
-fn make_bundle(hosts: &Hosts, root: &Path, host: &str) -> Result<()> {
+fn make_bundle(hosts: &Hosts, bench: &Bench, burden: &Burden, host: &str) -> Result<()> {
     let bundle = hosts.srv(host).join("peer");
-    done(Command::new(root.join("tests/fixtures/redis-bundle")).arg(&bundle))?;
-    let path = bundle.join("config.json");
-    let what = format!("change {}", path.display());
-    let text = fs::read_to_string(&path).map_err(BenchError::io(&what))?;
-    let mut config: Value = serde_json::from_str(&text)
-        .map_err(|_| BenchError::wrong("The Redis bundle's config.json is no JSON"))?;
-    config["annotations"] = json!({"org.criu.config": "/run/bench/criu.conf"});
-    let namespaces = config["linux"]["namespaces"].as_array_mut();
-    let network = namespaces.into_iter().flatten().find(|one| one["type"] == "network");
-    let network =
-        network.ok_or_else(|| BenchError::wrong("The Redis bundle has no network namespace"))?;
-    network["path"] = json!("/run/netns/peer");
-    fs::write(&path, config.to_string()).map_err(BenchError::io(what))
+    burden.bundle(bench, &bundle)?;
+    let mut found = false;
+    change_config(&bundle, |config| {
+        config["annotations"] = json!({"org.criu.config": "/run/bench/criu.conf"});
+        let namespaces = config["linux"]["namespaces"].as_array_mut();
+        let network = namespaces.into_iter().flatten().find(|one| one["type"] == "network");
+        found = network.map(|network| network["path"] = json!("/run/netns/peer")).is_some();
+    })?;
+    match found {
+        true => Ok(()),
+        false => Err(BenchError::wrong("The Redis bundle has no network namespace")),
+    }
 }
 
-fn criu() -> String {
+pub(crate) fn criu() -> String {
     std::env::var("DECAMP_CRIU").unwrap_or_else(|_| "/opt/decamp-criu/bin/criu".to_owned())
 }
 

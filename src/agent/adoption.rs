@@ -1,0 +1,104 @@
+//! Workloads that somebody else started: taking charge of one while it runs, and giving it back as it
+//! runs. Whatever goes wrong, it runs on as if nothing had been.
+
+use std::sync::Arc;
+
+use decamp_shared::workload::{Backend, Foreign, Kind, Place};
+
+use super::Agent;
+use super::answer::{Answer, Result, chain};
+use super::registry::Workload;
+use super::workloads::{blocking, gone};
+use crate::backend::is_adopted;
+use crate::messages::{AdoptRequest, State, WorkloadView, is_workload_name};
+
+impl Agent {
+    /// Takes charge of a container that runs already and returns when its keeper has it.
+    pub(crate) async fn adopt_new(&self, request: AdoptRequest) -> Result<WorkloadView> {
+        let what = request.what;
+        let backend = self.backends.of(Kind::Container)?;
+        let refused =
+            |refusals| Answer::refused_for(&format!("{what} cannot be adopted"), refusals);
+        let Foreign { name, spec } = self.look_at(&backend, &what).await?.map_err(refused)?;
+        if !is_workload_name(&name) {
+            return Err(Answer::refused(format!(
+                "{what} cannot be adopted: {name:?} cannot be the name of a workload (1 to 40 of a-z, \
+                 0-9, `_`, `.` and `-`, beginning with a letter or digit)"
+            )));
+        }
+        let _claim = self.claim(&name, "being adopted").await?;
+        if let Some(taken) = self.registry.get(&name)? {
+            let how = match is_adopted(&taken.spec) && taken.state == State::Running {
+                true => "it is adopted already".to_owned(),
+                false => format!(
+                    "the name {name} is taken by a workload that is {}: `decamp rm {name}` first, or \
+                     give the container another name",
+                    taken.state
+                ),
+            };
+            return Err(Answer::refused(format!("{what} cannot be adopted: {how}")));
+        }
+        let uuid = uuid::Uuid::new_v4().to_string();
+        let workload = Workload::new(&name, &uuid, Kind::Container, spec, State::Starting);
+        let place = self.place(&workload);
+        self.state_dir.make_place(&place)?;
+        self.registry.create(&workload)?;
+        match self.take_charge(&backend, &workload, &place).await {
+            Ok(running) => Ok(running.view()),
+            // What could not be given back is not forgotten: the next agent finds it.
+            Err(answer) if super::supervise::is_kept(&place) => Err(answer),
+            Err(answer) => {
+                self.registry.remove(&name)?;
+                self.state_dir.remove_place(&place)?;
+                Err(answer)
+            }
+        }
+    }
+
+    /// Gives an adopted workload, which runs, back.
+    pub(crate) async fn let_go(&self, workload: &Workload, place: &Place) -> Result<()> {
+        let backend = self.backends.of(workload.kind)?;
+        give_back(backend, place.clone()).await?;
+        if gone(place).await? {
+            return Ok(());
+        }
+        Err(Answer::Failed(format!("The keeper of {} does not end: try again", workload.name)))
+    }
+
+    async fn look_at(
+        &self,
+        backend: &Arc<dyn Backend>,
+        what: &str,
+    ) -> Result<std::result::Result<Foreign, Vec<decamp_shared::workload::Refusal>>> {
+        let (backend, what) = (Arc::clone(backend), what.to_owned());
+        blocking(move || backend.find_foreign(&what)).await
+    }
+
+    async fn take_charge(
+        &self,
+        backend: &Arc<dyn Backend>,
+        workload: &Workload,
+        place: &Place,
+    ) -> Result<Workload> {
+        let (owned, spec, at) = (Arc::clone(backend), workload.spec.clone(), place.clone());
+        let adopted = blocking(move || {
+            owned.adopt(&spec, &at).inspect_err(|_| {
+                if let Err(error) = owned.sweep(&spec, &at) {
+                    tracing::warn!("Cannot sweep after a failed adoption: {}", chain(&error));
+                }
+            })
+        })
+        .await?;
+        adopted?;
+        let written = match self.registry.change(&workload.name, Workload::becomes_running) {
+            Ok(running) => return Ok(running),
+            Err(error) => Answer::from(error),
+        };
+        give_back(Arc::clone(backend), place.clone()).await?;
+        Err(written)
+    }
+}
+
+async fn give_back(backend: Arc<dyn Backend>, place: Place) -> Result<()> {
+    Ok(blocking(move || backend.let_go(&place)).await??)
+}
