@@ -98,7 +98,10 @@ impl Container {
         let interface = if arrival.is_none() { interface(&spec, place) } else { None };
         let network = Network::make(interface, &veth_name(place), false)?;
         let streams = Streams::open(&place.log())?;
-        let store = Store::mount(&place.dir.join("store"))?;
+        let mut store = Store::mount(&place.dir.join("store"))?;
+        if bundle.mapped_root().is_some() {
+            store.open_to_others()?;
+        }
         let (runtime, cgroups_path) = match &arrival {
             None => (undo.runtime()?, cgroups_path(place)?),
             Some(arrival) => (
@@ -110,7 +113,7 @@ impl Container {
         let mut container =
             Self::of(config, exit, bundle, runtime, network, streams, store, shell.cgroups);
         container.stand_in = Some(shell.state);
-        match ways::late(&container.methods) {
+        match ways::late(&container.methods, container.bundle.mapped_root().is_some()) {
             Ok(()) => container.holder = Some(Holder::start()?),
             Err(reason) => {
                 tracing::warn!(reason, "Memory is restored before it runs");

@@ -245,6 +245,17 @@ impl Bundle {
         found
     }
 
+    /// The host's user and group that are root in its user namespace, if it has one.
+    pub(crate) fn mapped_root(&self) -> Option<(u32, u32)> {
+        self.namespace("user")?;
+        let root = |kind: &str| {
+            let mappings = self.config["linux"][kind].as_array()?;
+            let first = mappings.iter().find(|mapping| mapping["containerID"] == 0)?;
+            u32::try_from(first["hostID"].as_u64()?).ok()
+        };
+        Some((root("uidMappings").unwrap_or(0), root("gidMappings").unwrap_or(0)))
+    }
+
     /// The part of [`Bundle::run_refusals`] for which no file is looked at.
     pub(crate) fn config_refusals(&self) -> Vec<Refusal> {
         let mut found = Vec::new();
@@ -263,8 +274,19 @@ impl Bundle {
                 Some(_) => {}
             }
         }
-        if self.namespace("user").is_some() {
-            found.push(unsupported("The container has a user namespace"));
+        if let Some(namespace) = self.namespace("user")
+            && namespace.get("path").is_some_and(|path| path.as_str() != Some(""))
+        {
+            found.push(unsupported("The container joins a user namespace by its path"));
+        }
+        let mounts = self.config.get("mounts").and_then(Value::as_array);
+        let has_sysfs =
+            mounts.is_some_and(|mounts| mounts.iter().any(|mount| mount["type"] == "sysfs"));
+        if self.namespace("user").is_some() && has_sysfs {
+            found.push(unsupported(
+                "The container mounts a sysfs, which takes a network namespace that belongs to its user \
+                 namespace, and decamp's does not: take that mount out of config.json",
+            ));
         }
         if self.config.get("hooks").and_then(Value::as_object).is_some_and(has_foreign_hooks) {
             found.push(unsupported("The configuration has hooks"));

@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,16 @@ use crate::landed::Landed;
 
 /// Links followed in one path at most, as the kernel has it.
 const LINKS: usize = 40;
+
+/// Devices of the host that a runtime mounts where it may make none, in a user namespace, with their numbers.
+const DEVICES: [(&str, (u64, u64)); 6] = [
+    ("/dev/null", (1, 3)),
+    ("/dev/zero", (1, 5)),
+    ("/dev/full", (1, 7)),
+    ("/dev/random", (1, 8)),
+    ("/dev/urandom", (1, 9)),
+    ("/dev/tty", (5, 0)),
+];
 
 /// A mount from outside, by where it appears in the container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +48,8 @@ pub(crate) enum ExternalKind {
     Masked,
     /// The container's directory of a v1 cgroup controller.
     Cgroup(String),
+    /// One of the devices that every container has, the host's own.
+    Device,
 }
 
 /// The mounts from outside of the container whose first process is `init`.
@@ -58,6 +71,14 @@ pub(crate) fn external(bundle: &Bundle, init: i32) -> Result<Vec<ExternalMount>>
         // A masked directory is a tmpfs, which CRIU dumps like any other.
         if mounts.iter().any(|mount| mount.destination == mounted && mount.root == "/null") {
             found.push(ExternalMount { destination, kind: ExternalKind::Masked, mounted });
+        }
+    }
+    let devices = DEVICES.iter().filter(|_| bundle.mapped_root().is_some());
+    for (destination, numbers) in devices {
+        let is_there = mounts.iter().any(|mount| mount.destination == *destination);
+        if is_there && is_device(&root.join(&destination[1..]), *numbers) {
+            let (destination, mounted) = ((*destination).to_owned(), (*destination).to_owned());
+            found.push(ExternalMount { destination, kind: ExternalKind::Device, mounted });
         }
     }
     for mount in mounts.into_iter().filter(|mount| mount.kind == "cgroup") {
@@ -139,6 +160,10 @@ impl ExternalMount {
             ExternalKind::Masked if bundle.masked_paths().contains(&self.destination) => {
                 Ok(Path::new("/dev/null").to_owned())
             }
+            ExternalKind::Device if bundle.mapped_root().is_some() => {
+                let known = DEVICES.iter().find(|(device, _)| *device == self.destination);
+                known.map(|(device, _)| PathBuf::from(device)).ok_or_else(unknown)
+            }
             // It is free text, and where it stands in a list these would end it.
             ExternalKind::Cgroup(_) if self.destination.contains([']', ':', '\0']) => {
                 Err(unknown())
@@ -152,6 +177,15 @@ impl ExternalMount {
             _ => Err(unknown()),
         }
     }
+}
+
+/// Whether `path` is the character device of these numbers.
+fn is_device(path: &Path, (major, minor): (u64, u64)) -> bool {
+    use nix::sys::stat;
+    fs::symlink_metadata(path).is_ok_and(|meta| {
+        meta.file_type().is_char_device()
+            && (stat::major(meta.rdev()), stat::minor(meta.rdev())) == (major, minor)
+    })
 }
 
 struct Mount<'a> {
@@ -271,6 +305,15 @@ mod tests {
         {
             assert!(mount("/etc", kind).at_restore(&bundle, &landed, &cgroups).is_err());
         }
+        // Devices of the host only where a runtime brings them, and only the common ones.
+        let device = |destination: &str, bundle: &Bundle| {
+            mount(destination, ExternalKind::Device).at_restore(bundle, &landed, &cgroups)
+        };
+        assert!(device("/dev/null", &bundle).is_err());
+        let mapped = br#"{"linux": {"namespaces": [{"type": "user"}]}}"#;
+        let mapped = Bundle::parse(Path::new("/b"), mapped).expect("a bundle");
+        assert_eq!(device("/dev/null", &mapped).expect("known"), "mnt[/dev/null]:/dev/null");
+        assert!(device("/dev/kmsg", &mapped).is_err());
         // Where cgroups are mounted is the source's to say, within the form that CRIU knows.
         let config = br#"{"mounts": [{"destination": "/sys/fs/cgroup", "type": "cgroup"}]}"#;
         let bundle = Bundle::parse(Path::new("/b"), config).expect("a bundle");

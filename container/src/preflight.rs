@@ -10,7 +10,7 @@ use crate::claim;
 use crate::crun;
 use crate::facts::{HostNeeds, Needs};
 use crate::network::bridge_exists;
-use crate::obstacles::host::{Free, criu_obstacle};
+use crate::obstacles::host::{Free, criu_obstacle, makes_no_user_namespaces};
 use crate::podman;
 use crate::runtime::{self, RuntimeKind};
 use crate::spec::ContainerSpec;
@@ -86,9 +86,6 @@ pub(crate) fn for_move(
             ),
         );
     }
-    if let Some(obstacle) = ways::arrival_obstacle(&tools.methods) {
-        refuse(RefusalCode::Unsupported, obstacle);
-    }
     match &needs {
         Ok(needs) => {
             for obstacle in &needs.obstacles {
@@ -96,7 +93,9 @@ pub(crate) fn for_move(
             }
             let directory = trees.iter().find(|placed| !is_volume(placed));
             let directory = directory.map_or(Path::new("/"), |tree| tree.path.as_path());
-            match Bundle::parse(directory, needs.config.as_bytes()) {
+            let bundle = Bundle::parse(directory, needs.config.as_bytes());
+            let is_mapped = bundle.as_ref().is_ok_and(|bundle| bundle.mapped_root().is_some());
+            match bundle {
                 // The source may have said the same.
                 Ok(bundle) => bundle
                     .with_volumes(&volumes)
@@ -106,9 +105,19 @@ pub(crate) fn for_move(
                     .for_each(|refusal| refuse(RefusalCode::Unsupported, refusal.text)),
                 Err(error) => refuse(RefusalCode::File, error.to_string()),
             }
+            if is_mapped && makes_no_user_namespaces() {
+                refuse(
+                    RefusalCode::Kernel,
+                    "It has a user namespace, and the host there makes none: raise user.max_user_namespaces"
+                        .to_owned(),
+                );
+            }
+            if let Some(obstacle) = ways::arrival_obstacle(&tools.methods, is_mapped) {
+                refuse(RefusalCode::Unsupported, obstacle);
+            }
             // Pages are in the store or in the restored processes, and little more than one piece of
             // them in both; where memory cannot come late, all of them are.
-            let beside = match ways::late(&tools.methods) {
+            let beside = match ways::late(&tools.methods, is_mapped) {
                 Ok(()) => (needs.resident / 8).max(MARGIN),
                 Err(_) => needs.resident,
             };

@@ -87,6 +87,10 @@ impl Shell {
             fs::create_dir(&root)?;
             fs::write(&program, "")?;
             fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+            // Who makes mount points in it is root in the container only.
+            if let Some((user, group)) = bundle.mapped_root() {
+                std::os::unix::fs::chown(&root, Some(user), Some(group))?;
+            }
             fs::write(directory.join("config.json"), config.to_string())
         };
         write().map_err(ContainerError::io("make a stand-in's bundle"))?;

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use decamp_shared::pages::{PAGE_SIZE, SpaceId};
@@ -24,6 +25,11 @@ const OPTIONS: &str = "mode=0700,size=0,huge=never";
 /// The same for kernels whose tmpfs knows no huge pages.
 const PLAIN: &str = "mode=0700,size=0";
 
+/// Where parts of the bundle are mounted for a container whose root is not this host's, and looks them up: it
+/// may pass here and list nothing. Each keeper has a mount of its own there, which nobody else sees.
+const PARTS: &str = "/run/decamp-parts";
+const PARTS_OPTIONS: &str = "mode=0711,size=1m";
+
 /// Numbers of processes are below this (the kernel's PID_MAX_LIMIT).
 const PROCESS_LIMIT: i32 = 1 << 22;
 /// A container has at most so many processes.
@@ -32,6 +38,8 @@ const SPACES_CAP: usize = 1 << 16;
 /// A mounted tmpfs of our own.
 pub(crate) struct Store {
     directory: PathBuf,
+    /// Where parts of the bundle are mounted for a restore.
+    parts: PathBuf,
     spaces: BTreeMap<SpaceId, i32>,
 }
 
@@ -46,12 +54,33 @@ impl Store {
         tmpfs(OPTIONS)
             .or_else(|_| tmpfs(PLAIN))
             .map_err(ContainerError::errno(format!("mount a tmpfs on {}", directory.display())))?;
-        let store = Self { directory: directory.to_owned(), spaces: BTreeMap::new() };
+        let store = Self {
+            directory: directory.to_owned(),
+            parts: directory.join("parts"),
+            spaces: BTreeMap::new(),
+        };
         mount(None::<&str>, directory, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>).map_err(
             ContainerError::errno(format!("make the mount on {} private", directory.display())),
         )?;
         fs::create_dir(store.parent()).map_err(ContainerError::io("make a directory for pages"))?;
         Ok(store)
+    }
+
+    /// For a container whose root is not this host's: has parts of the bundle mounted where it can look them
+    /// up, and lets it pass from the images, which CRIU hands to it, to their parent. Nobody else comes to
+    /// the images.
+    pub(crate) fn open_to_others(&mut self) -> Result<()> {
+        let pass = fs::Permissions::from_mode(0o711);
+        fs::set_permissions(&self.directory, pass)
+            .map_err(ContainerError::io(format!("open {}", self.directory.display())))?;
+        fs::create_dir_all(PARTS).map_err(ContainerError::io(format!("make {PARTS}")))?;
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        let (place, none) = (PARTS, None::<&str>);
+        mount(Some("decamp"), place, Some("tmpfs"), flags, Some(PARTS_OPTIONS))
+            .map_err(ContainerError::errno(format!("mount a tmpfs on {PARTS}")))?;
+        self.parts = PathBuf::from(PARTS);
+        mount(none, place, none, MsFlags::MS_PRIVATE, none)
+            .map_err(ContainerError::errno(format!("make the mount on {PARTS} private")))
     }
 
     /// Where CRIU's images are.
@@ -77,10 +106,11 @@ impl Store {
         self.directory.join("parent")
     }
 
-    /// A directory for things that are needed for a while.
+    /// A directory for things that are needed for a while, beside the parts of the bundle.
     pub(crate) fn scratch(&self, name: &str) -> Result<PathBuf> {
-        let path = self.directory.join(name);
-        fs::create_dir(&path).map_err(ContainerError::io(format!("make {}", path.display())))?;
+        let path = self.parts.join(name);
+        fs::create_dir_all(&path)
+            .map_err(ContainerError::io(format!("make {}", path.display())))?;
         Ok(path)
     }
 
@@ -153,9 +183,9 @@ impl Store {
     /// Mounts what `source` leads to, with all that is mounted below it, as `name` where nobody else
     /// sees it, and gives the place.
     pub(crate) fn mount_part(&self, source: &Path, name: &str) -> Result<PathBuf> {
-        let place = self.parts().join(name);
+        let place = self.parts.join(name);
         let make = || -> std::io::Result<()> {
-            fs::create_dir_all(self.parts())?;
+            fs::create_dir_all(&self.parts)?;
             match fs::metadata(source)?.is_dir() {
                 true => fs::create_dir(&place),
                 false => File::create_new(&place).map(drop),
@@ -179,14 +209,9 @@ impl Store {
         Ok(place)
     }
 
-    /// Where parts of the bundle are mounted for a restore.
-    fn parts(&self) -> PathBuf {
-        self.directory.join("parts")
-    }
-
     fn unmount_parts(&self) {
         // Before a restore there are none.
-        let Ok(parts) = fs::read_dir(self.parts()) else { return };
+        let Ok(parts) = fs::read_dir(&self.parts) else { return };
         for part in parts.flatten() {
             let _ = umount2(&part.path(), MntFlags::MNT_DETACH);
         }
@@ -211,6 +236,9 @@ impl Store {
 impl Drop for Store {
     fn drop(&mut self) {
         self.unmount_parts();
+        if !self.parts.starts_with(&self.directory) {
+            let _ = umount2(&self.parts, MntFlags::MNT_DETACH);
+        }
         if let Err(error) = umount2(&self.directory, MntFlags::MNT_DETACH) {
             tracing::warn!(%error, path = %self.directory.display(), "Cannot unmount the store");
         }

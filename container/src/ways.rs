@@ -77,20 +77,26 @@ pub(crate) fn leaving(methods: &Methods, hiding: &Hiding) -> Ways {
     Ways { dump: Some(dump.to_owned()), restore: None, fallbacks }
 }
 
-/// Whether memory of a container that arrives may come when it runs already.
+/// Whether memory of a container that arrives may come when it runs already; `is_mapped` says that it has a
+/// user namespace.
 ///
 /// # Errors
 /// Why all of it is put in its place before.
-pub(crate) fn late(methods: &Methods) -> std::result::Result<(), String> {
+pub(crate) fn late(methods: &Methods, is_mapped: bool) -> std::result::Result<(), String> {
     match methods.restore {
         RestoreChoice::Eager => Err("the configuration says restore = \"eager\"".to_owned()),
+        _ if is_mapped && !filling::is_for_all() => Err(
+            "its tasks are root in a user namespace only, and so may not make the userfaultfd that CRIU \
+             wants of them; sysctl vm.unprivileged_userfaultfd=1 there allows it"
+                .to_owned(),
+        ),
         RestoreChoice::Auto | RestoreChoice::Lazy => filling::probe(),
     }
 }
 
 /// What the configuration forces for a container that arrives, and this host cannot do.
-pub(crate) fn arrival_obstacle(methods: &Methods) -> Option<String> {
-    let lacking = late(methods).err().filter(|_| methods.restore == RestoreChoice::Lazy);
+pub(crate) fn arrival_obstacle(methods: &Methods, is_mapped: bool) -> Option<String> {
+    let lacking = late(methods, is_mapped).err().filter(|_| methods.restore == RestoreChoice::Lazy);
     lacking.map(|reason| {
         format!(
             "The configuration there says restore = \"lazy\", which does not work: {reason}. Say \
@@ -128,7 +134,10 @@ mod tests {
         let tracked = Methods { tracker: TrackerChoice::PageHash, ..auto };
         assert_eq!(obstacles(&tracked, &Ok(Way::Mounts)), Vec::<String>::new());
         assert_eq!(obstacles(&tracked, &no_kernel).len(), 1);
-        assert_eq!(arrival_obstacle(&Methods { restore: RestoreChoice::Eager, ..auto }), None);
+        assert_eq!(
+            arrival_obstacle(&Methods { restore: RestoreChoice::Eager, ..auto }, false),
+            None
+        );
     }
 
     #[test]
@@ -143,7 +152,7 @@ mod tests {
         assert_eq!(ways.dump.as_deref(), Some("criu"));
         assert!(ways.fallbacks[0].contains("hiding = \"none\""));
         let eager = Methods { restore: RestoreChoice::Eager, ..Methods::default() };
-        let reason = late(&eager).expect_err("it says so");
+        let reason = late(&eager, false).expect_err("it says so");
         let ways = arrived(Some(&reason));
         assert_eq!(ways.restore.as_deref(), Some("eager"));
         assert!(ways.fallbacks[0].contains("restore = \"eager\""));

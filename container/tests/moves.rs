@@ -7,6 +7,8 @@
 mod adoption;
 #[path = "cases/filters.rs"]
 mod filters;
+#[path = "cases/mapped.rs"]
+mod mapped;
 #[path = "cases/obstacles.rs"]
 mod obstacles;
 #[path = "cases/podman.rs"]
@@ -129,7 +131,8 @@ fn main() {
         Case { name: "measure_forked", run: segments::measure_forked },
         Case { name: "measure_shared", run: segments::measure_shared },
     ];
-    let more = ways::CASES.into_iter().chain(obstacles::CASES).chain(filters::CASES);
+    let more =
+        ways::CASES.into_iter().chain(obstacles::CASES).chain(filters::CASES).chain(mapped::CASES);
     main_with(&cases.into_iter().chain(more).collect::<Vec<_>>());
 }
 

@@ -108,6 +108,12 @@ pub(crate) fn probe() -> std::result::Result<(), String> {
         .map_err(|error| format!("the kernel's userfaultfd does not tell of all events: {error}"))
 }
 
+/// Whether everybody may make one that sees faults of the kernel too, as CRIU makes it.
+pub(crate) fn is_for_all() -> bool {
+    const SETTING: &str = "/proc/sys/vm/unprivileged_userfaultfd";
+    std::fs::read_to_string(SETTING).is_ok_and(|said| said.trim() == "1")
+}
+
 impl Filling {
     /// Waits for a CRIU that restores from `images`, to give it the `hidden` pages that `store` has.
     pub(crate) fn begin(

@@ -244,6 +244,12 @@ impl Free {
     }
 }
 
+/// Whether this host lets nobody make a user namespace.
+pub(crate) fn makes_no_user_namespaces() -> bool {
+    const SETTING: &str = "/proc/sys/user/max_user_namespaces";
+    fs::read_to_string(SETTING).is_ok_and(|said| said.trim() == "0")
+}
+
 /// What `needed` has and `there` has not, fit to be shown.
 fn missing(needed: &[String], there: &[String]) -> Vec<String> {
     let there: BTreeSet<&String> = there.iter().collect();

@@ -55,6 +55,9 @@ fn read(said: &Value) -> std::result::Result<Found, Vec<String>> {
     if is("/HostConfig/Privileged") {
         against.push("It is privileged: all devices of this host are in it".to_owned());
     }
+    if !matches!(text("/HostConfig/UsernsMode"), "" | "host") {
+        against.push("It has a user namespace of podman's, which is not moved yet".to_owned());
+    }
     if is("/HostConfig/AutoRemove") {
         against.push(
             "podman would remove it here when it has left (--rm), and with it its files".to_owned(),
