@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup::{Cgroups, Setting};
 use crate::error::{ContainerError, Result};
 use crate::hiding::filter::Supervisor;
+use crate::hiding::late::{Outcome, Wanted};
 use crate::hiding::mounts::Mounts;
 use crate::hiding::{self, Hidden, Way};
 use crate::images;
@@ -135,20 +136,33 @@ impl Dump {
     fn criu(&self, options: Criu_opts, called_off: &Arc<EventFd>) -> Result<u64> {
         let pids = self.cgroups.processes()?;
         let limits = limits::are_out_of_reach(&pids);
-        let (filtered, mounted) = match self.hidden.clone() {
-            Some((Way::Filter, hidden)) => (Some(hidden), None),
-            Some((Way::Mounts, hidden)) => (None, Some(hidden.ranges)),
-            None => (None, None),
+        let way = match &self.hidden {
+            Some((way, _)) => Some(*way),
+            // For limits alone.
+            None if limits && hiding::are_filtered(&pids) => Some(Way::Mounts),
+            None => limits.then_some(Way::Filter),
         };
-        let mounts = mounted.map(|ranges| Mounts::enter(ranges, called_off.clone())).transpose()?;
-        // For limits alone only where CRIU may be under a filter. Where not, it says what it may not ask.
-        let wanted = filtered.is_some() || limits && !hiding::are_filtered(&pids);
-        let hidden = wanted.then(|| filtered.unwrap_or_default());
-        let supervisor = hidden
-            .map(|hidden| Supervisor::install(hidden, limits, called_off.clone()))
-            .transpose()?;
+        let hidden = self.hidden.clone().map(|(_, hidden)| hidden).unwrap_or_default();
+        let (mut supervisor, mut mounts) = (None, None);
+        match way {
+            Some(Way::Filter) => {
+                supervisor = Some(Supervisor::install(hidden, limits, called_off.clone())?);
+            }
+            Some(Way::Mounts) => {
+                let wanted = limits || !hidden.segments.is_empty();
+                let wanted = wanted.then_some(Wanted { init: self.init, limits });
+                mounts = Some(Mounts::enter(hidden, wanted, called_off.clone())?);
+            }
+            None => {}
+        }
+        let filter = mounts.as_ref().and_then(Mounts::filter);
         let mut criu = Swrk::start(&self.criu, &[])?;
-        criu.request(Criu_req_type::DUMP, options, Some(called_off), |_| true)?;
+        if let Some(filter) = filter {
+            filter.is_of(criu.pid());
+        }
+        criu.request(Criu_req_type::DUMP, options, Some(called_off), |_| true)
+            .map_err(|error| filter.and_then(Outcome::failure).unwrap_or(error))?;
+        filter.map_or(Ok(()), Outcome::check)?;
         let answered = mounts.as_ref().map_or(0, Mounts::answered);
         Ok(answered + supervisor.as_ref().map_or(0, Supervisor::answered))
     }

@@ -3,11 +3,13 @@
 //! CRIU asks `/proc/PID/pagemap` which pages there are, and we answer: for what is hidden none, for the rest
 //! what the kernel says. There are two ways to be the one that is asked. Under the filter ([`filter`]) CRIU's
 //! calls come to us; so can its questions for segments of shared memory. With the mounts ([`mounts`]) the
-//! file that it opens is ours: that also does where CRIU may be under no filter, because a process that it
-//! has to dump is, and where the kernel does not scan (before Linux 6.7) and page tables are read.
+//! file that it opens is ours: that also does where CRIU may be under no filter at first, because a process
+//! that it has to dump is, and where the kernel does not scan (before Linux 6.7) and page tables are read. What
+//! else CRIU asks it gets a filter for as soon as it may be under one ([`late`]).
 
 pub(crate) mod files;
 pub(crate) mod filter;
+pub(crate) mod late;
 pub(crate) mod mounts;
 
 use std::collections::BTreeMap;
@@ -61,6 +63,17 @@ pub(crate) fn choose(filtered: bool) -> std::result::Result<Way, String> {
     match mounts::probe() {
         Ok(()) => Ok(Way::Mounts),
         Err(no_mounts) => Err(format!("{no_filter}, and {no_mounts}")),
+    }
+}
+
+/// Whether segments of shared memory can be hidden too.
+///
+/// # Errors
+/// Why not.
+pub(crate) fn hides_segments(way: Way) -> std::result::Result<(), String> {
+    match way {
+        Way::Filter => Ok(()),
+        Way::Mounts => late::probe(),
     }
 }
 
@@ -267,7 +280,7 @@ mod tests {
         let (ended, wait) = std::sync::mpsc::channel::<()>();
         let (say, filtered) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
-            let listener = sys::filter_calls(false);
+            let listener = sys::filter_calls(sys::Calls::default());
             say.send(listener.is_ok()).expect("heard");
             let _ = wait.recv();
         });

@@ -1,5 +1,5 @@
-//! Making a task of a container do a system call for us: a userfaultfd can only be made by the process
-//! whose memory it is of.
+//! Making a task do a system call for us: a userfaultfd can only be made by the process whose memory it is
+//! of, and a filter of system calls only be put on a thread by itself.
 //!
 //! The task is stopped for the fraction of a millisecond that this takes, calls through the instruction
 //! in its own vdso (nothing of it is patched, so other threads may run on), and goes on where it was; a
@@ -11,14 +11,15 @@ use std::fs;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
-use std::thread;
+use std::sync::mpsc::channel;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use decamp_shared::pages::PAGE_SIZE;
 
 use crate::error::{ContainerError, Result};
 use crate::sys::trace::{self, Stop};
-use crate::sys::{self, arch, userfault};
+use crate::sys::{self, Calls, arch, userfault};
 
 /// A task that does not stop within this is stuck in the kernel, and left alone.
 const STOP_WITHIN: Duration = Duration::from_millis(500);
@@ -27,6 +28,8 @@ const ALL_WITHIN: Duration = Duration::from_secs(1);
 /// Once it calls for us it is waited for as long as it may take: left alone it would go on in our call
 /// with nothing of its own. It is ready to run all the while, so this is the host's slowness alone.
 const CALL_WITHIN: Duration = Duration::from_secs(3600);
+/// A task that is in a system call which we answer comes out of it within this, once it was answered.
+const BACK_WITHIN: Duration = Duration::from_secs(60);
 /// Pages of a vdso that are looked at.
 const VDSO_PAGES: u64 = 2;
 /// Where a task's restartable sequences area has the address of the one it is in (linux/rseq.h).
@@ -50,6 +53,38 @@ pub(crate) fn userfaultfd_of(pid: i32) -> Result<Injected> {
     made.join()
         .unwrap_or_else(panicked)
         .map_err(ContainerError::io(format!("have process {pid} make a userfaultfd")))
+}
+
+/// A filter that a task will put itself under; gives the descriptor that the filter sends calls to.
+pub(crate) type Filtering = JoinHandle<io::Result<OwnedFd>>;
+
+/// Has `task`, the only one of its process, which waits in a system call for an answer of ours, put itself
+/// under a filter that sends us `calls`, before it does anything else. To be answered when this has returned.
+///
+/// # Errors
+/// When it cannot be traced; then it goes on as it would have.
+pub(crate) fn filter_when_back(task: i32, calls: Calls) -> io::Result<Filtering> {
+    let (say, told) = channel();
+    let begun = thread::Builder::new().name("inject".to_owned()).spawn(move || {
+        let since = match Stopped::ask(task) {
+            Ok(since) => since,
+            Err(error) => {
+                // The same for who waits: it has no thread to join.
+                let _ = say.send(Err(error));
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+        };
+        let _ = say.send(Ok(()));
+        let process = sys::pidfd_open(task)?;
+        let stopped = Stopped::when_it_stands(task, task, since, BACK_WITHIN)?;
+        let filtered = system_call_instruction(task)
+            .and_then(|instruction| stopped.put_under_filter(&process, instruction, calls));
+        stopped.let_go()?;
+        filtered
+    })?;
+    let panicked = |_| Err(io::Error::other("the thread that traces panicked"));
+    told.recv().unwrap_or_else(panicked)?;
+    Ok(begun)
 }
 
 fn inject(pid: i32) -> io::Result<Injected> {
@@ -98,6 +133,12 @@ struct Stopped {
 
 impl Stopped {
     fn stop(process: i32, task: i32, patience: Duration) -> io::Result<Self> {
+        let since = Self::ask(task)?;
+        Self::when_it_stands(process, task, since, patience)
+    }
+
+    /// Has a task stop before its next instruction; gives when that was.
+    fn ask(task: i32) -> io::Result<Instant> {
         let options = trace::MARK_SYSTEM_CALLS | trace::SUSPEND_SECCOMP;
         trace::seize(task, options).or_else(|error| match is_filtered(task)? {
             // Without the right to suspend its filters they would judge our call, or kill it for that.
@@ -106,6 +147,15 @@ impl Stopped {
         })?;
         let since = Instant::now();
         trace::interrupt(task)?;
+        Ok(since)
+    }
+
+    fn when_it_stands(
+        process: i32,
+        task: i32,
+        since: Instant,
+        patience: Duration,
+    ) -> io::Result<Self> {
         let wanted_stop = Cell::new(false);
         await_interruption(task, patience, |signal| signal)?;
         let registers = arch::registers(task);
@@ -137,9 +187,33 @@ impl Stopped {
     fn make_userfaultfd(&self, process: &OwnedFd, instruction: u64) -> io::Result<OwnedFd> {
         trace::set_signal_mask(self.task, u64::MAX)?;
         let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | userfault::USER_MODE_ONLY;
-        let number = self.call(instruction, libc::SYS_userfaultfd, [flags, 0, 0])?;
-        let taken = sys::pidfd_getfd(process.as_fd(), number as i32);
-        let closed = self.call(instruction, libc::SYS_close, [number, 0, 0]);
+        self.make(process, instruction, libc::SYS_userfaultfd, [flags, 0, 0])
+    }
+
+    /// The same with the descriptor of a filter, which the task is under from then on.
+    fn put_under_filter(
+        &self,
+        process: &OwnedFd,
+        instruction: u64,
+        calls: Calls,
+    ) -> io::Result<OwnedFd> {
+        trace::set_signal_mask(self.task, u64::MAX)?;
+        let address = arch::below_the_stack(&self.registers, sys::FILTER_ROOM);
+        sys::write_memory(self.task, address, &sys::filter_bytes(calls, address))?;
+        let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER);
+        self.make(process, instruction, libc::SYS_seccomp, [mode.into(), flags, address])
+    }
+
+    fn make(
+        &self,
+        process: &OwnedFd,
+        instruction: u64,
+        number: i64,
+        arguments: [u64; 3],
+    ) -> io::Result<OwnedFd> {
+        let made = self.call(instruction, number, arguments)?;
+        let taken = sys::pidfd_getfd(process.as_fd(), made as i32);
+        let closed = self.call(instruction, libc::SYS_close, [made, 0, 0]);
         closed.and(taken)
     }
 
@@ -354,10 +428,38 @@ mod tests {
     }
 
     #[test]
+    fn a_process_gets_a_filter_and_goes_on() {
+        let mut child = Command::new("sh")
+            .args(["-c", "while read line; do ulimit -n >/dev/null; echo $line; done"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("sh");
+        answers(&mut child);
+        let pid = child.id() as i32;
+        let calls = Calls { scans: false, limits: true };
+        let begun = filter_when_back(pid, calls).expect("it is traced");
+        let listener = begun.join().expect("no panic").expect("a filter");
+        assert!(is_filtered(pid).expect("status"));
+        let answered = thread::spawn(move || {
+            let call = sys::next_notification(listener.as_fd()).expect("a call");
+            sys::answer(listener.as_fd(), &call, sys::Verdict::Continue).expect("it waits");
+            // Held as long as it calls: without a listener its calls fail.
+            (call.call, listener)
+        });
+        answers(&mut child);
+        let (call, _listener) = answered.join().expect("no panic");
+        assert_eq!(call, libc::SYS_prlimit64);
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+    }
+
+    #[test]
     fn who_is_gone_is_an_error() {
         let mut child = echo();
         child.kill().expect("kill");
         child.wait().expect("wait");
         assert!(userfaultfd_of(child.id() as i32).is_err());
+        assert!(filter_when_back(child.id() as i32, Calls::default()).is_err());
     }
 }

@@ -212,7 +212,7 @@ impl Container {
     }
 
     /// A process is under a filter, perhaps only since it was last looked for one: then memory is hidden from
-    /// a CRIU that is under none.
+    /// a CRIU that is under none at first.
     fn hide_by_mounts(&mut self) -> Result<()> {
         if self.hiding != Ok(Way::Filter) {
             return Ok(());
@@ -223,10 +223,12 @@ impl Container {
                  from CRIU now: {reason}. It can be moved again, with all of its memory in CRIU's images"
             ))
         })?;
-        tracing::info!("A process is under a seccomp filter now: CRIU can be under none");
+        tracing::info!("A process is under a seccomp filter now: CRIU can be under none at first");
         self.hiding = Ok(way);
-        // CRIU sees it, and has all of it in its images.
-        self.segments.forget();
+        if !ways::moves_segments(&self.methods, &self.hiding) {
+            // CRIU sees it, and has all of it in its images.
+            self.segments.forget();
+        }
         Ok(())
     }
 

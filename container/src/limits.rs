@@ -25,14 +25,16 @@ pub(crate) fn are_out_of_reach(pids: &[i32]) -> bool {
     pids.iter().any(refused)
 }
 
-/// Why nobody can answer for limits: CRIU may be under no filter when it dumps a process that is under one.
+/// Why nobody can answer for limits: CRIU may be under no filter at first when it dumps a process that is
+/// under one, and cannot get one later on this host.
 pub(crate) fn obstacle(pids: &[i32]) -> Option<String> {
-    (are_out_of_reach(pids) && hiding::are_filtered(pids)).then(|| {
+    let wanted = are_out_of_reach(pids) && hiding::are_filtered(pids);
+    let lacking = wanted.then(hiding::late::probe)?.err()?;
+    Some(format!(
         "A process is under a seccomp filter, and CRIU may not ask for the resource limits of another user's \
          process: give the agent the capability CAP_SYS_RESOURCE, or run the container without a seccomp \
-         filter, or as root"
-            .to_owned()
-    })
+         filter, or as root. They cannot be asked for in its place: {lacking}"
+    ))
 }
 
 /// Answers a call of `prlimit64` that asks for a limit and sets none; lets others through.

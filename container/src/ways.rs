@@ -55,9 +55,12 @@ pub(crate) fn liveness(methods: &Methods, hiding: &Hiding) -> Liveness {
 /// Whether the page engine moves shared memory of a container that leaves: only beside the tracker that
 /// it was made for, and only where CRIU can be under a filter. Otherwise it stays in CRIU's images.
 pub(crate) fn moves_segments(methods: &Methods, hiding: &Hiding) -> bool {
-    let chosen = || tracker::choose(methods.tracker).ok();
-    *hiding == Ok(Way::Filter)
-        && chosen().is_some_and(|one| one.tracker == TrackerChoice::WriteProtect)
+    is_for_segments(methods) && matches!(hiding, Ok(way) if hiding::hides_segments(*way).is_ok())
+}
+
+fn is_for_segments(methods: &Methods) -> bool {
+    tracker::choose(methods.tracker)
+        .is_ok_and(|chosen| chosen.tracker == TrackerChoice::WriteProtect)
 }
 
 /// How a container leaves, for the report.
@@ -69,10 +72,11 @@ pub(crate) fn leaving(methods: &Methods, hiding: &Hiding) -> Ways {
             tracker::choose(methods.tracker).map(|chosen| chosen.fallbacks).unwrap_or_default(),
         ),
     };
-    if *hiding == Ok(Way::Mounts) && moves_segments(methods, &Ok(Way::Filter)) {
-        let reason = "Shared memory travels in CRIU's images: CRIU cannot be under a seccomp filter that \
-                      hides it, as a rule because a process of the container is under one";
-        fallbacks.push(reason.to_owned());
+    if let Ok(way) = hiding
+        && is_for_segments(methods)
+        && let Err(reason) = hiding::hides_segments(*way)
+    {
+        fallbacks.push(format!("Shared memory travels in CRIU's images: {reason}"));
     }
     Ways { dump: Some(dump.to_owned()), restore: None, fallbacks }
 }

@@ -101,6 +101,10 @@ fn main() {
             name: "podman_does_not_start_what_was_held",
             run: podman::podman_does_not_start_what_was_held,
         },
+        Case {
+            name: "podman_shared_memory_moves_live",
+            run: podman::podman_shared_memory_moves_live,
+        },
         Case { name: "podman_has_it_back", run: podman::podman_has_it_back },
         Case {
             name: "podman_forgets_what_did_not_come",

@@ -52,7 +52,11 @@ pub(crate) enum What<'a> {
     Find(&'a [u8]),
     /// What a node is.
     Describe(u64),
-    Open(u64),
+    /// A node, by thread `caller`.
+    Open {
+        node: u64,
+        caller: i32,
+    },
     Read {
         handle: u64,
         offset: u64,
@@ -95,11 +99,12 @@ impl<'a> Request<'a> {
     pub(crate) fn parse(bytes: &'a [u8]) -> Option<Self> {
         let body = bytes.get(HEADER..)?;
         let (code, node) = (word(bytes, 4)?, long(bytes, 16)?);
+        let caller = word(bytes, 32)? as i32;
         let what = match code {
             INIT => What::Begin(word(body, 12)?),
             LOOKUP => What::Find(body.split(|byte| *byte == 0).next()?),
             GET_ATTRIBUTES => What::Describe(node),
-            OPEN => What::Open(node),
+            OPEN => What::Open { node, caller },
             READ => What::Read {
                 handle: long(body, 0)?,
                 offset: long(body, 8)?,
@@ -107,7 +112,7 @@ impl<'a> Request<'a> {
             },
             IOCTL => What::Ask {
                 handle: long(body, 0)?,
-                caller: word(bytes, 32)? as i32,
+                caller,
                 number: word(body, 12)?,
                 bytes: body.get(32..)?,
             },
@@ -204,7 +209,7 @@ mod tests {
     #[test]
     fn requests_are_read() {
         assert_eq!(parsed(&request(LOOKUP, 1, b"name\0")), What::Find(b"name"));
-        assert_eq!(parsed(&request(OPEN, 7, &[0; 8])), What::Open(7));
+        assert_eq!(parsed(&request(OPEN, 7, &[0; 8])), What::Open { node: 7, caller: 4711 });
         let mut body = Vec::new();
         put_long(&mut body, &[5, 4096]);
         put(&mut body, &[512, 0, 0, 0, 0, 0]);

@@ -6,14 +6,15 @@
 //! segments of shared memory that the page engine moves: those have none. On the way it answers what else
 //! CRIU may not ask the kernel for ([`limits`]).
 //!
-//! A tracer that is under a filter may not suspend the filters of others: none of this for a tree in which
-//! there is one.
+//! A tracer that is under a filter may not suspend the filters of others: for a tree in which there is one
+//! the filter comes later ([`super::late`]).
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -22,7 +23,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::{Hidden, is_page_dump, is_set, overlaps, scan, try_on_a_thread};
 use crate::error::{ContainerError, Result};
 use crate::limits;
-use crate::sys::{self, Notification, PmScanArg, Verdict};
+use crate::sys::{self, Calls, Notification, PmScanArg, Verdict};
 
 /// Answers the scans of one CRIU for as long as it lives.
 pub(crate) struct Supervisor {
@@ -38,13 +39,24 @@ impl Supervisor {
     /// CRIU's questions for limits are answered too, if `limits` says so. Once `called_off` is
     /// written to, scans fail, and CRIU gives up at the next one.
     pub(crate) fn install(hidden: Hidden, limits: bool, called_off: Arc<EventFd>) -> Result<Self> {
+        // Started first: a thread made after the filter would be under it as well.
+        let (supervisor, listeners) = Self::ready(hidden, called_off)?;
+        // The thread cannot have ended: it waits for this.
+        let _ = listeners.send(filter(Calls { scans: true, limits })?);
+        Ok(supervisor)
+    }
+
+    /// Waits for the descriptor of a filter that somebody else puts CRIU under.
+    pub(crate) fn ready(
+        hidden: Hidden,
+        called_off: Arc<EventFd>,
+    ) -> Result<(Self, Sender<OwnedFd>)> {
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
             .map_err(ContainerError::errno("make an event"))?;
         let stop = Arc::new(stop);
         let answered = Arc::new(AtomicU64::new(0));
-        let (sender, receiver) = std::sync::mpsc::channel::<OwnedFd>();
+        let (sender, receiver) = channel::<OwnedFd>();
         let (stopped, count) = (stop.clone(), answered.clone());
-        // Started first: a thread made after the filter would be under it as well.
         let thread = std::thread::Builder::new()
             .name("page-scans".to_owned())
             .spawn(move || {
@@ -53,10 +65,7 @@ impl Supervisor {
                 }
             })
             .map_err(ContainerError::io("start a thread"))?;
-        let listener = filter(limits)?;
-        // The thread cannot have ended: it waits for this.
-        let _ = sender.send(listener);
-        Ok(Self { stop, thread: Some(thread), answered })
+        Ok((Self { stop, thread: Some(thread), answered }, sender))
     }
 
     /// How many calls were answered without the kernel's word.
@@ -80,7 +89,7 @@ pub(crate) fn probe() -> std::result::Result<(), String> {
     try_on_a_thread(|| {
         let pagemap = fs::File::open("/proc/self/pagemap")
             .map_err(ContainerError::io("open /proc/self/pagemap"))?;
-        filter(false)?;
+        filter(Calls { scans: true, limits: false })?;
         let us = sys::pidfd_open(std::process::id() as i32)
             .map_err(ContainerError::io("open a process"))?;
         sys::pidfd_getfd(us.as_fd(), pagemap.as_raw_fd())
@@ -89,8 +98,8 @@ pub(crate) fn probe() -> std::result::Result<(), String> {
     })
 }
 
-fn filter(limits: bool) -> Result<OwnedFd> {
-    sys::filter_calls(limits).map_err(ContainerError::io("put a thread under a seccomp filter"))
+fn filter(calls: Calls) -> Result<OwnedFd> {
+    sys::filter_calls(calls).map_err(ContainerError::io("put a thread under a seccomp filter"))
 }
 
 fn supervise(

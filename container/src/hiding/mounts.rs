@@ -3,7 +3,8 @@
 //!
 //! Such a file is served from here ([`files`]): a scan of it, or a read, is done on the process's real page
 //! tables, and what is hidden reads as pages that do not exist. CRIU itself is as free as it would be, and so
-//! may suspend the filters of the processes that it dumps. The namespace, and all that is mounted in it, ends
+//! may suspend the filters of the processes that it dumps. Another file of ours, over `/proc/PID/stat` of the
+//! first process, tells when it has ([`late`](super::late)). The namespace, and all that is mounted in it, ends
 //! with the thread and the CRIU that are in it; no other process ever sees it.
 
 use std::collections::BTreeMap;
@@ -24,7 +25,9 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::files::{LONGEST_READ, REQUEST_ROOM, ROOT, Reply, Request, What};
-use super::{HiddenRanges, is_set, overlaps, scan, try_on_a_thread};
+use super::filter::Supervisor;
+use super::late::{Late, Outcome, Wanted};
+use super::{Hidden, HiddenRanges, is_set, overlaps, scan, try_on_a_thread};
 use crate::entries::WORD;
 use crate::error::{ContainerError, Result};
 use crate::pagemap::{PAGE_IS_PRESENT, scans};
@@ -33,27 +36,50 @@ use crate::sys::{self, PAGEMAP_SCAN, PageRegion, PmScanArg};
 /// Where the files are before they are mounted over others: a directory that every kernel has, and that
 /// nobody in the namespace needs.
 const DIRECTORY: &str = "/proc/fs";
+/// What of the first process's is mounted over, and the name of the file there.
+const STAT: &str = "stat";
 
 /// Serves the files that one CRIU sees for as long as it lives.
 pub(crate) struct Mounts {
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
     answered: Arc<AtomicU64>,
+    late: Option<(Supervisor, Outcome)>,
 }
 
 impl Mounts {
     /// Puts the calling thread into a mount namespace of its own (it never leaves it: use a thread that does
-    /// nothing but start CRIU), in which `hidden` is hidden.
+    /// nothing but start CRIU), in which `hidden` is hidden. Where segments are, or limits are to be answered,
+    /// CRIU gets the filter that is `wanted`.
     ///
     /// Once `called_off` is written to, scans and reads fail, and CRIU gives up at the next one.
-    pub(crate) fn enter(hidden: HiddenRanges, called_off: Arc<EventFd>) -> Result<Self> {
+    pub(crate) fn enter(
+        hidden: Hidden,
+        wanted: Option<Wanted>,
+        called_off: Arc<EventFd>,
+    ) -> Result<Self> {
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
             .map_err(ContainerError::errno("make an event"))?;
         let stop = Arc::new(stop);
         let answered = Arc::new(AtomicU64::new(0));
-        let pids: Vec<i32> = hidden.keys().copied().collect();
+        let Hidden { ranges, segments } = hidden;
+        let mut over: Vec<(String, String)> = ranges
+            .keys()
+            .map(|pid| (format!("{DIRECTORY}/{pid}"), format!("/proc/{pid}/pagemap")))
+            .collect();
+        let (mut late, mut filtered) = (None, None);
+        if let Some(wanted) = wanted {
+            let hidden = Hidden { ranges: HiddenRanges::default(), segments };
+            let (supervisor, listeners) = Supervisor::ready(hidden, called_off.clone())?;
+            let outcome = Outcome::default();
+            let stat = format!("/proc/{}/{STAT}", wanted.init);
+            late = Some((Late::new(wanted, listeners, outcome.clone()), stat.clone()));
+            filtered = Some((supervisor, outcome));
+            over.push((format!("{DIRECTORY}/{STAT}"), stat));
+        }
         let mut server = Server {
-            hidden: hidden.into_iter().collect(),
+            hidden: ranges.into_iter().collect(),
+            late,
             opened: BTreeMap::new(),
             handles: 0,
             called_off,
@@ -72,19 +98,24 @@ impl Mounts {
             .map_err(ContainerError::io("start a thread"))?;
         // Without a device the sender goes, and with it the thread.
         let begun = mount_files().map(move |device| drop(sender.send(device)));
-        let mounts = Self { stop, thread: Some(thread), answered };
+        let mounts = Self { stop, thread: Some(thread), answered, late: filtered };
         begun?;
-        for pid in pids {
-            let (ours, over) = (format!("{DIRECTORY}/{pid}"), format!("/proc/{pid}/pagemap"));
+        for (ours, over) in over {
             mount(Some(ours.as_str()), over.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
                 .map_err(ContainerError::errno(format!("mount a file of our own on {over}")))?;
         }
         Ok(mounts)
     }
 
-    /// How many scans and reads were answered.
+    /// How many scans and reads were answered, and calls that the filter sent.
     pub(crate) fn answered(&self) -> u64 {
-        self.answered.load(Ordering::Relaxed)
+        let sent = self.late.as_ref().map_or(0, |(supervisor, _)| supervisor.answered());
+        self.answered.load(Ordering::Relaxed) + sent
+    }
+
+    /// What came of the filter, where one was wanted.
+    pub(crate) fn filter(&self) -> Option<&Outcome> {
+        self.late.as_ref().map(|(_, outcome)| outcome)
     }
 }
 
@@ -122,8 +153,9 @@ pub(crate) fn probe() -> std::result::Result<(), String> {
         let called_off = EventFd::new().map_err(ContainerError::errno("make an event"))?;
         let us = std::process::id() as i32;
         let page = PAGE_SIZE as u64;
-        let hidden = HiddenRanges::from([(us, std::iter::once(page..2 * page).collect())]);
-        let mounts = Mounts::enter(hidden, Arc::new(called_off))?;
+        let ranges = HiddenRanges::from([(us, std::iter::once(page..2 * page).collect())]);
+        let hidden = Hidden { ranges, ..Hidden::default() };
+        let mounts = Mounts::enter(hidden, None, Arc::new(called_off))?;
         let path = format!("/proc/{us}/pagemap");
         let pagemap = File::open(&path).map_err(ContainerError::io(format!("open {path}")))?;
         let asked = if scans() {
@@ -147,12 +179,22 @@ pub(crate) fn probe() -> std::result::Result<(), String> {
     })
 }
 
+/// What a file is.
+#[derive(Clone, Copy)]
+enum Kind {
+    /// Page tables, by their place among those hidden.
+    PageTables(usize),
+    Stat,
+}
+
 /// What the files hold.
 struct Server {
     /// By node, from the first one after the directory's.
     hidden: Vec<(i32, Vec<Range<u64>>)>,
-    /// Real page tables by handle, with the place in `hidden`.
-    opened: BTreeMap<u64, (usize, File)>,
+    /// The file that CRIU opens when it may be under a filter, and where the real one is. Its node is the next.
+    late: Option<(Late, String)>,
+    /// Real files by handle.
+    opened: BTreeMap<u64, (Kind, File)>,
     handles: u64,
     called_off: Arc<EventFd>,
     answered: Arc<AtomicU64>,
@@ -199,30 +241,46 @@ impl Server {
         let fail = |number| Err(io::Error::from_raw_os_error(number));
         Ok(match *what {
             What::Begin(flags) => Reply::Begun(flags),
-            What::Find(name) => {
-                let name = std::str::from_utf8(name).ok().and_then(|name| name.parse().ok());
-                match self.hidden.iter().position(|(pid, _)| Some(*pid) == name) {
-                    Some(place) => Reply::Found(ROOT + 1 + place as u64),
-                    None => return fail(libc::ENOENT),
-                }
-            }
+            What::Find(name) => match self.place(name) {
+                Some(place) => Reply::Found(ROOT + 1 + place as u64),
+                None => return fail(libc::ENOENT),
+            },
             What::Describe(node) => Reply::Described(node),
-            What::Open(node) => {
+            What::Open { node, caller } => {
                 let place = (node.wrapping_sub(ROOT + 1)) as usize;
-                let Some((pid, _)) = self.hidden.get(place) else { return fail(libc::EISDIR) };
-                let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+                let (kind, path) = match (self.hidden.get(place), &mut self.late) {
+                    (Some((pid, _)), _) => {
+                        (Kind::PageTables(place), format!("/proc/{pid}/pagemap"))
+                    }
+                    (None, Some((late, path))) if place == self.hidden.len() => {
+                        late.is_opened_by(caller)?;
+                        (Kind::Stat, path.clone())
+                    }
+                    _ => return fail(libc::EISDIR),
+                };
                 self.handles += 1;
-                self.opened.insert(self.handles, (place, pagemap));
+                self.opened.insert(self.handles, (kind, File::open(path)?));
                 Reply::Opened(self.handles)
             }
             What::Close(handle) => {
                 self.opened.remove(&handle);
                 Reply::Agreed
             }
-            What::Read { handle, offset, count } => {
-                let (pagemap, hidden) = self.asked(handle)?;
-                Reply::Bytes(read(pagemap, hidden, offset, count)?)
-            }
+            What::Read { handle, offset, count } => Reply::Bytes(match self.opened.get(&handle) {
+                Some((Kind::Stat, stat)) => {
+                    if let Some((late, _)) = &mut self.late {
+                        late.is_read()?;
+                    }
+                    let mut bytes = vec![0; count];
+                    let got = stat.read_at(&mut bytes, offset)?;
+                    bytes.truncate(got);
+                    bytes
+                }
+                _ => {
+                    let (pagemap, hidden) = self.asked(handle)?;
+                    read(pagemap, hidden, offset, count)?
+                }
+            }),
             What::Ask { handle, caller, number, bytes } => {
                 let (true, Ok(argument)) = (u64::from(number) == PAGEMAP_SCAN, bytes.try_into())
                 else {
@@ -242,13 +300,23 @@ impl Server {
         })
     }
 
+    /// The place of the file of this name.
+    fn place(&self, name: &[u8]) -> Option<usize> {
+        let name = std::str::from_utf8(name).ok()?;
+        match self.late {
+            Some(_) if name == STAT => Some(self.hidden.len()),
+            _ => self.hidden.iter().position(|(pid, _)| name.parse() == Ok(*pid)),
+        }
+    }
+
     /// The real page tables behind a handle, and what of them is hidden.
     fn asked(&self, handle: u64) -> io::Result<(&File, &[Range<u64>])> {
         if is_set(&self.called_off) {
             return Err(io::Error::from_raw_os_error(libc::ECANCELED));
         }
-        let opened = self.opened.get(&handle);
-        let (place, pagemap) = opened.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
+        let Some((Kind::PageTables(place), pagemap)) = self.opened.get(&handle) else {
+            return Err(io::Error::from_raw_os_error(libc::EBADF));
+        };
         self.answered.fetch_add(1, Ordering::Relaxed);
         Ok((pagemap, &self.hidden[*place].1))
     }
@@ -331,12 +399,16 @@ mod tests {
 
     #[test]
     fn what_cannot_be_hidden_fails_and_leaves_nothing() {
-        let hidden = HiddenRanges::from([(i32::MAX, Vec::new())]);
-        let tried = std::thread::spawn(move || {
-            let event = Arc::new(EventFd::new().expect("an event"));
-            Mounts::enter(hidden, event).map(drop)
-        });
-        assert!(tried.join().expect("no panic").is_err());
+        let ranges = HiddenRanges::from([(i32::MAX, Vec::new())]);
+        let hidden = Hidden { ranges, ..Hidden::default() };
+        let wanted = Wanted { init: i32::MAX, limits: true };
+        for (hidden, wanted) in [(hidden, None), (Hidden::default(), Some(wanted))] {
+            let tried = std::thread::spawn(move || {
+                let event = Arc::new(EventFd::new().expect("an event"));
+                Mounts::enter(hidden, wanted, event).map(drop)
+            });
+            assert!(tried.join().expect("no panic").is_err());
+        }
         let mounted = std::fs::read_to_string("/proc/self/mountinfo").expect("mounts");
         assert!(!mounted.contains(&format!(" {DIRECTORY} ")), "{mounted}");
     }
@@ -348,14 +420,15 @@ mod tests {
         let start = (buffer.as_ptr() as u64).next_multiple_of(page);
         let (middle, end) = (start + 64 * page, start + 128 * page);
         let us = std::process::id() as i32;
-        let hidden = HiddenRanges::from([(us, std::iter::once(start..middle).collect())]);
+        let ranges = HiddenRanges::from([(us, std::iter::once(start..middle).collect())]);
+        let hidden = Hidden { ranges, ..Hidden::default() };
         let words = move |pagemap: &File| {
             let mut words = vec![0xee; 128 * WORD as usize];
             pagemap.read_exact_at(&mut words, start / page * WORD).map(|()| words)
         };
         let asked = std::thread::spawn(move || {
             let called_off = Arc::new(EventFd::new().expect("an event"));
-            let mounts = match Mounts::enter(hidden, called_off.clone()) {
+            let mounts = match Mounts::enter(hidden, None, called_off.clone()) {
                 Ok(mounts) => mounts,
                 Err(error) => {
                     eprintln!("skipped: {error}: needs root and FUSE");

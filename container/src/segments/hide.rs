@@ -20,9 +20,13 @@ pub(crate) struct HiddenSegments {
 }
 
 impl HiddenSegments {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.inodes.is_empty() && self.system_v.is_empty()
+    }
+
     /// Whether descriptor `number` of `process` is of one of them.
     pub(crate) fn has(&self, process: &OwnedFd, number: u64) -> io::Result<bool> {
-        if self.inodes.is_empty() && self.system_v.is_empty() {
+        if self.is_empty() {
             return Ok(false);
         }
         let number = i32::try_from(number).map_err(|_| io::ErrorKind::InvalidInput)?;

@@ -110,12 +110,49 @@ pub(crate) fn pagemap_scan(
     if found < 0 { Err(io::Error::last_os_error()) } else { Ok(found as usize) }
 }
 
-/// Puts the calling **thread**, and so every process that it starts from now on, under a filter
-/// that sends `ioctl(_, PAGEMAP_SCAN, _)` and `lseek(_, _, SEEK_DATA)`, and `prlimit64` if `limits` says
-/// so, to the descriptor returned and lets all else through.
-pub(crate) fn filter_calls(limits: bool) -> io::Result<OwnedFd> {
+/// Which calls a filter sends to its supervisor, beside `lseek(_, _, SEEK_DATA)`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Calls {
+    /// `ioctl(_, PAGEMAP_SCAN, _)`.
+    pub(crate) scans: bool,
+    /// `prlimit64`.
+    pub(crate) limits: bool,
+}
+
+/// Puts the calling **thread**, and so every process that it starts from now on, under a filter that sends
+/// `calls` to the descriptor returned and lets all else through.
+pub(crate) fn filter_calls(calls: Calls) -> io::Result<OwnedFd> {
+    listen_under(&mut filter_program(calls))
+}
+
+/// What a task needs in its memory, at `address`, to put itself under the filter of [`filter_calls`]: a
+/// `struct sock_fprog`, and the program behind it.
+pub(crate) fn filter_bytes(calls: Calls, address: u64) -> Vec<u8> {
+    let program = filter_program(calls);
+    let mut bytes = Vec::with_capacity(FILTER_ROOM);
+    bytes.extend_from_slice(&(program.len() as u64).to_ne_bytes());
+    bytes.extend_from_slice(&(address + size_of::<libc::sock_fprog>() as u64).to_ne_bytes());
+    for statement in program {
+        bytes.extend_from_slice(&statement.code.to_ne_bytes());
+        bytes.extend_from_slice(&[statement.jt, statement.jf]);
+        bytes.extend_from_slice(&statement.k.to_ne_bytes());
+    }
+    bytes
+}
+
+/// Statements of a filter.
+const STATEMENTS: usize = 13;
+/// Bytes that [`filter_bytes`] gives.
+pub(crate) const FILTER_ROOM: usize =
+    size_of::<libc::sock_fprog>() + STATEMENTS * size_of::<libc::sock_filter>();
+
+// A length of 16 bits whose upper neighbours nobody reads, and a pointer.
+const _: () = assert!(size_of::<libc::sock_fprog>() == 16);
+const _: () = assert!(size_of::<libc::sock_filter>() == 8);
+
+fn filter_program(calls: Calls) -> [libc::sock_filter; STATEMENTS] {
     // No call has the other number.
-    let limits = if limits { libc::SYS_prlimit64 as u32 } else { u32::MAX };
+    let wanted = |call: i64, is_wanted: bool| if is_wanted { call as u32 } else { u32::MAX };
     let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
     let unless_equal = |k: u32, jf: u8| libc::sock_filter {
         code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
@@ -126,12 +163,12 @@ pub(crate) fn filter_calls(limits: bool) -> io::Result<OwnedFd> {
     let when_equal = |k: u32, jt: u8| libc::sock_filter { jt, jf: 0, ..unless_equal(k, 0) };
     let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
     let give = libc::BPF_RET | libc::BPF_K;
-    let mut program = [
+    [
         statement(load, DATA_ARCHITECTURE),
         unless_equal(ARCHITECTURE, 10),
         statement(load, DATA_NUMBER),
-        when_equal(limits, 7),
-        unless_equal(libc::SYS_ioctl as u32, 3),
+        when_equal(wanted(libc::SYS_prlimit64, calls.limits), 7),
+        unless_equal(wanted(libc::SYS_ioctl, calls.scans), 3),
         statement(load, DATA_SECOND_ARGUMENT),
         unless_equal(PAGEMAP_SCAN as u32, 5),
         statement(give, libc::SECCOMP_RET_USER_NOTIF),
@@ -140,8 +177,7 @@ pub(crate) fn filter_calls(limits: bool) -> io::Result<OwnedFd> {
         unless_equal(libc::SEEK_DATA as u32, 1),
         statement(give, libc::SECCOMP_RET_USER_NOTIF),
         statement(give, libc::SECCOMP_RET_ALLOW),
-    ];
-    listen_under(&mut program)
+    ]
 }
 
 /// Puts the calling thread under a filter, and gives the descriptor that it sends calls to.

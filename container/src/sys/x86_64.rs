@@ -58,6 +58,12 @@ pub(crate) fn instruction(registers: &Registers) -> u64 {
     registers.rip
 }
 
+/// An address with room for so many bytes below all that a stopped task has on its stack.
+pub(crate) fn below_the_stack(registers: &Registers, bytes: usize) -> u64 {
+    // What lies closer belongs to the function that runs (System V ABI).
+    (registers.rsp - 128 - bytes as u64) & !15
+}
+
 /// `registers` with the next instruction at `address`.
 pub(crate) fn jumping(mut registers: Registers, address: u64) -> Registers {
     registers.rip = address;

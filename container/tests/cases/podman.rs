@@ -11,6 +11,7 @@ use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 
 use crate::runtimes::{crun_starts, does, says};
+use crate::segments::{MOVED, names};
 use crate::support::redis::Redis;
 use crate::support::{Host, Spot};
 
@@ -191,6 +192,56 @@ fn in_charge(host: &Host, runtime: &str) {
     does("podman", &["start", name]);
     await_status(name, "running");
     does("podman", &["rm", "-f", "-t", "0", name]);
+}
+
+/// Shared memory of every kind, under podman's own filter of system calls. So many MiB of each that stand idle
+/// as the environment says, to measure with.
+pub(crate) fn podman_shared_memory_moves_live(host: &Host) {
+    set_up(host);
+    let size = std::env::var("DECAMP_MEASURE_SHARED_MIB").unwrap_or_else(|_| "8".to_owned());
+    let Some(spot) = host.program("ps", "segments") else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    import(host, "segments", &spot);
+    let name = spot.place.name.clone();
+    let first = ["run", "--detach", "--network=none", "--shm-size=1g", "--name", &name];
+    does("podman", &[&first[..], &["localhost/segments", "/bin/segments", &size]].concat());
+    let mut pod = Pod { spot };
+    await_round(pod.name(), 3);
+    pod.adopt();
+    let shared = names(&pod.spot);
+    let large = ["large", " shm /dev/shm/large", "System V", "/dev/zero"];
+    let large = large.iter().chain(&MOVED);
+    large.for_each(|name| assert!(shared.iter().any(|one| one.ends_with(name)), "{shared:?}"));
+    assert_eq!(shared.len(), MOVED.len() + 4);
+    let there = pod.spot.twin("ps2");
+    let moved = pod.spot.move_live(&there, 3);
+    eprintln!("    4 times {size} MiB: stop {:.0} ms, {:.1?}", moved.downtime(), moved.times);
+    assert_eq!(moved.left.dump.as_deref(), Some("hidden-by-mounts"));
+    assert_eq!(moved.left.fallbacks, [""; 0]);
+    let name = there.place.name.as_str();
+    await_round(name, last_round(pod.name()) + 400);
+    let status = says("podman", &["exec", name, "/bin/busybox", "cat", "/proc/1/status"]);
+    assert!(status.lines().any(|line| line == "Seccomp:\t2"), "{status}");
+    does("podman", &["rm", "-f", "-t", "0", name]);
+    there.await_exit();
+    host.assert_nothing_left("ps");
+}
+
+/// The last round in which all processes of a program found all as it must be.
+fn last_round(name: &str) -> u64 {
+    let said = says("podman", &["logs", name]);
+    assert!(!said.contains("BAD"), "{said}");
+    let last = said.lines().rfind(|line| line.starts_with("ok ")).unwrap_or("ok 0");
+    last[3..].split(' ').next().and_then(|round| round.parse().ok()).unwrap_or(0)
+}
+
+fn await_round(name: &str, round: u64) {
+    let begun = Instant::now();
+    while last_round(name) < round {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{name} does not check {round} rounds");
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Given back it is podman's as before; stopped it is stopped for podman too.

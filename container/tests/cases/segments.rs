@@ -5,6 +5,7 @@ use std::io::Write as _;
 
 use decamp_shared::pages::{PageRange, PageSet, SpaceId};
 use decamp_shared::workload::SourceWorkload;
+use serde_json::Value;
 
 use crate::support::{self, Host};
 
@@ -12,7 +13,7 @@ use crate::support::{self, Host};
 const FIRST: u32 = 1 << 22;
 
 /// What of the program's memory is moved as shared, and not by CRIU.
-const MOVED: [&str; 7] =
+pub(crate) const MOVED: [&str; 7] =
     ["/dev/zero", "/dev/zero", "System V", "held", "mapped by two", "punched", "written"];
 
 pub(crate) fn shared_memory_moves_live(host: &Host) {
@@ -136,15 +137,21 @@ pub(crate) fn withheld_page_of_a_file_is_noticed(host: &Host) {
 /// The tests above can fail: without one page of a segment the program says which. For each segment that
 /// is moved, whoever maps it or does not.
 pub(crate) fn withheld_shared_page_is_noticed(host: &Host) {
-    let Some(here) = host.program("w0", "segments") else {
+    withheld_page_is_noticed(host, "w", |_| {});
+}
+
+/// The same with a configuration that is changed before.
+pub(crate) fn withheld_page_is_noticed(host: &Host, name: &str, change: impl FnOnce(&mut Value)) {
+    let Some(here) = host.program(&format!("{name}0"), "segments") else {
         return host.skip("needs cc (tests/setup)");
     };
+    here.change_config(change);
     here.run();
     here.await_rounds(3);
     let segments = segments(&here);
     assert_eq!(segments.len(), MOVED.len());
-    for (turn, (id, name)) in segments.into_iter().enumerate() {
-        let there = here.twin(&format!("w{}", turn + 1));
+    for (turn, (id, segment)) in segments.into_iter().enumerate() {
+        let there = here.twin(&format!("{name}{}", turn + 1));
         let mut source = here.source();
         let mut destination = there.prepare(&mut *source);
         source.pause().expect("pause");
@@ -160,7 +167,7 @@ pub(crate) fn withheld_shared_page_is_noticed(host: &Host) {
         there.await_log("BAD");
         let said = std::fs::read_to_string(there.place.log()).expect("a log");
         let said = said.lines().find(|line| line.contains("BAD")).unwrap_or_default();
-        eprintln!("    without pages of {name}: {said}");
+        eprintln!("    without pages of {segment}: {said}");
         source.resume().expect("resume");
         // A keeper serves one connection at a time.
         drop((source, destination));
@@ -283,7 +290,7 @@ fn proportional_mib(host: &Host, spot: &support::Spot<'_>) -> u64 {
     processes.expect("processes").lines().map(proportional).sum::<u64>() / 1024
 }
 
-fn names(spot: &support::Spot<'_>) -> Vec<String> {
+pub(crate) fn names(spot: &support::Spot<'_>) -> Vec<String> {
     segments(spot).into_iter().map(|(_, name)| name).collect()
 }
 

@@ -176,7 +176,8 @@ fn leave_unified_out() {
     fs::remove_dir(aside).expect("removed");
 }
 
-fn criu() -> PathBuf {
+/// The real one.
+pub(crate) fn criu() -> PathBuf {
     std::env::var_os("DECAMP_CRIU")
         .map_or_else(|| "/opt/decamp-criu/bin/criu".into(), PathBuf::from)
 }
