@@ -7,7 +7,7 @@ use std::time::Duration;
 use decamp_shared::archive::{Frozen, Parcel, Unpacking};
 use decamp_shared::keeper::ends::KeeperDestination;
 use decamp_shared::keeper::{Beginning, KeeperClient, KeeperConfig, spawn};
-use decamp_shared::methods::{Methods, TrackerChoice};
+use decamp_shared::methods::{ForkedChoice, Methods, TrackerChoice};
 use decamp_shared::workload::{
     Backend, DestinationWorkload, FileRole, FileTree, Foreign, HostTools, Kind, Liveness, Manifest,
     NetworkNeed, Place, PlacedTree, Refusal, Result, SourceWorkload, WorkloadError,
@@ -177,7 +177,12 @@ impl Backend for ContainerBackend {
 
     /// Without a tracker shared memory stays in CRIU's images, where other tools look for it too.
     fn source_for_file(&self, spec: &Value, place: &Place) -> Result<Box<dyn SourceWorkload>> {
-        let methods = Methods { tracker: TrackerChoice::None, ..self.tools.methods };
+        let methods = Methods {
+            tracker: TrackerChoice::None,
+            // Each process has its own file in an archive.
+            forked: ForkedChoice::Each,
+            ..self.tools.methods
+        };
         Ok(Box::new(self.leaving(spec, place, &methods)?))
     }
 

@@ -15,6 +15,7 @@ use crate::claim::{self, Arriving, Claim};
 use crate::dump::ms;
 use crate::error::{ContainerError, Result};
 use crate::filling::Holder;
+use crate::forked::leaving::Forked;
 use crate::init::Init;
 use crate::kept::Container;
 use crate::network::Network;
@@ -177,6 +178,7 @@ impl Container {
             segments: Segments::default(),
             landing: Landing::default(),
             tracker: None,
+            forked: Forked::default(),
             throttle: None,
             paused: None,
             over: false,

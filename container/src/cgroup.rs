@@ -316,6 +316,16 @@ impl Cgroups {
         (limit < 1 << 60).then_some(limit)
     }
 
+    /// Anonymous memory of its members in bytes, each page once; nothing when nobody counts it.
+    pub(crate) fn anonymous_memory(&self) -> Option<u64> {
+        let (directory, name) = match self.paths.get("memory") {
+            Some(directory) => (directory, "total_rss "),
+            None => (self.paths.get("")?, "anon "),
+        };
+        let text = fs::read_to_string(directory.join("memory.stat")).ok()?;
+        text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
+    }
+
     /// Kills every member, and those of cgroups below. Frozen members die when they are thawed, before
     /// they run anything. Where the cgroup is gone there is nothing to do.
     pub(crate) fn kill_all(&self) -> Result<()> {

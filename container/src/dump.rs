@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{Cgroups, Setting};
 use crate::error::{ContainerError, Result};
+use crate::forked::{self, Aliases};
 use crate::hiding::filter::Supervisor;
 use crate::hiding::late::{Outcome, Wanted};
 use crate::hiding::mounts::Mounts;
@@ -218,6 +219,7 @@ impl ContainerState {
 pub(crate) fn sections(
     images: &Path,
     hidden: &[HiddenProcess],
+    aliases: &Aliases,
     moved: &[Moved],
     trees: &[Tree],
     state: &ContainerState,
@@ -225,6 +227,7 @@ pub(crate) fn sections(
     let begun = Instant::now();
     let mut sections = images::collect(images)?;
     sections.push(images::hidden_section(hidden));
+    sections.extend(forked::section(aliases));
     sections.push(segments::section(moved)?);
     sections.extend(tmpfs::section(trees));
     sections.push(state.to_section()?);

@@ -15,6 +15,8 @@ use crate::error::{ContainerError, Result};
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const SOFT_DIRTY: u64 = 1 << 55;
+/// Nobody else has the page (Linux 4.2).
+const ALONE: u64 = 1 << 56;
 /// The number of the page frame, of a present page: zero for who may not know it. The place in swap of
 /// another.
 const FRAME: u64 = (1 << 55) - 1;
@@ -51,6 +53,11 @@ impl Entry {
     pub(crate) fn place(self) -> Option<u64> {
         let known = self.0 & SWAPPED != 0 || self.0 & FRAME != 0;
         (self.exists() && known).then_some(self.0 & (SWAPPED | FRAME))
+    }
+
+    /// The same of a page that may be another's too.
+    pub(crate) fn shared_place(self) -> Option<u64> {
+        self.place().filter(|_| self.0 & ALONE == 0)
     }
 
     /// The entry of a word.

@@ -71,8 +71,8 @@ pub(crate) struct PagemapEntry {
 pub(crate) enum HiddenIn<'a> {
     /// They come late, from a daemon.
     Daemon,
-    /// They are in a parent image, in this directory.
-    Parent(&'a Path),
+    /// They are in a parent image, in this directory, in the pages file of the process of that number.
+    Parent(&'a Path, i32),
 }
 
 impl PagemapEntry {
@@ -212,7 +212,7 @@ pub(crate) fn unpack(sections: Vec<Section>, directory: &Path) -> Result<Vec<Sec
 }
 
 /// Enters the hidden pages of process `inner` into its pagemap in `images`. A parent that holds them is
-/// made an image; its pages file itself is `parent/pages_name(inner)`, the store.
+/// made an image; its pages file itself is `parent/pages_name`, the store.
 pub(crate) fn complete(
     images: &Path,
     within: HiddenIn<'_>,
@@ -230,9 +230,9 @@ pub(crate) fn complete(
         .map_err(|what| ContainerError::section(format!("{PREFIX}{name}"), what))?;
     fs::write(&path, pagemap.to_bytes())
         .map_err(ContainerError::io(format!("write {}", path.display())))?;
-    let HiddenIn::Parent(parent) = within else { return Ok(()) };
+    let HiddenIn::Parent(parent, of) = within else { return Ok(()) };
     let path = parent.join(&name);
-    let whole = Pagemap::of_store(pages_id(inner));
+    let whole = Pagemap::of_store(pages_id(of));
     fs::write(&path, whole.to_bytes())
         .map_err(ContainerError::io(format!("write {}", path.display())))
 }

@@ -26,6 +26,7 @@ use crate::error::{ContainerError, Result};
 use crate::facts::{Facts, HostNeeds};
 use crate::filling::{Filling, Holder};
 use crate::foreign::Foreign;
+use crate::forked::leaving::Forked;
 use crate::hiding::{self, Hidden, Way};
 use crate::images::PAGE_LIMIT;
 use crate::init::Init;
@@ -111,6 +112,8 @@ pub struct Container {
     pub(crate) landing: Landing,
     /// While dirty pages are tracked.
     pub(crate) tracker: Option<Box<dyn Tracker>>,
+    /// What its processes still share since a fork, while it is moved away.
+    pub(crate) forked: Forked,
     pub(crate) throttle: Option<Throttle>,
     pub(crate) paused: Option<Pause>,
     pub(crate) over: bool,
@@ -173,6 +176,7 @@ impl Container {
     fn freeze(&mut self) -> Result<()> {
         // Processes come and go: what appeared since the move was agreed upon ends it here.
         refuse(self.subject(self.init()?.pid())?.look_before_stop()?)?;
+        self.check_limit()?;
         if self.foreign.is_some() {
             claim::hold(&self.config.place)?;
         }
@@ -209,6 +213,15 @@ impl Container {
         }
         tracing::debug!(ms = ms(frozen), "Frozen and off the network");
         Ok(())
+    }
+
+    /// What its processes share since a fork may be too much for its memory limit elsewhere.
+    fn check_limit(&self) -> Result<()> {
+        let (limit, used) = (self.cgroups.memory_limit(), self.cgroups.anonymous_memory());
+        match (&self.hiding, limit, used) {
+            (Ok(_), Some(limit), Some(used)) => self.forked.check(&self.processes()?, used, limit),
+            _ => Ok(()),
+        }
     }
 
     /// A process is under a filter, perhaps only since it was last looked for one: then memory is hidden from
@@ -337,8 +350,9 @@ impl Container {
         }
         let images = self.store.images();
         let hidden = paused.hidden.as_deref().unwrap_or_default();
-        let sections =
-            dump::sections(&images, hidden, &self.segments.moved(), &paused.trees, &state);
+        let aliases = self.forked.aliases();
+        let moved = self.segments.moved();
+        let sections = dump::sections(&images, hidden, &aliases, &moved, &paused.trees, &state);
         // The images are in the sections now; twice would be twice the memory.
         let _ = fs::remove_dir_all(&images);
         tracing::debug!(ms = ms(begun), "Saved");
@@ -359,7 +373,8 @@ impl Container {
         let restored = self.restoring().run(criu, sections, holder)?;
         self.filling = restored.filling;
         let eager = self.eager.as_deref().unwrap_or("the source hid nothing from CRIU");
-        self.arrived = Some(ways::arrived(self.filling.is_none().then_some(eager)));
+        let eager = self.filling.is_none().then_some(eager);
+        self.arrived = Some(ways::arrived(eager, restored.forked));
         self.terminal = self.keep_terminal(restored.terminal)?;
         let (init, config) = match &self.arrival {
             None => {
@@ -399,6 +414,7 @@ impl Container {
             streams: &self.streams,
             store: &self.store,
             landing: &self.landing,
+            forked: self.methods.forked,
         }
     }
 
@@ -519,6 +535,7 @@ impl Kept for Container {
         self.hiding = ways::hiding(&methods, hiding::are_filtered(&pids));
         // Whoever asks begins anew: what an earlier attempt knew of shared memory is of no use to it.
         self.segments = Segments::default();
+        self.forked = Forked::new(methods.forked);
         Ok(())
     }
 
@@ -582,6 +599,7 @@ impl Kept for Container {
         self.tracker = Some(
             tracker::start(self.methods.tracker, &self.cgroups).map_err(WorkloadError::plain)?,
         );
+        self.forked = Forked::new(self.methods.forked);
         Ok(())
     }
 
@@ -593,11 +611,15 @@ impl Kept for Container {
             let not_tracked = || WorkloadError::plain("The container is not tracked");
             let tracker = self.tracker.as_mut().ok_or_else(not_tracked)?;
             tracker.harvest(&processes, dirty)?;
-            return Ok(Harvest { exists: None, stall: tracker.stall() });
+            self.forked.round(&processes, dirty)?;
+            let stall = tracker.stall();
+            let (limit, used) = (self.cgroups.memory_limit(), self.cgroups.anonymous_memory());
+            let restoring = self.forked.restoring(&processes, used, limit);
+            return Ok(Harvest { exists: None, stall, restoring });
         }
         let stall = self.tracker.as_ref().map(|tracker| tracker.stall()).unwrap_or_default();
         if self.paused.as_ref().is_some_and(|paused| paused.harvested) {
-            return Ok(Harvest { exists: None, stall });
+            return Ok(Harvest { exists: None, stall, ..Harvest::default() });
         }
         let mut exists = PageSet::new();
         for hidden in self.hidden()? {
@@ -606,10 +628,14 @@ impl Kept for Container {
         }
         // CRIU dumps the rest of the tree while these pages travel.
         self.begin_dump()?;
+        if let Some(hidden) = self.paused.as_ref().and_then(|paused| paused.hidden.as_ref()) {
+            self.forked.last(hidden, dirty)?;
+            exists.subtract(&self.forked.unsent());
+        }
         if let Some(paused) = &mut self.paused {
             paused.harvested = true;
         }
-        Ok(Harvest { exists: Some(exists), stall })
+        Ok(Harvest { exists: Some(exists), stall, ..Harvest::default() })
     }
 
     fn throttle(&mut self, percent: u8) -> WorkloadResult<()> {
@@ -644,6 +670,7 @@ impl Kept for Container {
         self.throttle = None;
         // Once it runs again: the kernel takes a moment to forget what was protected.
         self.tracker = None;
+        self.forked = Forked::new(self.methods.forked);
         // Held open it would stay when the container lets go of it.
         self.segments.forget();
         Ok(())

@@ -33,6 +33,7 @@ pub mod error;
 pub mod facts;
 mod filling;
 mod foreign;
+mod forked;
 mod hiding;
 pub mod hooks;
 mod images;

@@ -128,6 +128,12 @@ pub(crate) fn resident(pid: i32) -> u64 {
     (kib("VmRSS:") + kib("VmSwap:")) * 1024
 }
 
+/// Number here of the parent of a process; nothing when it is gone.
+pub(crate) fn parent(pid: i32) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status_number(&status, "PPid:").and_then(|parent| parent.try_into().ok())
+}
+
 /// Whether a process has no memory (any more): it has ended.
 pub(crate) fn is_without_memory(pid: i32) -> Result<bool> {
     Ok(!has_memory(pid)?)

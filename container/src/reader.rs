@@ -15,8 +15,9 @@ use crate::segments::is_segment;
 use crate::segments::sent::{Segment, Sent};
 use crate::sys;
 
-/// Reads processes by `process_vm_readv`, and by `/proc/PID/mem` what that refuses (mappings without
-/// the right to read).
+/// Reads the one process of a container by `process_vm_readv`, and by `/proc/PID/mem` what that refuses
+/// (mappings without the right to read). Several are read by `/proc/PID/mem` alone: the other pins pages,
+/// and the kernel gives a page that processes share since a fork to each of them before it is pinned.
 ///
 /// Of a container that runs, memory may go away at any time: what is gone reads as zeros and is told by
 /// [`PageReader::take_missed`]. Of one that stands still nothing goes away, and what cannot be read is an
@@ -58,6 +59,9 @@ impl ProcessReader {
     fn read_strictly(&self, range: PageRange, into: &mut [u8]) -> io::Result<()> {
         let gone = || io::Error::from_raw_os_error(libc::ESRCH);
         let (pid, file) = self.processes.get(&range.space).ok_or_else(gone)?;
+        if self.processes.len() > 1 {
+            return file.read_exact_at(into, range.address());
+        }
         sys::read_memory(*pid, range.address(), into)
             // What was copied until then is copied once more; the process stands still or is read again.
             .or_else(|_| file.read_exact_at(into, range.address()))

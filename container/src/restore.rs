@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use decamp_shared::methods::ForkedChoice;
 use decamp_shared::workload::Section;
 use rust_criu::rust_criu_protobuf::rpc::{
     Criu_cg_mode, Criu_network_lock_method, Criu_opts, Criu_req_type, Inherit_fd,
@@ -21,9 +22,10 @@ use crate::cgroup::{Cgroups, Setting};
 use crate::dump::{ContainerState, STATE, log_level, ms, tell_log, with_log};
 use crate::error::{ContainerError, Result};
 use crate::filling::{Filling, Holder};
-use crate::images::{self, HiddenIn, HiddenPages};
+use crate::forked::arriving::{Arriving, Late};
+use crate::forked::{self, Aliases};
+use crate::images::{self, HiddenPages};
 use crate::landed::Landed;
-use crate::locked::Split;
 use crate::network::Network;
 use crate::runtime::Runtime;
 use crate::segments::landing::Landing;
@@ -52,6 +54,8 @@ pub(crate) struct Restored {
     pub(crate) init: i32,
     /// Its memory, where that comes late.
     pub(crate) filling: Option<Filling>,
+    /// What became of pages that forked processes shared, where that is worth a word.
+    pub(crate) forked: Option<String>,
     /// The master of its terminal, if it has one.
     pub(crate) terminal: Option<OwnedFd>,
 }
@@ -66,6 +70,8 @@ pub(crate) struct Restore<'a> {
     pub(crate) store: &'a Store,
     /// Shared memory that has come.
     pub(crate) landing: &'a Landing,
+    /// What becomes of pages that forked processes still share.
+    pub(crate) forked: ForkedChoice,
 }
 
 impl Shell {
@@ -141,19 +147,29 @@ impl Restore<'_> {
         let begun = Instant::now();
         let images = self.store.fresh_images()?;
         let others = images::unpack(sections, &images)?;
-        let (state, hidden, moved, trees) = use_up(others)?;
+        let Rest { state, hidden, aliases, moved, trees } = use_up(others)?;
         let trees = self.landing.plant(&trees)?;
         let seals = self.landing.enter(&images, &moved, self.store)?;
         // A source that could not hide anything has CRIU's own images hold it all.
         let holder = holder.filter(|_| !hidden.is_empty());
-        let linked = moved.iter().any(|segment| segment.system_v);
-        let late = self.complete(&images, hidden, holder.is_some(), linked)?;
-        let filling = holder.map(|holder| Filling::begin(&images, self.store, &late, holder));
-        let filling = filling.transpose()?;
         // While it restores CRIU is one of the tasks too.
         let (tasks, settings): (Vec<_>, Vec<_>) =
             state.settings.iter().cloned().partition(Setting::limits_tasks);
         self.cgroups.apply(&settings)?;
+        let arriving = Arriving {
+            images: &images,
+            store: self.store,
+            linked: moved.iter().any(|segment| segment.system_v),
+            limit: self.cgroups.memory_limit(),
+            choice: self.forked,
+        };
+        let (filling, forked) = match holder {
+            Some(holder) => {
+                let Late { pages, spent, note } = arriving.late(hidden, &aliases)?;
+                (Some(Filling::begin(&images, self.store, pages, spent, holder)?), note)
+            }
+            None => (None, arriving.eager(&hidden, &aliases)?),
+        };
         self.cgroups.apply(&tasks.iter().map(Setting::lifted).collect::<Vec<_>>())?;
         self.streams.give_to(state.output_owner)?;
         let landed = Landed::mount(self.bundle, self.store)?;
@@ -182,45 +198,7 @@ impl Restore<'_> {
             error
         });
         let (init, terminal) = restored?;
-        Ok(Restored { init, filling, terminal })
-    }
-
-    /// Enters the hidden pages into the images, which have a parent if they need one, or are `linked` to one
-    /// anyway. Gives those that come late.
-    fn complete(
-        &self,
-        images: &Path,
-        hidden: HiddenPages,
-        late: bool,
-        linked: bool,
-    ) -> Result<HiddenPages> {
-        if late {
-            images::check_all_named(images, &hidden)?;
-        }
-        let has = |(inner, pages): &(&i32, &Vec<_>)| pages.is_empty() || self.store.has(**inner);
-        if let Some((inner, _)) = hidden.iter().find(|process| !has(process)) {
-            return Err(ContainerError::section(
-                images::HIDDEN,
-                format!("speaks of process {inner}, whose memory never came"),
-            ));
-        }
-        let Split { late, locked } = match late {
-            true => Split::of(images, hidden)?,
-            false => Split { late: HiddenPages::new(), locked: hidden },
-        };
-        let parent = self.store.parent();
-        // First: what is entered as late stays so only when nothing is entered after it.
-        for (inner, pages) in locked.iter().filter(|(_, pages)| !pages.is_empty()) {
-            images::complete(images, HiddenIn::Parent(&parent), *inner, pages)?;
-        }
-        for (inner, pages) in &late {
-            images::complete(images, HiddenIn::Daemon, *inner, pages)?;
-        }
-        if linked || late.is_empty() || !locked.is_empty() {
-            std::os::unix::fs::symlink("../parent", images.join("parent"))
-                .map_err(ContainerError::io("link the images to their parent"))?;
-        }
-        Ok(late)
+        Ok(Restored { init, filling, forked, terminal })
     }
 
     fn request(
@@ -317,9 +295,19 @@ impl Restore<'_> {
     }
 }
 
+/// What comes beside CRIU's images.
+struct Rest {
+    state: ContainerState,
+    hidden: HiddenPages,
+    aliases: Aliases,
+    moved: Vec<Moved>,
+    trees: Vec<Tree>,
+}
+
 /// Every section that is no image.
-fn use_up(others: Vec<Section>) -> Result<(ContainerState, HiddenPages, Vec<Moved>, Vec<Tree>)> {
+fn use_up(others: Vec<Section>) -> Result<Rest> {
     let (mut state, mut hidden, mut moved, mut trees) = (None, None, None, None);
+    let mut aliases = None;
     for section in others {
         match section.kind.as_str() {
             STATE if state.is_none() => state = Some(ContainerState::from_section(&section)?),
@@ -327,6 +315,7 @@ fn use_up(others: Vec<Section>) -> Result<(ContainerState, HiddenPages, Vec<Move
             segments::SEGMENTS if moved.is_none() => {
                 moved = Some(segments::read_section(&section)?);
             }
+            forked::FORKED if aliases.is_none() => aliases = Some(section),
             tmpfs::TREES if trees.is_none() => trees = Some(tmpfs::read_section(&section)?),
             _ => {
                 return Err(ContainerError::section(
@@ -341,7 +330,10 @@ fn use_up(others: Vec<Section>) -> Result<(ContainerState, HiddenPages, Vec<Move
     // Without it what CRIU found empty would be zeros.
     let moved = moved.ok_or_else(|| missing(segments::SEGMENTS))?;
     let state = state.ok_or_else(|| missing(STATE))?;
-    Ok((state, hidden, moved, trees.unwrap_or_default()))
+    // One that shares nothing says nothing.
+    let aliases = aliases.map(|section| forked::read_section(&section, &hidden)).transpose()?;
+    let (aliases, trees) = (aliases.unwrap_or_default(), trees.unwrap_or_default());
+    Ok(Rest { state, hidden, aliases, moved, trees })
 }
 
 /// How the restored tasks come to stand still: CRIU, in whose cgroup they are born, leaves it, and

@@ -77,6 +77,10 @@ impl SourceWorkload for ContainerSource {
         self.keeper.look() + self.sent.look()
     }
 
+    fn restoring(&self) -> Duration {
+        self.keeper.restoring()
+    }
+
     fn ways(&self) -> Ways {
         self.keeper.ways()
     }

@@ -1,10 +1,13 @@
 //! Which ways this host goes, of those that its configuration allows: what it lacks for one that the
 //! configuration forces, and why a way that is not the best is taken. How each is gone is its own room's.
 
-use decamp_shared::methods::{HidingChoice, Methods, RestoreChoice, TrackerChoice, Ways};
+use decamp_shared::methods::{
+    ForkedChoice, HidingChoice, Methods, RestoreChoice, TrackerChoice, Ways,
+};
 use decamp_shared::workload::Liveness;
 
 use crate::filling;
+use crate::forked::places;
 use crate::hiding::{self, Way};
 use crate::tracker;
 
@@ -78,6 +81,11 @@ pub(crate) fn leaving(methods: &Methods, hiding: &Hiding) -> Ways {
     {
         fallbacks.push(format!("Shared memory travels in CRIU's images: {reason}"));
     }
+    if hiding.is_ok() && methods.forked != ForkedChoice::Each && !places::are_known() {
+        let reason = "Pages that forked processes share travel once for each of them: the keeper may not \
+                      know where pages lie (CAP_SYS_ADMIN)";
+        fallbacks.push(reason.to_owned());
+    }
     Ways { dump: Some(dump.to_owned()), restore: None, fallbacks }
 }
 
@@ -109,16 +117,13 @@ pub(crate) fn arrival_obstacle(methods: &Methods, is_mapped: bool) -> Option<Str
     })
 }
 
-/// How a container was restored, for the report: `eager` says why its memory did not come late.
-pub(crate) fn arrived(eager: Option<&str>) -> Ways {
-    match eager {
-        None => Ways { restore: Some(Ways::LAZY.to_owned()), ..Ways::default() },
-        Some(reason) => Ways {
-            restore: Some(Ways::EAGER.to_owned()),
-            dump: None,
-            fallbacks: vec![format!("All memory is restored before it runs: {reason}")],
-        },
-    }
+/// How a container was restored, for the report: `eager` says why its memory did not come late, `forked`
+/// what became of what its processes shared.
+pub(crate) fn arrived(eager: Option<&str>, forked: Option<String>) -> Ways {
+    let restore = if eager.is_none() { Ways::LAZY } else { Ways::EAGER };
+    let eager = eager.map(|reason| format!("All memory is restored before it runs: {reason}"));
+    let fallbacks = eager.into_iter().chain(forked).collect();
+    Ways { restore: Some(restore.to_owned()), dump: None, fallbacks }
 }
 
 #[cfg(test)]
@@ -157,7 +162,7 @@ mod tests {
         assert!(ways.fallbacks[0].contains("hiding = \"none\""));
         let eager = Methods { restore: RestoreChoice::Eager, ..Methods::default() };
         let reason = late(&eager, false).expect_err("it says so");
-        let ways = arrived(Some(&reason));
+        let ways = arrived(Some(&reason), None);
         assert_eq!(ways.restore.as_deref(), Some("eager"));
         assert!(ways.fallbacks[0].contains("restore = \"eager\""));
     }

@@ -7,6 +7,8 @@
 mod adoption;
 #[path = "cases/filters.rs"]
 mod filters;
+#[path = "cases/forked.rs"]
+mod forked;
 #[path = "cases/mapped.rs"]
 mod mapped;
 #[path = "cases/obstacles.rs"]
@@ -132,11 +134,10 @@ fn main() {
         },
         Case { name: "huge_pages_move", run: segments::huge_pages_move },
         Case { name: "measure_redis", run: measure_redis },
-        Case { name: "measure_forked", run: segments::measure_forked },
         Case { name: "measure_shared", run: segments::measure_shared },
     ];
-    let more =
-        ways::CASES.into_iter().chain(obstacles::CASES).chain(filters::CASES).chain(mapped::CASES);
+    let more = ways::CASES.into_iter().chain(obstacles::CASES).chain(filters::CASES);
+    let more = more.chain(mapped::CASES).chain(forked::CASES);
     main_with(&cases.into_iter().chain(more).collect::<Vec<_>>());
 }
 

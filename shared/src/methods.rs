@@ -13,6 +13,8 @@ pub struct Methods {
     pub hiding: HidingChoice,
     /// When memory is put in its place at the destination.
     pub restore: RestoreChoice,
+    /// What becomes of pages that forked processes still share.
+    pub forked: ForkedChoice,
 }
 
 /// How dirty pages are found while a container runs.
@@ -56,6 +58,21 @@ pub enum RestoreChoice {
     Lazy,
     /// Before it runs.
     Eager,
+}
+
+/// What becomes of pages that processes still share since a fork.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ForkedChoice {
+    /// They travel once, and are shared again at the destination where memory is short without that.
+    #[default]
+    Auto,
+    /// They travel once, and are shared again as far as CRIU can, whatever that takes of the stop.
+    Shared,
+    /// They travel once, and each process has its own at the destination.
+    Apart,
+    /// They travel once for each process, which has its own at the destination.
+    Each,
 }
 
 impl Methods {

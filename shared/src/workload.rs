@@ -105,6 +105,11 @@ pub trait SourceWorkload: Send {
     fn look(&self) -> Duration {
         Duration::ZERO
     }
+    /// How much longer restoring will take in the stop than it takes any workload of its kind, as the last
+    /// harvest had it. Zero for whoever is restored like any other.
+    fn restoring(&self) -> Duration {
+        Duration::ZERO
+    }
     /// How its state leaves this host, for the report. Nothing is known of most kinds.
     fn ways(&self) -> Ways {
         Ways::default()

@@ -409,6 +409,7 @@ six = "[fd77::4]:7422"
                 "`auto`, `write-protect`, `soft-dirty`, `page-hash`, `none`",
             ),
             ("restore = \"late\"", "`auto`, `lazy`, `eager`"),
+            ("forked = \"twice\"", "`auto`, `shared`, `apart`, `each`"),
             ("hiding = \"seccomp\"", "`auto`, `hidden`, `none`"),
             ("traker = \"auto\"", "`tracker`, `hiding`, `restore`"),
             ("tracker = \"page-hash\"\nhiding = \"none\"", "cannot be with hiding"),

@@ -123,6 +123,10 @@ impl SourceWorkload for Comparing {
         self.look
     }
 
+    fn restoring(&self) -> Duration {
+        self.inner.restoring()
+    }
+
     fn ways(&self) -> Ways {
         self.inner.ways()
     }

@@ -2,10 +2,12 @@
 //!
 //! Pure arithmetic on address ranges: what tasks do to their memory meanwhile is told to it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use decamp_shared::pages::PAGE_SIZE;
+
+use crate::forked::Alias;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -20,7 +22,9 @@ pub(super) struct Missing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Piece {
     length: u64,
-    /// Where it begins in the store. The address, unless the task has moved it.
+    /// Whose part of the store it is in: a process's number in the container.
+    of: i32,
+    /// Where it begins there. The address, unless the task has moved it.
     offset: u64,
 }
 
@@ -28,7 +32,16 @@ struct Piece {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Span {
     pub(super) addresses: Range<u64>,
+    pub(super) of: i32,
     pub(super) offset: u64,
+}
+
+impl Piece {
+    /// What is left of one that begins at `start` without its first `skip` bytes.
+    fn span(&self, start: u64, skip: u64) -> Span {
+        let addresses = start + skip..start + self.length;
+        Span { addresses, of: self.of, offset: self.offset + skip }
+    }
 }
 
 impl Span {
@@ -39,14 +52,20 @@ impl Span {
 }
 
 impl Missing {
-    /// The pages of these ascending ranges of page numbers, each at the offset of its address.
-    pub(super) fn of_pages(ranges: &[Range<u64>]) -> Self {
+    /// These pages (ascending), each at the offset of its address.
+    pub(super) fn of_pages(ranges: &[Alias]) -> Self {
         let mut missing = Self::default();
-        for range in ranges {
-            let start = range.start * PAGE;
-            missing.put(start, Piece { length: (range.end - range.start) * PAGE, offset: start });
+        for Alias { pages, of } in ranges {
+            let start = pages.start * PAGE;
+            let length = (pages.end - pages.start) * PAGE;
+            missing.put(start, Piece { length, of: *of, offset: start });
         }
         missing
+    }
+
+    /// In whose parts of the store it is.
+    pub(super) fn owners(&self) -> BTreeSet<i32> {
+        self.pieces.values().map(|piece| piece.of).collect()
     }
 
     /// How many pages have still to come.
@@ -59,11 +78,11 @@ impl Missing {
     pub(super) fn next(&self, from: u64, most: u64) -> Option<Span> {
         let after = self.at(from).or_else(|| {
             let (start, piece) = self.pieces.range(from..).next()?;
-            Some(Span { addresses: *start..start + piece.length, offset: piece.offset })
+            Some(piece.span(*start, 0))
         });
         let span = after.or_else(|| {
             let (start, piece) = self.pieces.first_key_value()?;
-            Some(Span { addresses: *start..start + piece.length, offset: piece.offset })
+            Some(piece.span(*start, 0))
         })?;
         let room = most - span.offset % most;
         let length = span.length().min(room);
@@ -74,8 +93,7 @@ impl Missing {
     pub(super) fn at(&self, address: u64) -> Option<Span> {
         let (start, piece) = self.pieces.range(..=address).next_back()?;
         let skip = address - start;
-        (skip < piece.length)
-            .then(|| Span { addresses: address..start + piece.length, offset: piece.offset + skip })
+        (skip < piece.length).then(|| piece.span(*start, skip))
     }
 
     /// These addresses have come, or are not wanted any more.
@@ -124,6 +142,7 @@ impl Missing {
             let part = |from: u64, to: u64| Piece {
                 length: to - from,
                 offset: piece.offset + (from - start),
+                ..piece
             };
             self.put(start, part(start, from));
             self.put(to, part(to, end));
@@ -166,9 +185,13 @@ mod tests {
             most in 1u64..9,
         ) {
             let cuts: Vec<u64> = cuts.into_iter().collect();
-            let ranges: Vec<Range<u64>> = cuts.chunks_exact(2).map(|pair| pair[0]..pair[1]).collect();
+            let ranges: Vec<Alias> = cuts.chunks_exact(2)
+                .map(|pair| Alias { pages: pair[0]..pair[1], of: (pair[0] % 3) as i32 })
+                .collect();
             let mut missing = Missing::of_pages(&ranges);
-            let mut model: BTreeMap<u64, u64> = ranges.into_iter().flatten().map(|page| (page, page)).collect();
+            let mut model: BTreeMap<u64, (i32, u64)> = ranges.iter()
+                .flat_map(|one| one.pages.clone().map(|page| (page, (one.of, page))))
+                .collect();
             for step in steps {
                 match step {
                     Step::Remove(first, count) => {
@@ -187,16 +210,19 @@ mod tests {
                 prop_assert_eq!(missing.pages(), model.len() as u64);
             }
             for page in 0..160 {
-                let found = missing.at(page * PAGE).map(|span| span.offset / PAGE);
+                let found = missing.at(page * PAGE).map(|span| (span.of, span.offset / PAGE));
                 prop_assert_eq!(found, model.get(&page).copied());
             }
+            let owners: BTreeSet<i32> = model.values().map(|(of, _)| *of).collect();
+            prop_assert_eq!(missing.owners(), owners);
             // Walked on from anywhere, it is all found.
             let mut at = from * PAGE;
             let mut walked = BTreeMap::new();
             while let Some(span) = missing.next(at, most * PAGE) {
                 prop_assert!(span.length() > 0 && span.length() <= most * PAGE);
                 for index in 0..span.length() / PAGE {
-                    walked.insert(span.addresses.start / PAGE + index, span.offset / PAGE + index);
+                    let place = (span.of, span.offset / PAGE + index);
+                    walked.insert(span.addresses.start / PAGE + index, place);
                 }
                 at = span.addresses.end;
                 missing.remove(&span.addresses);

@@ -29,13 +29,14 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 use crate::error::{ContainerError, Result};
-use crate::images::HiddenPages;
+use crate::forked::Alias;
+use crate::forked::sharing::united;
 use crate::store::Store;
 use crate::sys;
 use crate::sys::userfault;
 
 pub(crate) use holder::Holder;
-use space::{Source, Space};
+use space::{Source, Sources, Space};
 
 /// Where CRIU looks for its daemon, in the directory of its images.
 const SOCKET: &str = "lazy-pages.socket";
@@ -49,6 +50,8 @@ const FEATURES: u64 = userfault::FEATURE_EVENT_FORK
 
 /// Once in so many steps a child that was forked meanwhile is looked after.
 const LOOK_AFTER: usize = 4;
+/// Pages of the store that are given back at a time when CRIU is done with them.
+const SPENT: u64 = 512;
 /// Pause while a task's word cannot be heard.
 const UNHEARD: Duration = Duration::from_millis(20);
 
@@ -115,11 +118,13 @@ pub(crate) fn is_for_all() -> bool {
 }
 
 impl Filling {
-    /// Waits for a CRIU that restores from `images`, to give it the `hidden` pages that `store` has.
+    /// Waits for a CRIU that restores from `images`, to give it the `late` pages that `store` has. What is
+    /// `spent` of the store is given back when CRIU is done.
     pub(crate) fn begin(
         images: &Path,
         store: &Store,
-        hidden: &HiddenPages,
+        late: LatePages,
+        spent: Vec<Alias>,
         holder: Holder,
     ) -> Result<Self> {
         let directory =
@@ -134,13 +139,20 @@ impl Filling {
         let failed = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
             .map_err(ContainerError::errno("make an event"))?;
         let failed = Arc::new(failed);
-        let mut sources = BTreeMap::new();
-        for (inner, pages) in hidden {
-            let source = match pages.is_empty() {
-                true => None,
-                false => Some(Arc::new(Source::new(File::from(store.memory_of(*inner)?)))),
-            };
-            sources.insert(*inner, (source, pages.clone()));
+        let mut wanted_by_others: BTreeMap<i32, Vec<Range<u64>>> = BTreeMap::new();
+        let mut sources = Sources::new();
+        for (inner, Alias { pages, of }) in each(&late) {
+            let others = wanted_by_others.entry(*of).or_default();
+            if inner != of {
+                others.push(pages.clone());
+            }
+        }
+        for Alias { of, .. } in &spent {
+            wanted_by_others.entry(*of).or_default();
+        }
+        for (of, others) in wanted_by_others {
+            let file = File::from(store.memory_of(of)?);
+            sources.insert(of, Source::new(file, &united(others)));
         }
         let shared = Arc::new(Shared {
             status: Mutex::new(Status::Under),
@@ -153,7 +165,9 @@ impl Filling {
             failed: failed.clone(),
             listener: Some(listener),
             criu: None,
-            sources,
+            sources: Arc::new(sources),
+            late,
+            spent,
             spaces: Vec::new(),
             buffer: vec![0; space::CHUNK as usize],
             turn: 0,
@@ -245,8 +259,13 @@ impl Drop for Filling {
     }
 }
 
-/// A process's part of the store, and which pages of it (page numbers, ascending) have to come.
-type Stored = (Option<Arc<Source>>, Vec<Range<u64>>);
+/// Pages that come late (ascending) and in whose part of the store they are, by the process that they come
+/// to.
+pub(crate) type LatePages = BTreeMap<i32, Vec<Alias>>;
+
+fn each(late: &LatePages) -> impl Iterator<Item = (&i32, &Alias)> {
+    late.iter().flat_map(|(inner, pages)| pages.iter().map(move |one| (inner, one)))
+}
 
 /// The thread that does it.
 struct Daemon {
@@ -255,8 +274,10 @@ struct Daemon {
     failed: Arc<EventFd>,
     listener: Option<UnixListener>,
     criu: Option<UnixStream>,
-    /// By a process's number in the container.
-    sources: BTreeMap<i32, Stored>,
+    sources: Arc<Sources>,
+    late: LatePages,
+    /// What of the store nobody needs once CRIU is done, and whose part of it that is.
+    spent: Vec<Alias>,
     spaces: Vec<Space>,
     /// Through which pages go.
     buffer: Vec<u8>,
@@ -292,9 +313,7 @@ impl Daemon {
         // Who else holds the descriptors first, so that closing ours is what ends it.
         *self.shared.holder() = None;
         self.spaces.clear();
-        for source in self.sources.values().filter_map(|(source, _)| source.as_ref()) {
-            source.empty();
-        }
+        self.sources.values().for_each(Source::empty);
         tracing::debug!(ms = self.begun.elapsed().as_millis(), "All memory is in its place");
         self.shared.set(Status::Done);
     }
@@ -355,6 +374,18 @@ impl Daemon {
     }
 
     fn fill_some(&mut self) -> Result<()> {
+        if let Some(Alias { pages, of }) = self.spent.pop() {
+            // A piece at a time, for somebody may want a page.
+            let first = pages.end.saturating_sub(SPENT).max(pages.start);
+            self.sources
+                .get(&of)
+                .into_iter()
+                .for_each(|source| source.give_back_pages(first..pages.end));
+            if pages.start < first {
+                self.spent.push(Alias { pages: pages.start..first, of });
+            }
+            return Ok(());
+        }
         let anybody_else = self.spaces.iter().any(|space| space.lacks() && !space.is_forked());
         self.steps = self.steps.wrapping_add(1);
         if anybody_else && self.steps.is_multiple_of(LOOK_AFTER) {
@@ -438,8 +469,8 @@ impl Daemon {
             inner => {
                 let uffd = receive_descriptor(criu)?;
                 self.shared.hold(&uffd)?;
-                let (source, pages) = self.sources.get(&inner).cloned().unwrap_or_default();
-                self.spaces.push(Space::new(uffd, source, &pages));
+                let pages = self.late.get(&inner).map_or(&[][..], Vec::as_slice);
+                self.spaces.push(Space::new(uffd, self.sources.clone(), pages));
             }
         }
         Ok(())

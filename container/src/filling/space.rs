@@ -1,6 +1,6 @@
 //! One task's memory that is being filled: faults, events, and pages that nobody waits for yet.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -16,6 +16,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::missing::{Missing, Span};
 use crate::error::{ContainerError, Result};
+use crate::forked::Alias;
 use crate::sys::userfault::{self, Event};
 
 const PAGE: u64 = PAGE_SIZE as u64;
@@ -34,22 +35,28 @@ const NO_MEMORY: Duration = Duration::from_millis(20);
 /// it had when it came.
 pub(super) struct Source {
     file: File,
-    /// More than one process wants it: nothing is given back before the end.
+    /// A child was forked that may want what is here: nothing is given back before the end.
     shared: AtomicBool,
+    /// What other processes want of it (offsets, ascending): not given back before the end.
+    others: Vec<Range<u64>>,
 }
+
+/// The store by whose memory it is: a process's number in the container.
+pub(super) type Sources = BTreeMap<i32, Source>;
 
 /// A task's memory.
 pub(super) struct Space {
     uffd: OwnedFd,
-    source: Option<Arc<Source>>,
+    sources: Arc<Sources>,
     /// A child has what its parent had until one of them gets something.
     missing: Arc<Missing>,
     /// Faults that were told while something else was done.
     waiting: VecDeque<u64>,
     /// Where the pages that nobody waits for go on.
     at: u64,
-    /// What of the store is installed and not given back yet.
+    /// What of the store is installed and not given back yet, and whose part of it that is.
     installed: Range<u64>,
+    installed_of: i32,
     /// Of a child that was forked meanwhile.
     forked: bool,
     /// What it told could not be heard for want of a descriptor or of memory: it is told again.
@@ -71,8 +78,10 @@ fn is_want(error: &io::Error) -> bool {
 }
 
 impl Source {
-    pub(super) fn new(file: File) -> Self {
-        Self { file, shared: AtomicBool::new(false) }
+    /// The part that is in `file`, of which `others` (page numbers, ascending) is what other processes want.
+    pub(super) fn new(file: File, others: &[Range<u64>]) -> Self {
+        let others = others.iter().map(|pages| pages.start * PAGE..pages.end * PAGE).collect();
+        Self { file, shared: AtomicBool::new(false), others }
     }
 
     /// Gives all of it back.
@@ -82,8 +91,26 @@ impl Source {
         }
     }
 
+    /// Gives back pages, by number.
+    pub(super) fn give_back_pages(&self, pages: Range<u64>) {
+        self.give_back(&(pages.start * PAGE..pages.end * PAGE));
+    }
+
     fn give_back(&self, range: &Range<u64>) {
-        if self.shared.load(Ordering::Relaxed) || range.is_empty() {
+        if self.shared.load(Ordering::Relaxed) {
+            return;
+        }
+        let first = self.others.partition_point(|other| other.end <= range.start);
+        let mut at = range.start;
+        for other in self.others[first..].iter().take_while(|other| other.start < range.end) {
+            self.punch(at..other.start);
+            at = other.end;
+        }
+        self.punch(at..range.end);
+    }
+
+    fn punch(&self, range: Range<u64>) {
+        if range.is_empty() {
             return;
         }
         let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -95,19 +122,20 @@ impl Source {
 }
 
 impl Space {
-    /// The memory behind `uffd`, which lacks `pages` (page numbers, ascending).
-    pub(super) fn new(uffd: OwnedFd, source: Option<Arc<Source>>, pages: &[Range<u64>]) -> Self {
-        Self::lacking(uffd, source, Arc::new(Missing::of_pages(pages)))
+    /// The memory behind `uffd`, which lacks `pages` (ascending).
+    pub(super) fn new(uffd: OwnedFd, sources: Arc<Sources>, pages: &[Alias]) -> Self {
+        Self::lacking(uffd, sources, Arc::new(Missing::of_pages(pages)))
     }
 
-    fn lacking(uffd: OwnedFd, source: Option<Arc<Source>>, missing: Arc<Missing>) -> Self {
+    fn lacking(uffd: OwnedFd, sources: Arc<Sources>, missing: Arc<Missing>) -> Self {
         Self {
             uffd,
-            source,
+            sources,
             missing,
             waiting: VecDeque::new(),
             at: 0,
             installed: 0..0,
+            installed_of: 0,
             forked: false,
             unheard: false,
             gone: false,
@@ -209,10 +237,11 @@ impl Space {
                     Arc::make_mut(&mut self.missing).moved(from, to, len);
                 }
                 Some(Event::Fork(uffd)) => {
-                    if let Some(source) = &self.source {
+                    for source in self.missing.owners().iter().filter_map(|of| self.sources.get(of))
+                    {
                         source.shared.store(true, Ordering::Relaxed);
                     }
-                    let child = Self::lacking(uffd, self.source.clone(), self.missing.clone());
+                    let child = Self::lacking(uffd, self.sources.clone(), self.missing.clone());
                     forked.push(Self { forked: true, ..child });
                 }
             }
@@ -265,7 +294,10 @@ impl Space {
 
     /// Installs `span`, all of which is missing and not longer than the buffer.
     fn install(&mut self, span: &Span, buffer: &mut [u8]) -> Result<Outcome> {
-        let Some(source) = self.source.clone() else { return Ok(Outcome::Fine) };
+        let sources = self.sources.clone();
+        let source = sources.get(&span.of).ok_or_else(|| {
+            ContainerError::State(format!("Memory of process {} never came", span.of))
+        })?;
         let length = span.length().min(CHUNK) as usize;
         source.file.read_exact_at(&mut buffer[..length], span.offset).map_err(
             ContainerError::io(format!(
@@ -328,11 +360,11 @@ impl Space {
     /// The store gives back what is not needed any more.
     fn note_installed(&mut self, span: &Span) {
         let range = span.offset..span.offset + span.length();
-        if range.start == self.installed.end {
+        if (span.of, range.start) == (self.installed_of, self.installed.end) {
             self.installed.end = range.end;
         } else {
             self.give_back();
-            self.installed = range;
+            (self.installed_of, self.installed) = (span.of, range);
         }
         if self.installed.end - self.installed.start >= GIVEN_BACK
             || self.installed.end.is_multiple_of(GIVEN_BACK)
@@ -342,7 +374,7 @@ impl Space {
     }
 
     fn give_back(&mut self) {
-        if let Some(source) = &self.source {
+        if let Some(source) = self.sources.get(&self.installed_of) {
             source.give_back(&self.installed);
         }
         self.installed.start = self.installed.end;
@@ -388,8 +420,8 @@ mod tests {
         let file = File::from(file);
         file.write_all_at(&[0], heap.end - 1).expect("a sparse file");
         let pages = heap.start / PAGE..heap.end / PAGE;
-        let source = Some(Arc::new(Source::new(file)));
-        let mut space = Space::new(uffd, source, std::slice::from_ref(&pages));
+        let sources = Arc::new(Sources::from([(1, Source::new(file, &[]))]));
+        let mut space = Space::new(uffd, sources, &[Alias { pages, of: 1 }]);
         let mut buffer = vec![0; CHUNK as usize];
         say.write_all(b"\n").expect("it listens");
         let begun = Instant::now();

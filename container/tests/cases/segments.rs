@@ -255,41 +255,6 @@ pub(crate) fn huge_pages_move(host: &Host) {
     }
 }
 
-/// Not a test that can pass or fail: what memory a tree of forked processes has, which shares what it had
-/// before it forked, before and after a move.
-pub(crate) fn measure_forked(host: &Host) {
-    let Ok(size) = std::env::var("DECAMP_MEASURE_FORKED_MIB") else {
-        return host.skip("set DECAMP_MEASURE_FORKED_MIB to a size (128) to measure");
-    };
-    let Some(here) = host.program_with("mf0", "forked", &size) else {
-        return host.skip("needs cc (tests/setup)");
-    };
-    here.run();
-    here.await_rounds(3);
-    let before = proportional_mib(host, &here);
-    let there = here.twin("mf1");
-    let moved = here.move_live(&there, 3);
-    there.await_rounds(here.rounds() + 20);
-    let after = proportional_mib(host, &there);
-    let line = format!(
-        "    {size} MiB shared by 9 processes: {before} MiB before, {after} MiB after, downtime {:.0} ms",
-        moved.downtime()
-    );
-    writeln!(std::io::stderr(), "{line}").expect("stderr");
-    there.stop();
-}
-
-/// Memory of all processes of a container, each page once.
-fn proportional_mib(host: &Host, spot: &support::Spot<'_>) -> u64 {
-    let processes = std::fs::read_to_string(host.cgroup(&spot.place.name).join("cgroup.procs"));
-    let proportional = |pid: &str| -> u64 {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-        let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
-        line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
-    };
-    processes.expect("processes").lines().map(proportional).sum::<u64>() / 1024
-}
-
 pub(crate) fn names(spot: &support::Spot<'_>) -> Vec<String> {
     segments(spot).into_iter().map(|(_, name)| name).collect()
 }

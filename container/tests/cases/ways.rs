@@ -109,7 +109,7 @@ fn every_way_of_dump_and_restore_moves(host: &Host) {
     ];
     for (hiding, restore, dumped, restored) in ways {
         turn += 1;
-        host.methods.set(Methods { tracker: TrackerChoice::Auto, hiding, restore });
+        host.methods.set(Methods { hiding, restore, ..Methods::default() });
         let there = here.twin(&format!("x{turn}"));
         let moved = here.move_to(&there);
         assert_eq!(moved.left.dump.as_deref(), Some(dumped), "{hiding:?}, {restore:?}");

@@ -57,9 +57,13 @@ pub(crate) struct Spot<'a> {
 }
 
 /// What a move was like: milliseconds by step.
+#[derive(Debug)]
 pub(crate) struct Moved {
     pub(crate) times: BTreeMap<&'static str, f64>,
+    /// In the stop.
     pub(crate) pages: u64,
+    /// In all.
+    pub(crate) sent: u64,
     /// By which tracker, or why by none.
     pub(crate) tracker: String,
     /// How it left.
@@ -610,7 +614,8 @@ impl Spot<'_> {
         let begun = Instant::now();
         source.release().expect("release");
         step("release", begun);
-        Moved { times, pages: dirty.len(), tracker, left, arrived }
+        let pages = dirty.len();
+        Moved { times, pages, sent: pages, tracker, left, arrived }
     }
 
     /// The same in rounds while it runs, `rounds` of them, before the stop.
@@ -649,7 +654,8 @@ impl Spot<'_> {
         step("activate");
         source.release().expect("release");
         eprintln!("    {} pages in the stop after {pages}: {times:.1?}", dirty.len());
-        Moved { times, pages: dirty.len(), tracker, left, arrived }
+        let (sent, pages) = (pages + dirty.len(), dirty.len());
+        Moved { times, pages, sent, tracker, left, arrived }
     }
 
     pub(crate) fn phase(&self) -> Phase {

@@ -54,6 +54,7 @@ pub struct KeeperClient {
     /// Something went wrong on it: an answer that still comes belongs to an earlier question.
     broken: bool,
     stall: Duration,
+    restoring: Duration,
 }
 
 impl KeeperClient {
@@ -97,8 +98,8 @@ impl KeeperClient {
             Ok(stream)
         };
         let stream = connect().map_err(failed)?;
-        let (name, stall) = (place.name.clone(), Duration::ZERO);
-        Ok(Self { place: place.clone(), name, stream, broken: false, stall })
+        let (name, stall, restoring) = (place.name.clone(), Duration::ZERO, Duration::ZERO);
+        Ok(Self { place: place.clone(), name, stream, broken: false, stall, restoring })
     }
 
     /// A new connection to the same keeper, after this one broke. What was asked on the old one is
@@ -185,12 +186,18 @@ impl KeeperClient {
             dirty.intersect(&exists);
         }
         self.stall = Duration::from_micros(reply.stall_us);
+        self.restoring = Duration::from_micros(reply.restoring_us);
         Ok(())
     }
 
     /// The longest that any part of the workload stood still for the tracking, as the last harvest had it.
     pub fn stall(&self) -> Duration {
         self.stall
+    }
+
+    /// How much longer restoring will take than it takes any workload of the kind, as the last harvest had it.
+    pub fn restoring(&self) -> Duration {
+        self.restoring
     }
 
     /// Takes `percent` of its processor time.

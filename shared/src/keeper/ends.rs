@@ -103,6 +103,10 @@ impl SourceWorkload for KeeperSource {
         self.client.stall()
     }
 
+    fn restoring(&self) -> Duration {
+        self.client.restoring()
+    }
+
     fn ways(&self) -> Ways {
         self.ways.clone()
     }

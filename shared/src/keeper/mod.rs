@@ -91,6 +91,8 @@ pub struct Harvest {
     pub exists: Option<PageSet>,
     /// The longest that any part of the workload stood still for the tracking, so far.
     pub stall: Duration,
+    /// How much longer restoring will take in the stop than it takes any workload of the kind.
+    pub restoring: Duration,
 }
 
 /// A workload as its keeper holds it. Called by one thread, the keeper's server; phases are the

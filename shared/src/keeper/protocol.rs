@@ -80,6 +80,9 @@ pub(super) struct Reply {
     /// With a harvest: the longest that any part of the workload stood still for the tracking.
     #[prost(uint64, tag = "7")]
     pub stall_us: u64,
+    /// With a harvest: how much longer restoring will take than it takes any workload of the kind.
+    #[prost(uint64, tag = "8")]
+    pub restoring_us: u64,
 }
 
 /// Bits of a page set: bit 0 of the first byte is page `first`.

@@ -257,11 +257,12 @@ impl<'a> Server<'a> {
             }
             Ask::Harvest => {
                 let mut dirty = PageSet::new();
-                let Harvest { exists, stall } = self.kept.harvest(&mut dirty)?;
+                let Harvest { exists, stall, restoring } = self.kept.harvest(&mut dirty)?;
                 reply.dirty = protocol::pack_pages(&dirty);
                 reply.bounded = exists.is_some();
                 reply.exists = protocol::pack_pages(&exists.unwrap_or_default());
                 reply.stall_us = stall.as_micros() as u64;
+                reply.restoring_us = restoring.as_micros() as u64;
             }
             Ask::Throttle => {
                 self.must_be("throttled", &[Phase::Running])?;
@@ -499,7 +500,8 @@ mod tests {
             dirty.insert(PageRange::new(SpaceId(3), 70, 5));
             let exists = [PageRange::new(SpaceId(3), 60, 12)];
             let exists = Some(exists.into_iter().collect());
-            Ok(Harvest { exists, stall: Duration::from_micros(140) })
+            let restoring = Duration::from_micros(250);
+            Ok(Harvest { exists, stall: Duration::from_micros(140), restoring })
         }
 
         fn pause(&mut self) -> Result<()> {
@@ -722,6 +724,7 @@ mod tests {
         let ranges: Vec<_> = dirty.ranges().collect();
         assert_eq!(ranges, [page(61), PageRange::new(SpaceId(3), 70, 2)]);
         assert_eq!(client.stall(), Duration::from_micros(140));
+        assert_eq!(client.restoring(), Duration::from_micros(250));
         let error = client.memory(SpaceId(9)).expect_err("no such space").to_string();
         assert!(error.contains("space 9"), "{error}");
         client.pause().expect("pauses");

@@ -207,8 +207,9 @@ impl Copying {
             dirty.retain_spaces(|space| known.contains(&space.0));
             let sent = self.send_round(reader.clone(), dirty, &spaces, wire, report).await?;
             dirty = harvest(departure, reader.take_missed()).await?;
-            let (stall, look) =
-                departure.with(|workload| Ok((workload.stall(), workload.look()))).await?;
+            let (stall, look) = departure
+                .with(|workload| Ok((workload.stall(), workload.look() + workload.restoring())))
+                .await?;
             report.source_stall_ms = millis(stall);
             let remaining = Remaining {
                 dirty_pages: dirty.len(),

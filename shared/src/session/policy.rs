@@ -16,8 +16,8 @@ pub struct Remaining {
     pub wire_ratio: f64,
     /// Bytes on the wire a second, over the last round that was long enough to measure.
     pub wire_rate: f64,
-    /// What the look for written pages will take in the stop, where that is not part of what every stop
-    /// costs.
+    /// What the look for written pages will take in the stop, and restoring, where that is not part of what
+    /// every stop costs.
     pub look: Duration,
     /// Since the move began.
     pub elapsed: Duration,

@@ -1,0 +1,297 @@
+//! The destination: which of the pages that CRIU did not dump are in their place before anything runs, which
+//! come late, and where in the store each of them is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Instant;
+
+use decamp_shared::methods::ForkedChoice;
+use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet, SpaceId};
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::sharing::{Kin, Plan, Room, united};
+use super::{Alias, Aliases, count, owners};
+use crate::dump::ms;
+use crate::error::{ContainerError, Result};
+use crate::filling::LatePages;
+use crate::images::{self, HiddenIn, HiddenPages};
+use crate::locked::Split;
+use crate::preflight::available_memory;
+use crate::segments::message::{Image, MM_MAGIC, Message};
+use crate::store::Store;
+
+/// The second mark of the image of a tree of processes.
+const PSTREE_MAGIC: u32 = 0x5027_3030;
+/// The kernel's marks of a mapping, as CRIU writes them down: private, anonymous, huge, growing downwards.
+const PRIVATE: u64 = 0x2;
+const ANONYMOUS: u64 = 0x20;
+const ODD: u64 = 0x4_0000 | 0x100;
+/// CRIU's mark of guard pages, which are mappings within mappings to it.
+const GUARD: u64 = 1 << 16;
+/// Copied at a time.
+const PIECE: u64 = 64;
+
+/// A restore whose images are to be completed.
+pub(crate) struct Arriving<'a> {
+    pub(crate) images: &'a Path,
+    pub(crate) store: &'a Store,
+    /// The images have a parent in any case.
+    pub(crate) linked: bool,
+    /// Bytes of memory that the container may have.
+    pub(crate) limit: Option<u64>,
+    pub(crate) choice: ForkedChoice,
+}
+
+/// How memory comes that comes late.
+pub(crate) struct Late {
+    pub(crate) pages: LatePages,
+    /// What of the store nobody needs any more once CRIU has restored: page numbers, and whose part it is.
+    pub(crate) spent: Vec<Alias>,
+    /// What became of pages that forked processes shared, where that is worth a word.
+    pub(crate) note: Option<String>,
+}
+
+impl Arriving<'_> {
+    /// Has everything in its place before anything runs.
+    pub(crate) fn eager(self, hidden: &HiddenPages, aliases: &Aliases) -> Result<Option<String>> {
+        self.check_stored(hidden)?;
+        for (inner, ranges) in aliases {
+            self.copy(*inner, ranges)?;
+        }
+        for (inner, pages) in hidden.iter().filter(|(_, pages)| !pages.is_empty()) {
+            self.enter(*inner, *inner, pages)?;
+        }
+        self.link()?;
+        Ok(None)
+    }
+
+    /// Has come late what may.
+    pub(crate) fn late(self, hidden: HiddenPages, aliases: &Aliases) -> Result<Late> {
+        images::check_all_named(self.images, &hidden)?;
+        self.check_stored(&hidden)?;
+        let total = pages_of(&hidden);
+        let Split { late, locked } = Split::of(self.images, hidden)?;
+        let (plan, note) = self.plan(aliases, &locked, total)?;
+        let mut eager: BTreeMap<i32, (i32, Vec<Range<u64>>)> = plan.eager;
+        for (inner, pages) in locked {
+            let ours = aliases.get(&inner).map_or(&[][..], Vec::as_slice);
+            let others = owners(inner, &pages, ours).into_iter().filter(|one| one.of != inner);
+            self.copy(inner, &others.collect::<Vec<_>>())?;
+            let entry = eager.entry(inner).or_insert((inner, Vec::new()));
+            entry.1 = united([std::mem::take(&mut entry.1), pages].concat());
+        }
+        // First: what is entered as late stays so only when nothing is entered after it.
+        for (inner, (of, pages)) in &eager {
+            self.enter(*inner, *of, pages)?;
+        }
+        let mut pages = LatePages::new();
+        for (inner, ranges) in late {
+            let ranges = match eager.get(&inner) {
+                Some((_, eager)) => without(inner, &ranges, eager),
+                None => ranges,
+            };
+            images::complete(self.images, HiddenIn::Daemon, inner, &ranges)?;
+            let ours = aliases.get(&inner).map_or(&[][..], Vec::as_slice);
+            pages.insert(inner, owners(inner, &ranges, ours));
+        }
+        if self.linked || !eager.is_empty() || pages.values().all(Vec::is_empty) {
+            self.link()?;
+        }
+        let spent = spent(&eager, &pages);
+        Ok(Late { pages, spent, note })
+    }
+
+    /// What is shared again, and what is said of that.
+    fn plan(
+        &self,
+        aliases: &Aliases,
+        locked: &HiddenPages,
+        total: u64,
+    ) -> Result<(Plan, Option<String>)> {
+        if aliases.is_empty() {
+            return Ok((Plan::default(), None));
+        }
+        let begun = Instant::now();
+        let bound: BTreeSet<i32> = locked.keys().copied().collect();
+        let plan = Plan::of(aliases, &kin(self.images)?, &bound);
+        let unsent = count(aliases);
+        let pages = |bytes: u64| bytes / PAGE_SIZE as u64;
+        let limit = self.limit.map(pages);
+        let free = available_memory().map(pages);
+        let room = Room { sent: total - unsent, unsent, limit, free };
+        let wanted = plan.is_wanted(self.choice, &room);
+        tracing::debug!(
+            ms = ms(begun),
+            ?room,
+            again = plan.again,
+            wanted,
+            "Looked at what forked processes share"
+        );
+        let again = if wanted { plan.again } else { 0 };
+        if let Some(limit) = limit.filter(|limit| total - again > *limit) {
+            return Err(ContainerError::State(format!(
+                "Its processes share memory since they forked, of which {} MiB are not shared again here: \
+                 they would take {} MiB, and its memory limit is {} MiB",
+                mib(unsent - again),
+                mib(total - again),
+                mib(limit)
+            )));
+        }
+        let note = note(&plan, again, &room);
+        Ok((if wanted { plan } else { Plan::default() }, note))
+    }
+
+    fn check_stored(&self, hidden: &HiddenPages) -> Result<()> {
+        let has = |(inner, pages): &(&i32, &Vec<_>)| pages.is_empty() || self.store.has(**inner);
+        match hidden.iter().find(|process| !has(process)) {
+            None => Ok(()),
+            Some((inner, _)) => Err(ContainerError::section(
+                images::HIDDEN,
+                format!("speaks of process {inner}, whose memory never came"),
+            )),
+        }
+    }
+
+    /// Has CRIU read these pages of `inner` from the part of `of`.
+    fn enter(&self, inner: i32, of: i32, pages: &[Range<u64>]) -> Result<()> {
+        let parent = self.store.parent();
+        images::complete(self.images, HiddenIn::Parent(&parent, of), inner, pages)
+    }
+
+    fn link(&self) -> Result<()> {
+        std::os::unix::fs::symlink("../parent", self.images.join("parent"))
+            .map_err(ContainerError::io("link the images to their parent"))
+    }
+
+    /// Copies pages into the part of `inner` from those that they are in.
+    fn copy(&self, inner: i32, aliases: &[Alias]) -> Result<()> {
+        let failed = || ContainerError::io(format!("copy memory to process {inner} in the store"));
+        if aliases.is_empty() {
+            return Ok(());
+        }
+        let to = fs::File::from(self.store.memory_of(inner)?);
+        let mut bytes = vec![0; PIECE as usize * PAGE_SIZE];
+        for Alias { pages, of } in aliases {
+            let from = fs::File::from(self.store.memory_of(*of)?);
+            // An older copy may be there.
+            let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            let (offset, length) = (pages.start * PAGE_SIZE as u64, (pages.end - pages.start));
+            fallocate(&to, hole, offset as i64, length as i64 * PAGE_SIZE as i64)
+                .map_err(|error| failed()(error.into()))?;
+            for first in pages.clone().step_by(PIECE as usize) {
+                let count = PIECE.min(pages.end - first) as usize;
+                let bytes = &mut bytes[..count * PAGE_SIZE];
+                from.read_exact_at(bytes, first * PAGE_SIZE as u64).map_err(failed())?;
+                for (page, bytes) in (first..).zip(bytes.chunks_exact(PAGE_SIZE)) {
+                    if bytes.iter().any(|byte| *byte != 0) {
+                        to.write_all_at(bytes, page * PAGE_SIZE as u64).map_err(failed())?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the report says where `again` pages of all that `plan` could have are shared again.
+fn note(plan: &Plan, again: u64, room: &Room) -> Option<String> {
+    let mut said = Vec::new();
+    if again > 0 {
+        said.push(format!(
+            "Forked processes share {} MiB again, which were compared before it ran",
+            mib(again)
+        ));
+    }
+    let apart = room.unsent - again;
+    if room.is_growth(apart) {
+        let why = match plan.again - again {
+            0 => "CRIU cannot share them again".to_owned(),
+            not => format!(
+                "sharing {} MiB of them again would have taken about {} ms of the stop \
+                 (forked = \"shared\" has it done)",
+                mib(not),
+                plan.takes().as_millis()
+            ),
+        };
+        let mib = mib(apart);
+        said.push(format!(
+            "{mib} MiB that forked processes shared are each process's own now: {why}"
+        ));
+    }
+    (!said.is_empty()).then(|| said.join(". "))
+}
+
+fn mib(pages: u64) -> u64 {
+    (pages * PAGE_SIZE as u64).div_ceil(1 << 20)
+}
+
+fn pages_of(hidden: &HiddenPages) -> u64 {
+    hidden.values().flatten().map(|range| range.end - range.start).sum()
+}
+
+/// What of `ranges` is not in `others`.
+fn without(inner: i32, ranges: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>> {
+    // No process has the number 0.
+    let others: Vec<_> = others.iter().map(|pages| Alias { pages: pages.clone(), of: 0 }).collect();
+    let parts = owners(inner, ranges, &others).into_iter();
+    parts.filter(|part| part.of == inner).map(|part| part.pages).collect()
+}
+
+/// What is read by CRIU and comes late to nobody.
+fn spent(eager: &BTreeMap<i32, (i32, Vec<Range<u64>>)>, late: &LatePages) -> Vec<Alias> {
+    let range = |of: i32, pages: &Range<u64>| {
+        PageRange::new(SpaceId(of as u32), pages.start, pages.end - pages.start)
+    };
+    let mut set = PageSet::new();
+    for (of, pages) in eager.values() {
+        pages.iter().for_each(|pages| set.insert(range(*of, pages)));
+    }
+    for Alias { pages, of } in late.values().flatten() {
+        set.remove(range(*of, pages));
+    }
+    set.ranges()
+        .map(|range| Alias { pages: range.first..range.end(), of: range.space.0 as i32 })
+        .collect()
+}
+
+/// Parents and mappings of all processes, as the images have them.
+fn kin(images: &Path) -> Result<BTreeMap<i32, Kin>> {
+    let path = images.join("pstree.img");
+    let bad = || ContainerError::malformed(&path, "has a process that makes no sense");
+    let mut found = BTreeMap::new();
+    for message in Image::read(&path, PSTREE_MAGIC)?.into_iter().flat_map(|image| image.messages) {
+        let number =
+            |tag| message.number(tag).and_then(|number| i32::try_from(number).ok()).ok_or_else(bad);
+        let (inner, parent) = (number(1)?, number(2)?);
+        found.insert(inner, Kin { parent, mappings: mappings(images, inner)? });
+    }
+    Ok(found)
+}
+
+/// Page numbers of the private anonymous mappings of process `inner`, ascending; none of one that has no
+/// memory.
+fn mappings(images: &Path, inner: i32) -> Result<Vec<Range<u64>>> {
+    let path = images.join(format!("mm-{inner}.img"));
+    let bad = || ContainerError::malformed(&path, "has a mapping that makes no sense");
+    let mut found: Vec<Range<u64>> = Vec::new();
+    for message in Image::read(&path, MM_MAGIC)?.into_iter().flat_map(|image| image.messages) {
+        for mapping in message.each(14) {
+            let mapping = mapping.ok_or_else(bad)?;
+            let number = |tag| Message::number(&mapping, tag).ok_or_else(bad);
+            let (start, end) = (number(1)? / PAGE_SIZE as u64, number(2)? / PAGE_SIZE as u64);
+            let (flags, status) = (number(6)?, number(7)?);
+            let plain = flags & (PRIVATE | ANONYMOUS | ODD) == PRIVATE | ANONYMOUS;
+            if !plain || status & GUARD != 0 {
+                continue;
+            }
+            if start >= end || found.last().is_some_and(|last| start < last.end) {
+                return Err(bad());
+            }
+            found.push(start..end);
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,180 @@
+//! The source: a container's processes, in each round and in the stop, as far as they share memory since they
+//! forked.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use decamp_shared::methods::ForkedChoice;
+use decamp_shared::pages::{PAGE_SIZE, PageSet};
+
+use super::places::{self, PageTables};
+use super::sharing::{Kin, Plan, Room};
+use super::unsent::{Memory, Unsent};
+use super::{Aliases, count};
+use crate::dump::ms;
+use crate::error::{ContainerError, Result};
+use crate::memory::{self, HiddenProcess, Process, hideable_mappings};
+use crate::pagemap::{Pagemap, append};
+
+/// What is held back, where anything is.
+#[derive(Debug, Default)]
+pub(crate) struct Forked {
+    unsent: Option<Unsent>,
+    choice: ForkedChoice,
+}
+
+impl Forked {
+    /// For a move that begins. Nothing is held back where the configuration says so, or where nobody may know
+    /// where pages lie.
+    pub(crate) fn new(choice: ForkedChoice) -> Self {
+        let once = choice != ForkedChoice::Each && places::are_known();
+        Self { unsent: once.then(Unsent::default), choice }
+    }
+
+    /// A round of `processes`, which run, of which the tracker told `dirty`.
+    pub(crate) fn round(&mut self, processes: &[Process], dirty: &mut PageSet) -> Result<()> {
+        let Some(unsent) = &mut self.unsent else { return Ok(()) };
+        let begun = Instant::now();
+        let mut memories = Vec::with_capacity(processes.len());
+        for process in processes {
+            // One that ends just now shares nothing.
+            let mappings = hideable_mappings(process.pid).unwrap_or_default();
+            memories.push(Memory::of(process, &mappings));
+        }
+        unsent.round(&memories, &mut PageTables::of(processes.iter())?, dirty)?;
+        tracing::debug!(
+            ms = ms(begun),
+            pages = unsent.set().len(),
+            "Held back pages that are those of other processes"
+        );
+        Ok(())
+    }
+
+    /// The same in the stop.
+    pub(crate) fn last(&mut self, hidden: &[HiddenProcess], dirty: &mut PageSet) -> Result<()> {
+        let Some(unsent) = &mut self.unsent else { return Ok(()) };
+        let begun = Instant::now();
+        let memories: Vec<_> =
+            hidden.iter().map(|hidden| Memory::of(&hidden.process, &hidden.pages)).collect();
+        let processes = hidden.iter().map(|hidden| &hidden.process);
+        unsent.last(&memories, &mut PageTables::of(processes)?, dirty)?;
+        tracing::debug!(
+            ms = ms(begun),
+            pages = unsent.set().len(),
+            "Held back pages that are those of other processes, for good"
+        );
+        Ok(())
+    }
+
+    /// Whether what `processes`, which run, share could keep them from running elsewhere: what cannot be
+    /// shared again, beside the `used` bytes that they have here, is more than `limit`.
+    pub(crate) fn check(&self, processes: &[Process], used: u64, limit: u64) -> Result<()> {
+        let Some(unsent) = self.unsent.as_ref().filter(|_| processes.len() > 1) else {
+            return Ok(());
+        };
+        let begun = Instant::now();
+        let mut aliases = unsent.aliases();
+        if aliases.is_empty() {
+            // Nobody has looked yet, or there is nothing to see.
+            let mut look = Self { unsent: Some(Unsent::default()), ..Self::default() };
+            look.round(processes, &mut all_pages(processes))?;
+            aliases = look.aliases();
+        }
+        let again = plan(&aliases, processes).again;
+        let growth = (count(&aliases) - again) * PAGE_SIZE as u64;
+        tracing::debug!(
+            ms = ms(begun),
+            again,
+            growth,
+            used,
+            "Looked at what cannot be shared again"
+        );
+        if used.saturating_add(growth) <= limit {
+            return Ok(());
+        }
+        Err(ContainerError::State(format!(
+            "Its processes share {} MiB since they forked that cannot be shared again elsewhere: with what              they have now, {} MiB, they would take {} MiB there, and its memory limit is {} MiB. It runs on              here: raise the limit, or end some of them, and move it again",
+            growth.div_ceil(1 << 20),
+            used.div_ceil(1 << 20),
+            (used + growth).div_ceil(1 << 20),
+            limit >> 20,
+        )))
+    }
+
+    /// What sharing again will take of the stop, if the destination does as it would be done here, with
+    /// the `used` bytes of `limit` that they have.
+    pub(crate) fn restoring(
+        &self,
+        processes: &[Process],
+        used: Option<u64>,
+        limit: Option<u64>,
+    ) -> Duration {
+        let aliases = self.aliases();
+        let unsent = count(&aliases);
+        if unsent == 0 {
+            return Duration::ZERO;
+        }
+        let pages = |bytes: u64| bytes / PAGE_SIZE as u64;
+        let room =
+            Room { sent: used.map_or(0, pages), unsent, limit: limit.map(pages), free: None };
+        let plan = plan(&aliases, processes);
+        if plan.is_wanted(self.choice, &room) { plan.takes() } else { Duration::ZERO }
+    }
+
+    /// Pages that are held back.
+    pub(crate) fn unsent(&self) -> PageSet {
+        self.unsent.as_ref().map(Unsent::set).unwrap_or_default()
+    }
+
+    /// The same, with whose they are.
+    pub(crate) fn aliases(&self) -> Aliases {
+        self.unsent.as_ref().map(Unsent::aliases).unwrap_or_default()
+    }
+}
+
+/// All pages that exist of processes that run.
+fn all_pages(processes: &[Process]) -> PageSet {
+    let mut all = PageSet::new();
+    for process in processes {
+        let look = || -> Result<Vec<Range<u64>>> {
+            let mut pagemap = Pagemap::open(process.pid)?;
+            let mut found = Vec::new();
+            for mapping in hideable_mappings(process.pid)? {
+                pagemap.existing(&mapping, false, |range, _| append(&mut found, range))?;
+            }
+            Ok(found)
+        };
+        // One that ends just now has nothing.
+        process.add_to(&mut all, &look().unwrap_or_default());
+    }
+    all
+}
+
+/// What of `aliases` can be shared again, as far as that can be seen here.
+fn plan(aliases: &Aliases, processes: &[Process]) -> Plan {
+    Plan::of(aliases, &kin_of(processes), &Default::default())
+}
+
+/// Parents and mappings of processes that run.
+fn kin_of(processes: &[Process]) -> BTreeMap<i32, Kin> {
+    let inner: BTreeMap<i32, i32> =
+        processes.iter().map(|process| (process.pid, process.inner)).collect();
+    let mut found = BTreeMap::new();
+    for process in processes {
+        let parent = memory::parent(process.pid).and_then(|parent| inner.get(&parent).copied());
+        let mappings = hideable_mappings(process.pid).unwrap_or_default();
+        let kin =
+            Kin { parent: parent.unwrap_or(0), mappings: Memory::of(process, &mappings).pages };
+        found.insert(process.inner, kin);
+    }
+    found
+}
+
+impl Memory {
+    fn of(process: &Process, addresses: &[Range<u64>]) -> Self {
+        let pages =
+            |range: &Range<u64>| range.start / PAGE_SIZE as u64..range.end / PAGE_SIZE as u64;
+        Self { space: process.space(), pages: addresses.iter().map(pages).collect() }
+    }
+}

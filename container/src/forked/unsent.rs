@@ -1,0 +1,553 @@
+//! Which pages need not be sent because they are those of another process.
+//!
+//! A page that has to be sent is held back if it lies, at the same address, in the same frame as a page of
+//! another process that is sent in its place, or was sent before and not written since. While the container
+//! runs everything that is held back is looked at anew in each round: a write by either process gives one
+//! of them a frame of its own. In the stop a page stays held back without another look if the tracker knows
+//! that neither process wrote to it since. What was in one frame at the last round and was not written
+//! since is the same; what is in one frame when nothing runs is so in any case.
+//!
+//! Pure: where pages lie is told by [`Places`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+use decamp_shared::pages::{PageRange, PageSet, SpaceId};
+
+use super::{Alias, Aliases};
+use crate::error::Result;
+
+/// Pages that are looked at together: those of one page table.
+pub(crate) const BLOCK: usize = 512;
+const WORDS: usize = BLOCK / 64;
+
+/// Tells where pages lie.
+pub(crate) trait Places {
+    /// Where the pages `block * BLOCK..` of a process lie: the same number for two pages only if they are one.
+    /// Zero where there is none, where it is nobody else's, and where that is not known.
+    fn read(&mut self, space: SpaceId, block: u64, into: &mut [u64; BLOCK]) -> Result<()>;
+}
+
+/// Memory of one process that is moved by the page engine.
+#[derive(Clone, Debug)]
+pub(crate) struct Memory {
+    pub(crate) space: SpaceId,
+    /// Page numbers, ascending: of its mappings while it runs, of the pages that exist when it stands still.
+    pub(crate) pages: Vec<Range<u64>>,
+}
+
+/// What is held back.
+#[derive(Debug, Default)]
+pub(crate) struct Unsent {
+    /// By the process that it is not sent for and the one that it is of: page numbers in the space of the
+    /// first.
+    held: BTreeMap<(SpaceId, SpaceId), PageSet>,
+}
+
+impl Unsent {
+    /// A round of running processes, in which the tracker told of `dirty`: takes out what need not be sent,
+    /// and puts in what was held back and is not the same any more.
+    pub(crate) fn round(
+        &mut self,
+        memories: &[Memory],
+        places: &mut impl Places,
+        dirty: &mut PageSet,
+    ) -> Result<()> {
+        for set in std::mem::take(&mut self.held).values() {
+            dirty.union(set);
+        }
+        self.hold_back(memories, places, dirty)
+    }
+
+    /// The same for processes that stand still: all pages that exist are `memories`, of which `dirty` were
+    /// written since the last round.
+    pub(crate) fn last(
+        &mut self,
+        memories: &[Memory],
+        places: &mut impl Places,
+        dirty: &mut PageSet,
+    ) -> Result<()> {
+        let exists: BTreeMap<SpaceId, PageSet> =
+            memories.iter().map(|memory| (memory.space, memory.set())).collect();
+        let written = dirty.clone();
+        for ((space, of), mut set) in std::mem::take(&mut self.held) {
+            let Some(there) = exists.get(&space) else { continue };
+            // What is gone need not be known any more; what it wrote itself is in `dirty`.
+            set.intersect(there);
+            set.subtract(&written);
+            let mut sound = in_space(&set, space, of);
+            sound.subtract(&written);
+            match exists.get(&of) {
+                Some(there) => sound.intersect(there),
+                None => sound.clear(),
+            }
+            let sound = in_space(&sound, of, space);
+            set.subtract(&sound);
+            dirty.union(&set);
+            if !sound.is_empty() {
+                self.held.insert((space, of), sound);
+            }
+        }
+        self.hold_back(memories, places, dirty)
+    }
+
+    /// Takes what need not be sent out of `dirty`.
+    fn hold_back(
+        &mut self,
+        memories: &[Memory],
+        places: &mut impl Places,
+        dirty: &mut PageSet,
+    ) -> Result<()> {
+        let mut blocks = BTreeSet::new();
+        for range in dirty.ranges() {
+            blocks.extend(range.first / BLOCK as u64..=(range.end() - 1) / BLOCK as u64);
+        }
+        let mut held = PageSet::new();
+        self.held.values().for_each(|set| held.union(set));
+        for block in blocks {
+            let mut members: Vec<_> = memories
+                .iter()
+                .filter_map(|memory| Member::of(memory, block, dirty, &held))
+                .collect();
+            if members.len() < 2 {
+                continue;
+            }
+            // Twice: the kernel moves pages, and what lay in one place at the same moment is found there
+            // by both looks.
+            for member in &mut members {
+                places.read(member.space, block, &mut member.places)?;
+            }
+            let mut again = Box::new([0; BLOCK]);
+            for member in &mut members {
+                places.read(member.space, block, &mut again)?;
+                member.forget_moved(&again);
+            }
+            for (space, alias) in match_up(&members, block) {
+                let range = PageRange::new(SpaceId(space.0), alias.pages.start, alias.count());
+                dirty.remove(range);
+                self.held.entry((space, SpaceId(alias.of as u32))).or_default().insert(range);
+            }
+        }
+        Ok(())
+    }
+
+    /// All of it.
+    pub(crate) fn set(&self) -> PageSet {
+        let mut set = PageSet::new();
+        self.held.values().for_each(|held| set.union(held));
+        set
+    }
+
+    /// All of it, with whose it is.
+    pub(crate) fn aliases(&self) -> Aliases {
+        let mut found = Aliases::new();
+        for ((space, of), set) in &self.held {
+            let ranges = set
+                .ranges()
+                .map(|range| Alias { pages: range.first..range.end(), of: of.0 as i32 });
+            found.entry(space.0 as i32).or_default().extend(ranges);
+        }
+        for ranges in found.values_mut() {
+            ranges.sort_by_key(|alias| alias.pages.start);
+        }
+        found
+    }
+}
+
+impl Memory {
+    fn set(&self) -> PageSet {
+        self.pages
+            .iter()
+            .map(|range| PageRange::new(self.space, range.start, range.end - range.start))
+            .collect()
+    }
+}
+
+/// The pages of a process in one block.
+struct Member {
+    space: SpaceId,
+    places: Box<[u64; BLOCK]>,
+    /// Those that may be another's.
+    within: [u64; WORDS],
+    /// Those of them that have to be sent.
+    wanted: [u64; WORDS],
+}
+
+impl Member {
+    /// None for a process that has nothing there. What is `held` back already is of no use to others.
+    fn of(memory: &Memory, block: u64, dirty: &PageSet, held: &PageSet) -> Option<Self> {
+        let pages = block * BLOCK as u64..(block + 1) * BLOCK as u64;
+        let first = memory.pages.partition_point(|range| range.end <= pages.start);
+        let mut within = [0; WORDS];
+        for range in memory.pages[first..].iter().take_while(|range| range.start < pages.end) {
+            set_bits(&mut within, &pages, range, true);
+        }
+        if within == [0; WORDS] {
+            return None;
+        }
+        let each_run = |set: &PageSet, bits: &mut [u64; WORDS], value| {
+            let mut at = pages.start;
+            while let Some(run) = set.next_run(memory.space, at, BLOCK as u64)
+                && run.space == memory.space
+                && run.first < pages.end
+            {
+                set_bits(bits, &pages, &(run.first..run.end()), value);
+                at = run.end();
+            }
+        };
+        let mut wanted = [0; WORDS];
+        each_run(dirty, &mut wanted, true);
+        each_run(held, &mut within, false);
+        Some(Self { space: memory.space, places: Box::new([0; BLOCK]), within, wanted })
+    }
+
+    fn forget_moved(&mut self, again: &[u64; BLOCK]) {
+        for (place, again) in self.places.iter_mut().zip(again) {
+            if place != again {
+                *place = 0;
+            }
+        }
+    }
+
+    fn place(&self, index: usize) -> Option<u64> {
+        let place = self.places[index];
+        (has_bit(&self.within, index) && place != 0).then_some(place)
+    }
+
+    fn wants(&self, index: usize) -> bool {
+        has_bit(&self.wanted, index)
+    }
+}
+
+fn has_bit(bits: &[u64; WORDS], index: usize) -> bool {
+    bits[index / 64] & 1 << (index % 64) != 0
+}
+
+fn set_bits(bits: &mut [u64; WORDS], pages: &Range<u64>, range: &Range<u64>, value: bool) {
+    let (start, end) = (range.start.max(pages.start), range.end.min(pages.end));
+    for page in start..end {
+        let index = (page - pages.start) as usize;
+        match value {
+            true => bits[index / 64] |= 1 << (index % 64),
+            false => bits[index / 64] &= !(1 << (index % 64)),
+        }
+    }
+}
+
+/// Of pages that have to be sent those that another process has too, and which process that is. One that
+/// has it already comes before one that it would be sent for, then the one that is named first.
+fn match_up(members: &[Member], block: u64) -> Vec<(SpaceId, Alias)> {
+    // By member, the last range is the one that may grow.
+    let mut found: Vec<Vec<Alias>> = members.iter().map(|_| Vec::new()).collect();
+    let mut seen: Vec<(u64, SpaceId)> = Vec::new();
+    for index in 0..BLOCK {
+        if !members.iter().any(|member| member.wants(index)) {
+            continue;
+        }
+        seen.clear();
+        for member in members.iter().filter(|member| !member.wants(index)) {
+            if let Some(place) = member.place(index)
+                && !seen.iter().any(|(other, _)| *other == place)
+            {
+                seen.push((place, member.space));
+            }
+        }
+        let page = block * BLOCK as u64 + index as u64;
+        for (member, ranges) in members.iter().zip(&mut found) {
+            let place = member.place(index).filter(|_| member.wants(index));
+            let Some(place) = place else { continue };
+            let Some((_, of)) = seen.iter().find(|(other, _)| *other == place) else {
+                seen.push((place, member.space));
+                continue;
+            };
+            let of = of.0 as i32;
+            match ranges.last_mut() {
+                Some(last) if last.pages.end == page && last.of == of => last.pages.end += 1,
+                _ => ranges.push(Alias { pages: page..page + 1, of }),
+            }
+        }
+    }
+    let by_space = members.iter().map(|member| member.space).zip(found);
+    by_space.flat_map(|(space, ranges)| ranges.into_iter().map(move |one| (space, one))).collect()
+}
+
+/// The pages of `set`, all of one space, under the numbers of another.
+fn in_space(set: &PageSet, from: SpaceId, to: SpaceId) -> PageSet {
+    let ranges = set.ranges().filter(|range| range.space == from);
+    ranges.map(|range| PageRange { space: to, ..range }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Pages of a process in the model, over several blocks.
+    const PAGES: u64 = 14;
+
+    fn page(index: u64) -> u64 {
+        index * 97
+    }
+
+    /// What happens to processes that run. Processes are picked by their place in order.
+    #[derive(Clone, Debug)]
+    enum Event {
+        /// Untracked: the tracker tells all of its pages each time.
+        Fork(usize, bool),
+        Write(usize, u64),
+        Unmap(usize, u64),
+        /// Other memory, with this many pages.
+        Exec(usize, u64),
+        Exit(usize),
+        /// The kernel moves a page to another frame, for all that have it.
+        Migrate(usize, u64),
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Event(Event),
+        /// What was told is sent.
+        Send,
+        /// A round, and what happens after the tracker was asked and before places are looked at.
+        Round(Vec<Event>),
+    }
+
+    #[derive(Default)]
+    struct Running {
+        /// By page: frame and content.
+        pages: BTreeMap<u64, (u64, u64)>,
+        written: BTreeSet<u64>,
+        untracked: bool,
+    }
+
+    /// Processes, and what a destination has of them.
+    #[derive(Default)]
+    struct Model {
+        running: BTreeMap<SpaceId, Running>,
+        next: u64,
+        /// Told and not sent yet.
+        pending: PageSet,
+        stored: BTreeMap<(SpaceId, u64), u64>,
+        sent: u64,
+    }
+
+    impl Places for &Model {
+        fn read(&mut self, space: SpaceId, block: u64, into: &mut [u64; BLOCK]) -> Result<()> {
+            into.fill(0);
+            for (page, (frame, _)) in self.running.get(&space).iter().flat_map(|one| &one.pages) {
+                if page / BLOCK as u64 == block {
+                    into[(page % BLOCK as u64) as usize] = *frame;
+                }
+            }
+            Ok(())
+        }
+    }
+
+    impl Model {
+        fn begun() -> Self {
+            let mut model = Self::default();
+            model.running.insert(SpaceId(1), Running::default());
+            (0..PAGES).for_each(|index| model.write(SpaceId(1), page(index)));
+            model
+        }
+
+        fn fresh(&mut self) -> u64 {
+            self.next += 1;
+            self.next
+        }
+
+        fn write(&mut self, space: SpaceId, page: u64) {
+            let (frame, content) = (self.fresh(), self.fresh());
+            if let Some(one) = self.running.get_mut(&space) {
+                one.pages.insert(page, (frame, content));
+                one.written.insert(page);
+            }
+        }
+
+        fn pick(&self, which: usize) -> Option<SpaceId> {
+            self.running.keys().nth(which % self.running.len().max(1)).copied()
+        }
+
+        fn happen(&mut self, event: &Event) {
+            let (Event::Fork(which, _)
+            | Event::Write(which, _)
+            | Event::Unmap(which, _)
+            | Event::Exec(which, _)
+            | Event::Exit(which)
+            | Event::Migrate(which, _)) = event;
+            let Some(space) = self.pick(*which) else { return };
+            match event {
+                Event::Fork(_, untracked) if self.running.len() < 6 => {
+                    // A number that is free again is taken again.
+                    let free = (1..).map(SpaceId).find(|id| !self.running.contains_key(id));
+                    let pages = self.running[&space].pages.clone();
+                    let written = pages.keys().copied().collect();
+                    let child = Running { pages, written, untracked: *untracked };
+                    self.running.insert(free.expect("a number"), child);
+                }
+                Event::Write(_, index) => self.write(space, page(*index)),
+                Event::Unmap(_, index) => {
+                    let one = self.running.get_mut(&space).expect("it runs");
+                    one.pages.remove(&page(*index));
+                    one.written.remove(&page(*index));
+                }
+                Event::Exec(_, count) => {
+                    let one = self.running.get_mut(&space).expect("it runs");
+                    (one.pages, one.written) = Default::default();
+                    (0..*count).for_each(|index| self.write(space, page(index)));
+                }
+                Event::Exit(_) if self.running.len() > 1 => {
+                    self.running.remove(&space);
+                }
+                Event::Migrate(_, index) => {
+                    let to = self.fresh();
+                    let place = self.running[&space].pages.get(&page(*index)).copied();
+                    let all = self.running.values_mut().flat_map(|one| one.pages.values_mut());
+                    all.filter(|one| Some(**one) == place).for_each(|one| one.0 = to);
+                }
+                Event::Fork(..) | Event::Exit(_) => {}
+            }
+        }
+
+        /// As a tracker tells it.
+        fn harvest(&mut self) -> PageSet {
+            let mut dirty = PageSet::new();
+            for (space, one) in &mut self.running {
+                let written = std::mem::take(&mut one.written);
+                let told =
+                    if one.untracked { one.pages.keys().copied().collect() } else { written };
+                told.iter().for_each(|page| dirty.insert(PageRange::new(*space, *page, 1)));
+            }
+            dirty
+        }
+
+        fn memories(&self, exact: bool) -> Vec<Memory> {
+            let of = |one: &Running| match exact {
+                true => one.pages.keys().map(|page| *page..page + 1).collect(),
+                false => std::iter::once(0..page(PAGES)).collect(),
+            };
+            self.running
+                .iter()
+                .map(|(space, one)| Memory { space: *space, pages: of(one) })
+                .collect()
+        }
+
+        fn send(&mut self) {
+            for range in std::mem::take(&mut self.pending).ranges() {
+                for page in range.first..range.end() {
+                    let one = self.running.get(&range.space);
+                    let content = one.and_then(|one| one.pages.get(&page)).map_or(0, |one| one.1);
+                    self.stored.insert((range.space, page), content);
+                    self.sent += 1;
+                }
+            }
+        }
+
+        fn round(&mut self, unsent: &mut Unsent, meanwhile: &[Event]) {
+            self.send();
+            let mut dirty = self.harvest();
+            meanwhile.iter().for_each(|event| self.happen(event));
+            unsent.round(&self.memories(false), &mut &*self, &mut dirty).expect("told");
+            self.pending = dirty;
+        }
+
+        /// The stop; gives what the destination has to know.
+        fn stop(&mut self, unsent: &mut Unsent) -> Aliases {
+            let mut dirty = self.harvest();
+            let memories = self.memories(true);
+            let mut exists = PageSet::new();
+            memories.iter().for_each(|memory| exists.union(&memory.set()));
+            unsent.last(&memories, &mut &*self, &mut dirty).expect("told");
+            exists.subtract(&unsent.set());
+            self.pending.union(&dirty);
+            self.pending.intersect(&exists);
+            self.send();
+            unsent.aliases()
+        }
+
+        /// Each page reads at the destination as it does here.
+        fn check(&self, aliases: &Aliases) {
+            for (space, one) in &self.running {
+                let ours = aliases.get(&(space.0 as i32)).map_or(&[][..], Vec::as_slice);
+                for (page, (_, content)) in &one.pages {
+                    let alias = ours.iter().find(|alias| alias.pages.contains(page));
+                    let of = alias.map_or(*space, |alias| SpaceId(alias.of as u32));
+                    assert_eq!(self.stored.get(&(of, *page)), Some(content), "{page} of {space}");
+                }
+            }
+            let hidden = self.memories(true).into_iter();
+            let hidden = hidden.map(|memory| (memory.space.0 as i32, memory.pages)).collect();
+            if let Some(section) = super::super::section(aliases) {
+                super::super::read_section(&section, &hidden).expect("the destination takes it");
+            }
+        }
+    }
+
+    fn events() -> impl Strategy<Value = Event> {
+        let which = 0usize..6;
+        prop_oneof![
+            3 => (which.clone(), prop::bool::weighted(0.2)).prop_map(|(one, un)| Event::Fork(one, un)),
+            5 => (which.clone(), 0..PAGES).prop_map(|(one, page)| Event::Write(one, page)),
+            2 => (which.clone(), 0..PAGES).prop_map(|(one, page)| Event::Unmap(one, page)),
+            1 => (which.clone(), 0..PAGES).prop_map(|(one, pages)| Event::Exec(one, pages)),
+            1 => which.clone().prop_map(Event::Exit),
+            2 => (which, 0..PAGES).prop_map(|(one, page)| Event::Migrate(one, page)),
+        ]
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            6 => events().prop_map(Step::Event),
+            1 => Just(Step::Send),
+            2 => prop::collection::vec(events(), 0..3).prop_map(Step::Round),
+        ];
+        prop::collection::vec(step, 0..60)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn nothing_that_is_held_back_is_missed(steps in steps(), tracked in any::<bool>()) {
+            let (mut model, mut unsent) = (Model::begun(), Unsent::default());
+            for step in &steps {
+                match step {
+                    Step::Event(event) => model.happen(event),
+                    Step::Send => model.send(),
+                    Step::Round(meanwhile) if tracked => model.round(&mut unsent, meanwhile),
+                    Step::Round(meanwhile) => meanwhile.iter().for_each(|event| model.happen(event)),
+                }
+            }
+            if !tracked {
+                // Copied while it stands still: all of it counts as written.
+                for one in model.running.values_mut() {
+                    one.written = one.pages.keys().copied().collect();
+                }
+            }
+            let aliases = model.stop(&mut unsent);
+            model.check(&aliases);
+        }
+    }
+
+    #[test]
+    fn what_is_shared_is_sent_once_and_what_is_written_is_sent_again() {
+        let (mut model, mut unsent) = (Model::begun(), Unsent::default());
+        (0..3).for_each(|_| model.happen(&Event::Fork(0, false)));
+        model.round(&mut unsent, &[]);
+        model.send();
+        assert_eq!((model.sent, unsent.set().len()), (PAGES, 3 * PAGES));
+        // The first one of four writes: its page and one for the three others.
+        model.happen(&Event::Write(0, 3));
+        // And the last one another: that one alone.
+        model.happen(&Event::Write(3, 5));
+        model.round(&mut unsent, &[]);
+        model.send();
+        assert_eq!(model.sent, PAGES + 3);
+        // Nobody wrote: nothing is looked at, and nothing sent. One that was forked since costs nothing.
+        model.happen(&Event::Fork(3, false));
+        let aliases = model.stop(&mut unsent);
+        assert_eq!(model.sent, PAGES + 3);
+        model.check(&aliases);
+        assert_eq!(super::super::count(&aliases), 4 * PAGES - 2);
+    }
+}
