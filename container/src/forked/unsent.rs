@@ -529,6 +529,36 @@ mod tests {
         }
     }
 
+    /// Two processes that share nothing, of which the second's page is moved to where the first's was between
+    /// a look at the one and a look at the other.
+    #[derive(Default)]
+    struct Moving(BTreeMap<SpaceId, u64>);
+
+    impl Places for Moving {
+        fn read(&mut self, space: SpaceId, _: u64, into: &mut [u64; BLOCK]) -> Result<()> {
+            let looks = self.0.entry(space).or_default();
+            *looks += 1;
+            into.fill(0);
+            into[7] = match (space.0, *looks) {
+                (1, 1) => 50,
+                (1, _) => 60,
+                _ => 50,
+            };
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn pages_that_the_kernel_moves_are_not_mistaken_for_one() {
+        let pages = || std::iter::once(0..20).collect();
+        let memories = [1, 2].map(|id| Memory { space: SpaceId(id), pages: pages() });
+        let mut dirty: PageSet =
+            [1, 2].map(|id| PageRange::new(SpaceId(id), 7, 1)).into_iter().collect();
+        let mut unsent = Unsent::default();
+        unsent.round(&memories, &mut Moving::default(), &mut dirty).expect("told");
+        assert_eq!((dirty.len(), unsent.set().len()), (2, 0));
+    }
+
     #[test]
     fn what_is_shared_is_sent_once_and_what_is_written_is_sent_again() {
         let (mut model, mut unsent) = (Model::begun(), Unsent::default());

@@ -4,16 +4,17 @@
 use std::io::Write as _;
 
 use decamp_shared::methods::{ForkedChoice, Methods, RestoreChoice, TrackerChoice};
-use decamp_shared::pages::PAGE_SIZE;
+use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet, SpaceId};
 
-use crate::support::{Case, Host, Moved, Spot};
+use crate::support::{self, Case, Host, Moved, Spot};
 
-pub(crate) const CASES: [Case; 6] = [
+pub(crate) const CASES: [Case; 7] = [
     Case { name: "forked_memory_travels_once", run: forked_memory_travels_once },
     Case { name: "forked_memory_is_shared_again", run: forked_memory_is_shared_again },
     Case { name: "forked_memory_moves_in_every_way", run: forked_memory_moves_in_every_way },
     Case { name: "forked_memory_within_a_limit", run: forked_memory_within_a_limit },
     Case { name: "forked_memory_beyond_a_limit", run: forked_memory_beyond_a_limit },
+    Case { name: "forked_withheld_page_is_noticed", run: forked_withheld_page_is_noticed },
     Case { name: "measure_forked", run: measure_forked },
 ];
 
@@ -130,6 +131,36 @@ fn forked_memory_beyond_a_limit(host: &Host) {
     }
     here.stop();
     host.assert_nothing_left("fb0");
+}
+
+/// The tests above can fail: without pages of the one that they are sent for, others miss them too.
+fn forked_withheld_page_is_noticed(host: &Host) {
+    let Some(here) = host.program_with("fn0", "forked", "16") else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    here.run();
+    here.await_rounds(3);
+    for (turn, forked) in [ForkedChoice::Apart, ForkedChoice::Shared].into_iter().enumerate() {
+        set(host, TrackerChoice::Auto, forked);
+        let there = here.twin(&format!("fn{}", turn + 1));
+        let mut source = here.source();
+        let mut destination = there.prepare(&mut *source);
+        source.pause().expect("pause");
+        let mut dirty = PageSet::new();
+        source.harvest(&mut dirty).expect("harvest");
+        let ours = dirty.ranges().filter(|range| range.space == SpaceId(1));
+        let largest = ours.max_by_key(|range| range.count).expect("pages");
+        dirty.remove(PageRange::new(largest.space, largest.first, largest.count.min(2)));
+        support::copy(&dirty, &mut *source, &mut *destination);
+        destination.load(source.save().expect("save")).expect("load");
+        destination.activate(1).expect("activate");
+        (0..PROCESSES).for_each(|process| there.await_log(&format!("BAD process {process} ")));
+        source.resume().expect("resume");
+        drop((source, destination));
+        there.stop();
+        here.await_rounds(here.rounds() + 8);
+    }
+    here.stop();
 }
 
 /// Not a test that can pass or fail: what memory a tree of forked processes has, which shares what it had
