@@ -14,6 +14,7 @@ pub struct Methods {
     /// When memory is put in its place at the destination.
     pub restore: RestoreChoice,
     /// What becomes of pages that forked processes still share.
+    #[serde(skip_serializing_if = "ForkedChoice::is_auto")]
     pub forked: ForkedChoice,
 }
 
@@ -73,6 +74,13 @@ pub enum ForkedChoice {
     Apart,
     /// They travel once for each process, which has its own at the destination.
     Each,
+}
+
+impl ForkedChoice {
+    /// Left out when it is told to a keeper: one that is older than the choice does not know it.
+    fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
 }
 
 impl Methods {

@@ -21,6 +21,8 @@ use crate::pagemap::{Pagemap, append};
 #[derive(Debug, Default)]
 pub(crate) struct Forked {
     unsent: Option<Unsent>,
+    /// There was a round.
+    looked: bool,
     choice: ForkedChoice,
 }
 
@@ -29,13 +31,14 @@ impl Forked {
     /// where pages lie.
     pub(crate) fn new(choice: ForkedChoice) -> Self {
         let once = choice != ForkedChoice::Each && places::are_known();
-        Self { unsent: once.then(Unsent::default), choice }
+        Self { unsent: once.then(Unsent::default), choice, ..Self::default() }
     }
 
     /// A round of `processes`, which run, of which the tracker told `dirty`.
     pub(crate) fn round(&mut self, processes: &[Process], dirty: &mut PageSet) -> Result<()> {
         let Some(unsent) = &mut self.unsent else { return Ok(()) };
         let begun = Instant::now();
+        self.looked = true;
         let mut memories = Vec::with_capacity(processes.len());
         for process in processes {
             // One that ends just now shares nothing.
@@ -75,8 +78,7 @@ impl Forked {
         };
         let begun = Instant::now();
         let mut aliases = unsent.aliases();
-        if aliases.is_empty() {
-            // Nobody has looked yet, or there is nothing to see.
+        if !self.looked {
             let mut look = Self { unsent: Some(Unsent::default()), ..Self::default() };
             look.round(processes, &mut all_pages(processes))?;
             aliases = look.aliases();

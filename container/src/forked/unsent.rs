@@ -98,6 +98,9 @@ impl Unsent {
         places: &mut impl Places,
         dirty: &mut PageSet,
     ) -> Result<()> {
+        if memories.len() < 2 {
+            return Ok(());
+        }
         let mut blocks = BTreeSet::new();
         for range in dirty.ranges() {
             blocks.extend(range.first / BLOCK as u64..=(range.end() - 1) / BLOCK as u64);
@@ -105,13 +108,12 @@ impl Unsent {
         let mut held = PageSet::new();
         self.held.values().for_each(|set| held.union(set));
         for block in blocks {
-            let mut members: Vec<_> = memories
-                .iter()
-                .filter_map(|memory| Member::of(memory, block, dirty, &held))
-                .collect();
-            if members.len() < 2 {
+            let there: Vec<_> = memories.iter().filter(|memory| memory.is_in(block)).collect();
+            if there.len() < 2 {
                 continue;
             }
+            let mut members: Vec<_> =
+                there.into_iter().map(|memory| Member::of(memory, block, dirty, &held)).collect();
             // Twice: the kernel moves pages, and what lay in one place at the same moment is found there
             // by both looks.
             for member in &mut members {
@@ -155,6 +157,13 @@ impl Unsent {
 }
 
 impl Memory {
+    /// Whether it has any of a block.
+    fn is_in(&self, block: u64) -> bool {
+        let pages = pages_of(block);
+        let first = self.pages.partition_point(|range| range.end <= pages.start);
+        self.pages.get(first).is_some_and(|range| range.start < pages.end)
+    }
+
     fn set(&self) -> PageSet {
         self.pages
             .iter()
@@ -174,16 +183,13 @@ struct Member {
 }
 
 impl Member {
-    /// None for a process that has nothing there. What is `held` back already is of no use to others.
-    fn of(memory: &Memory, block: u64, dirty: &PageSet, held: &PageSet) -> Option<Self> {
-        let pages = block * BLOCK as u64..(block + 1) * BLOCK as u64;
+    /// What is `held` back already is of no use to others.
+    fn of(memory: &Memory, block: u64, dirty: &PageSet, held: &PageSet) -> Self {
+        let pages = pages_of(block);
         let first = memory.pages.partition_point(|range| range.end <= pages.start);
         let mut within = [0; WORDS];
         for range in memory.pages[first..].iter().take_while(|range| range.start < pages.end) {
             set_bits(&mut within, &pages, range, true);
-        }
-        if within == [0; WORDS] {
-            return None;
         }
         let each_run = |set: &PageSet, bits: &mut [u64; WORDS], value| {
             let mut at = pages.start;
@@ -198,7 +204,7 @@ impl Member {
         let mut wanted = [0; WORDS];
         each_run(dirty, &mut wanted, true);
         each_run(held, &mut within, false);
-        Some(Self { space: memory.space, places: Box::new([0; BLOCK]), within, wanted })
+        Self { space: memory.space, places: Box::new([0; BLOCK]), within, wanted }
     }
 
     fn forget_moved(&mut self, again: &[u64; BLOCK]) {
@@ -217,6 +223,11 @@ impl Member {
     fn wants(&self, index: usize) -> bool {
         has_bit(&self.wanted, index)
     }
+}
+
+/// Numbers of the pages of a block.
+fn pages_of(block: u64) -> Range<u64> {
+    block * BLOCK as u64..(block + 1) * BLOCK as u64
 }
 
 fn has_bit(bits: &[u64; WORDS], index: usize) -> bool {
