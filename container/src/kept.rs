@@ -351,6 +351,11 @@ impl Container {
         let images = self.store.images();
         let hidden = paused.hidden.as_deref().unwrap_or_default();
         let aliases = self.forked.aliases();
+        if !paused.harvested && !aliases.is_empty() {
+            return Err(ContainerError::State(
+                "What its processes share was not looked at since it stands still".to_owned(),
+            ));
+        }
         let moved = self.segments.moved();
         let sections = dump::sections(&images, hidden, &aliases, &moved, &paused.trees, &state);
         // The images are in the sections now; twice would be twice the memory.
