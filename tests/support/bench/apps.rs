@@ -19,7 +19,7 @@ use crate::hosts::{DESTINATION, Hosts, SOURCE, done};
 use crate::load::OtherWork;
 use crate::row::Row;
 use crate::{Bench, ms, tell};
-use cases::App;
+pub(crate) use cases::{ALL, App};
 use observer::Observer;
 
 /// Where the application is, on the workloads' network.
@@ -30,7 +30,13 @@ const WATCH: Duration = Duration::from_secs(1);
 /// All rows.
 pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     let hosts = Hosts::up(&bench.work, &bench.root, true)?;
-    cases::ALL.iter().map(|app| measure(bench, &hosts, app)).collect()
+    let chosen = |app: &&App| bench.app.is_none_or(|only| only.name == app.name);
+    ALL.iter().filter(chosen).map(|app| measure(bench, &hosts, app)).collect()
+}
+
+/// The names of all applications, for people.
+pub(crate) fn names() -> String {
+    ALL.each_ref().map(|app| app.name).join(", ")
 }
 
 /// Moves one application there and back, as often as there are to be pairs.

@@ -42,13 +42,14 @@ use error::{BenchError, Result};
 use row::{Row, Spread};
 
 const USAGE: &str = "\
-Usage: tests/bench [SCENARIO...] [--list] [--json] [--pairs N] [--reports FILE]
+Usage: tests/bench [SCENARIO...] [--list] [--json] [--pairs N] [--app NAME] [--reports FILE]
 
 Without a scenario: all of them.
 
   --list           the scenarios
   --json           the last line of output is one array of rows
   --pairs N        pairs that count, after one that does not (default 5)
+  --app NAME       of container-apps this application alone
   --reports FILE   our own report of every move, a JSON object a line
 
 Example: tests/bench vm --json";
@@ -95,6 +96,8 @@ const SCENARIOS: [Scenario; 8] = [
 pub(crate) struct Bench {
     /// Pairs that count.
     pub(crate) pairs: usize,
+    /// The application that `container-apps` is about, if not all.
+    pub(crate) app: Option<&'static apps::App>,
     /// The checkout.
     pub(crate) root: PathBuf,
     /// The guest, the Redis client, and room for more.
@@ -108,6 +111,7 @@ struct Options {
     list: bool,
     json: bool,
     pairs: usize,
+    app: Option<&'static apps::App>,
     reports: Option<PathBuf>,
 }
 
@@ -179,6 +183,7 @@ fn run(options: &Options) -> Result<Vec<Row>> {
     };
     let bench = Bench {
         pairs: options.pairs,
+        app: options.app,
         root: variable("DECAMP_BENCH_ROOT")?,
         work: variable("DECAMP_BENCH_WORK")?,
         reports: RefCell::new(options.reports.as_ref().map(create).transpose()?),
@@ -194,8 +199,8 @@ fn run(options: &Options) -> Result<Vec<Row>> {
 impl Options {
     /// Reads the command line; nothing if help is asked for.
     fn parse(mut words: impl Iterator<Item = String>) -> std::result::Result<Option<Self>, String> {
-        let mut options =
-            Self { scenarios: Vec::new(), list: false, json: false, pairs: 5, reports: None };
+        let (scenarios, list, json) = (Vec::new(), false, false);
+        let mut options = Self { scenarios, list, json, pairs: 5, app: None, reports: None };
         while let Some(word) = words.next() {
             match word.as_str() {
                 "-h" | "--help" => return Ok(None),
@@ -206,6 +211,13 @@ impl Options {
                     options.pairs = number
                         .filter(|&number| number > 0)
                         .ok_or("--pairs needs a number above 0")?;
+                }
+                "--app" => {
+                    let name = words.next().ok_or("--app needs an application's name")?;
+                    let known = apps::ALL.iter().find(|app| app.name == name);
+                    options.app = Some(known.ok_or_else(|| {
+                        format!("There is no application {name}: {}", apps::names())
+                    })?);
                 }
                 "--reports" => {
                     options.reports = Some(words.next().ok_or("--reports needs a file")?.into())
@@ -269,7 +281,8 @@ mod tests {
 
     #[test]
     fn bad_usage_is_refused() {
-        for words in [&["vms"][..], &["--pairs"], &["--pairs", "0"], &["--reports"], &["--what"]] {
+        let wrong = [&["vms"][..], &["--pairs"], &["--pairs", "0"], &["--reports"], &["--what"]];
+        for words in wrong.into_iter().chain([&["--app"][..], &["--app", "emacs"]]) {
             assert!(options(words).is_err(), "{words:?}");
         }
     }

@@ -39,7 +39,7 @@ pub(crate) trait Case {
 }
 
 /// All of them.
-pub(crate) const ALL: [App; 5] = [
+pub(crate) static ALL: [App; 5] = [
     App {
         name: "postgres",
         metric: "postgres_gap",

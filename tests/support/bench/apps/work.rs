@@ -3,12 +3,16 @@
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::error::{BenchError, Result};
-use crate::hosts::{CLIENT, Reaped};
+use crate::hosts::{CLIENT, Reaped, await_that};
+
+/// A program that was interrupted ends within this.
+const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
 /// The program at work. Killed when this is dropped.
 pub(crate) struct Work {
@@ -20,7 +24,12 @@ pub(crate) struct Work {
 impl Work {
     /// Starts it.
     pub(crate) fn start(program: &str, words: &[&str]) -> Result<Self> {
-        let mut child = inside(program, words)
+        // A shell that starts us in the background has us ignore interrupts, and we would hand that on.
+        let inside = inside(program, words);
+        let mut child = Command::new("env")
+            .arg("--default-signal=INT")
+            .arg(inside.get_program())
+            .args(inside.get_args())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -39,7 +48,10 @@ impl Work {
             let pid = Pid::from_raw(self.process.0.id() as i32);
             kill(pid, Signal::SIGINT)
                 .map_err(|errno| BenchError::io("interrupt a program")(errno.into()))?;
-            self.process.0.wait().map_err(BenchError::io("wait for a program"))?;
+            let what = format!("{} to end", self.program);
+            await_that(&what, ENDED_WITHIN, || {
+                self.process.0.try_wait().map_err(BenchError::io("wait for a program"))
+            })?;
         }
         let said = self.said.drain(..).map(|thread| thread.join().unwrap_or_default());
         let said = said.collect::<Vec<_>>().join("\n");
