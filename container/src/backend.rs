@@ -24,7 +24,7 @@ use crate::error::ContainerError;
 use crate::facts::{Facts, Needs};
 use crate::network::delete_link;
 use crate::obstacles::host::criu_obstacle;
-use crate::podman::found;
+use crate::podman::{self, found};
 use crate::preflight;
 use crate::restore::oci_directory;
 use crate::source::ContainerSource;
@@ -203,10 +203,11 @@ impl Backend for ContainerBackend {
             )));
         };
         spec.bundle = bundle.path.clone();
-        if spec.podman.is_some() {
-            spec.adopted = Some(manifest.name.clone());
-        }
         spec.volumes = volumes::placed(&spec.volumes, trees)?;
+        if let Some(made) = &mut spec.podman {
+            spec.adopted = Some(manifest.name.clone());
+            podman::volumes::note_shared(&mut made.volumes, &spec.volumes, trees);
+        }
         serde_json::to_value(spec)
             .map_err(|error| WorkloadError::new("Cannot write the spec", error))
     }

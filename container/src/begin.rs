@@ -123,7 +123,8 @@ impl Container {
         }
         if let Some(arrival) = arrival {
             let (id, rootfs) = (arrival.id().to_owned(), spec.bundle.clone());
-            let arriving = Arriving { id, cgroups: container.cgroups.clone(), rootfs };
+            let volumes = arrival.volumes().to_owned();
+            let arriving = Arriving { id, cgroups: container.cgroups.clone(), rootfs, volumes };
             container.arrival = Some(arrival);
             undo.claim = None;
             claim::note_arriving(place, spec.kind()?, arriving)?;

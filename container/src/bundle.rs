@@ -53,6 +53,8 @@ pub(crate) struct Bind {
     pub(crate) written: String,
     /// Whether something in the container may write there.
     pub(crate) writable: bool,
+    /// How it is mounted, as the configuration has it.
+    pub(crate) options: Vec<String>,
 }
 
 impl Bundle {
@@ -138,6 +140,7 @@ impl Bundle {
                     source: self.source(written),
                     written: written.to_owned(),
                     writable: is_writable(mount),
+                    options: options(mount).map(str::to_owned).collect(),
                 })
             })
             .collect()
@@ -419,10 +422,12 @@ pub(crate) fn is_host_file(path: &Path) -> bool {
 
 /// Whether what is mounted can be written.
 fn is_writable(mount: &Value) -> bool {
+    options(mount).filter(|word| matches!(*word, "ro" | "rw")).last() != Some("ro")
+}
+
+fn options(mount: &Value) -> impl Iterator<Item = &str> {
     let options = mount.get("options").and_then(Value::as_array);
-    let words: Vec<&str> = options.into_iter().flatten().filter_map(Value::as_str).collect();
-    let last = words.iter().rfind(|word| matches!(**word, "ro" | "rw"));
-    last != Some(&"ro")
+    options.into_iter().flatten().filter_map(Value::as_str)
 }
 
 fn is_bind(mount: &Value) -> bool {

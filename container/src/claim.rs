@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroups;
 use crate::error::{ContainerError, Result};
-use crate::podman::{self, arrival};
+use crate::podman::{self, arrival, exchanged};
 use crate::runtime::{Runtime, RuntimeKind};
 use crate::spec::runtime_id;
 
@@ -48,6 +48,9 @@ pub(crate) struct Arriving {
     pub(crate) cgroups: Cgroups,
     /// Its root file system.
     pub(crate) rootfs: PathBuf,
+    /// Volumes that podman made for it alone.
+    #[serde(default)]
+    pub(crate) volumes: Vec<String>,
 }
 
 /// What a sweep needs to know of an adopted container.
@@ -241,9 +244,9 @@ pub(crate) fn note_arriving(place: &Place, kind: RuntimeKind, arriving: Arriving
 pub(crate) fn sweep(tools: &HostTools, place: &Place) -> Result<()> {
     if let Some(mark) = Mark::read(place)? {
         let runtime = mark.runtime(tools, place)?;
-        if let Some(Arriving { id, cgroups, rootfs }) = mark.arriving {
+        if let Some(Arriving { id, cgroups, rootfs, volumes }) = mark.arriving {
             cgroups.sweep().and_then(|()| runtime.forget())?;
-            arrival::forget(&id, &arrival::directory(place), &rootfs);
+            arrival::forget(&id, &exchanged::directory(place), &rootfs, &volumes);
             return give_back(place);
         }
         match mark.adopted {

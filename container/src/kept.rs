@@ -380,7 +380,10 @@ impl Container {
         let eager = self.eager.as_deref().unwrap_or("the source hid nothing from CRIU");
         let eager = self.filling.is_none().then_some(eager);
         self.arrived = Some(ways::arrived(eager, restored.forked));
-        self.terminal = self.keep_terminal(restored.terminal)?;
+        let mut terminal = restored.terminal;
+        if self.arrival.is_none() {
+            self.terminal = self.keep_terminal(terminal.take())?;
+        }
         let (init, config) = match &self.arrival {
             None => {
                 let init = Init::watch(restored.init, &self.exit)?;
@@ -392,7 +395,7 @@ impl Container {
         };
         self.runtime.adopt(stand_in, init.pid(), &self.bundle, &config)?;
         if let Some(arrival) = &mut self.arrival {
-            arrival.restored(init.pid())?;
+            arrival.restored(init.pid(), terminal)?;
         }
         self.init = Some(init);
         self.stand_in = None;

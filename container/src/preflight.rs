@@ -97,12 +97,21 @@ pub(crate) fn for_move(
             let is_mapped = bundle.as_ref().is_ok_and(|bundle| bundle.mapped_root().is_some());
             match bundle {
                 // The source may have said the same.
-                Ok(bundle) => bundle
-                    .with_volumes(&volumes)
-                    .arrival_refusals()
-                    .into_iter()
-                    .filter(|refusal| !needs.obstacles.contains(&refusal.text))
-                    .for_each(|refusal| refuse(RefusalCode::Unsupported, refusal.text)),
+                Ok(bundle) => {
+                    let bundle = bundle.with_volumes(&volumes);
+                    bundle
+                        .arrival_refusals()
+                        .into_iter()
+                        .filter(|refusal| !needs.obstacles.contains(&refusal.text))
+                        .for_each(|refusal| refuse(RefusalCode::Unsupported, refusal.text));
+                    if let Some(mut made) = spec.as_ref().ok().and_then(|spec| spec.podman.clone())
+                    {
+                        podman::volumes::note_shared(&mut made.volumes, &volumes, trees);
+                        podman::volumes::refusals(&made.volumes, &bundle)
+                            .into_iter()
+                            .for_each(|text| refuse(RefusalCode::Unsupported, text));
+                    }
+                }
                 Err(error) => refuse(RefusalCode::File, error.to_string()),
             }
             if is_mapped && makes_no_user_namespaces() {

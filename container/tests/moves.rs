@@ -15,6 +15,8 @@ mod mapped;
 mod obstacles;
 #[path = "cases/podman.rs"]
 mod podman;
+#[path = "cases/podman_files.rs"]
+mod podman_files;
 #[path = "cases/runtimes.rs"]
 mod runtimes;
 #[path = "cases/segments.rs"]
@@ -107,6 +109,8 @@ fn main() {
             name: "podman_shared_memory_moves_live",
             run: podman::podman_shared_memory_moves_live,
         },
+        Case { name: "podman_volumes_go_along", run: podman_files::podman_volumes_go_along },
+        Case { name: "podman_terminal_goes_along", run: podman_files::podman_terminal_goes_along },
         Case { name: "podman_has_it_back", run: podman::podman_has_it_back },
         Case {
             name: "podman_forgets_what_did_not_come",

@@ -16,34 +16,8 @@ const ADDRESS: &str = "10.77.1.60";
 const LINE: &str = "i=0; while :; do i=$((i+1)); echo $i; echo $i >/data/count; sleep 0.1; done";
 /// Where a host's podman has what it is told, for itself.
 const CONF: &str = "/etc/containers";
-/// Gives a host's podman a configuration of its own that works without systemd, and with what limits there
-/// are here; and an image with a shell.
-const PREPARE: &str = r#"
-set -e
-mkdir -p /srv/podman/etc/networks /srv/podman/image/bin /srv/podman/image/data /etc/containers
-limit() { local had; had=$(ulimit -H"$1"); if [[ $had = unlimited || $had -gt 4096 ]]; then echo 4096; else echo "$had"; fi; }
-cat >/srv/podman/etc/containers.conf <<END
-[containers]
-default_ulimits = ["nofile=$(limit n):$(limit n)", "nproc=$(limit u):$(limit u)"]
-[engine]
-cgroup_manager = "cgroupfs"
-events_logger = "file"
-runtime = "runc"
-[network]
-network_backend = "netavark"
-END
-echo '{"default": [{"type": "insecureAcceptAnything"}]}' >/srv/podman/etc/policy.json
-gateway=$(ip -4 -o address show br0 | sed 's|.* inet \([0-9.]*\)/.*|\1|')
-cat >/srv/podman/etc/networks/garden.json <<END
-{"name": "garden", "id": "$(printf '7%.0s' {1..64})", "driver": "bridge", "network_interface": "br0",
- "created": "2026-01-01T00:00:00Z", "ipv6_enabled": false, "internal": false, "dns_enabled": false,
- "subnets": [{"subnet": "10.77.0.0/16", "gateway": "$gateway"}], "ipam_options": {"driver": "host-local"}}
-END
-mount -n --bind /srv/podman/etc /etc/containers
-cp /bin/busybox /srv/podman/image/bin/busybox
-for name in sh sleep cat; do ln -sf busybox "/srv/podman/image/bin/$name"; done
-tar -C /srv/podman/image -cf - . | podman import - localhost/shell
-"#;
+/// Gives a host a podman of its own.
+const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/podman");
 
 pub(crate) fn tests() -> Vec<Test> {
     vec![
@@ -58,8 +32,10 @@ struct Podmans(&'static Hosts);
 impl Podmans {
     fn prepare(hosts: &'static Hosts) -> Self {
         let podmans = Self(hosts);
-        for host in [ALPHA, BETA] {
-            hosts.exec(host, &["bash", "-c", PREPARE]).expect(0);
+        for (host, gateway) in [(ALPHA, "10.77.0.1"), (BETA, "10.77.0.2")] {
+            let network = ["--network", "garden", "br0", "10.77.0.0/16", gateway, "7"];
+            let words = [&[FIXTURE, "/srv/podman"][..], &network, &["--shell"]].concat();
+            hosts.exec(host, &words).expect(0);
         }
         podmans
     }

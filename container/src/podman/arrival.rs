@@ -10,7 +10,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -21,36 +20,23 @@ use decamp_shared::workload::{HostTools, Place};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 
+use super::exchanged::{CLOSED, OPENED, directory, prepare, remove, write};
 use super::made::{Made, own_files};
 use super::shim::{Call, Order, own_namespace};
-use super::{config, on_host, podman, run, talk};
+use super::volumes::{self, Attributes, StandIns};
+use super::{on_host, podman, run, talk};
 use crate::bundle::Bundle;
 use crate::error::{ContainerError, Result};
 use crate::interfaces;
 use crate::network::Network;
 use crate::nft;
-use crate::runtime::RuntimeKind;
-use crate::spec::{ContainerSpec, veth_name};
+use crate::spec::ContainerSpec;
 use crate::swrk::Swrk;
 
-/// Where the directories of arrivals are.
-const RUN: &str = "/run/decamp-podman";
 /// podman and `conmon` come to the runtime within this.
 const CALLED_WITHIN: Duration = Duration::from_secs(30);
 /// podman has noted that it runs within this.
 const NOTED_WITHIN: Duration = Duration::from_secs(30);
-/// Closes a network namespace: nothing in, nothing out, no answer to anybody.
-const CLOSED: &str = "table inet decamp {
- chain in { type filter hook input priority -400; policy drop; }
- chain out { type filter hook output priority -400; policy drop; }
-}
-table arp decamp {
- chain in { type filter hook input priority -400; policy drop; }
- chain out { type filter hook output priority -400; policy drop; }
-}
-";
-const OPENED: &str = "delete table inet decamp\ndelete table arp decamp\n";
-
 /// A container that podman has made and that does not run yet.
 pub(crate) struct Arrival {
     id: String,
@@ -65,6 +51,12 @@ pub(crate) struct Arrival {
     rootfs: PathBuf,
     /// Its configuration, as podman has made it.
     config: Value,
+    /// Whether `conmon` waits for the master of a terminal.
+    terminal: bool,
+    /// The directories of volumes that are in it.
+    directories: Vec<PathBuf>,
+    /// Volumes that podman made for it, and that are nobody's else.
+    volumes: Vec<String>,
     /// Whether it runs: then it is podman's.
     runs: bool,
 }
@@ -77,11 +69,6 @@ pub(crate) struct Ready {
     pub(crate) error: OwnedFd,
     /// What is mounted for files of the host.
     pub(crate) files: BTreeMap<String, PathBuf>,
-}
-
-/// The directory of the arrival at `place`.
-pub(crate) fn directory(place: &Place) -> PathBuf {
-    Path::new(RUN).join(veth_name(place))
 }
 
 impl Arrival {
@@ -104,9 +91,14 @@ impl Arrival {
         let profile = directory.join("seccomp.json");
         let seccomp = bundle.config().pointer("/linux/seccomp").unwrap_or(&Value::Null);
         write(&profile, &seccomp.to_string(), 0o600)?;
-        let arguments = made.arguments(&place.name, bundle.config(), &spec.bundle, &profile);
+        let mounted = volumes::arguments(&made.volumes, bundle);
+        let arguments =
+            made.arguments(&place.name, bundle.config(), &mounted, &spec.bundle, &profile);
+        let volumes = volumes::make(&made.volumes, bundle)?;
+        let stand_ins = StandIns::make(&made.volumes, bundle);
         let mut command = podman(&["--cgroup-manager", "cgroupfs", "--runtime", kind.word()]);
-        let said = run(command.args(&arguments))?;
+        let said = stand_ins.and_then(|_stand_ins| run(command.args(&arguments)));
+        let said = said.inspect_err(|_| volumes::remove(&volumes))?;
         let id = said.lines().last().unwrap_or_default().trim().to_owned();
         if id.len() != 64 || !id.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             return Err(ContainerError::State(format!("podman called a container {id:?}")));
@@ -123,6 +115,9 @@ impl Arrival {
             started: None,
             rootfs: spec.bundle.clone(),
             config: Value::Null,
+            terminal: made.tty,
+            directories: volumes::directories(&made.volumes, bundle),
+            volumes,
             runs: false,
         })
     }
@@ -130,6 +125,11 @@ impl Arrival {
     /// Its name for the runtime.
     pub(crate) fn id(&self) -> &str {
         &self.id
+    }
+
+    /// Volumes that podman has made for it alone.
+    pub(crate) fn volumes(&self) -> &[String] {
+        &self.volumes
     }
 
     /// Where its cgroups are.
@@ -145,6 +145,7 @@ impl Arrival {
     /// Has podman start it, as far as the runtime's part.
     pub(crate) fn begin(&mut self, spec: &ContainerSpec) -> Result<Ready> {
         let begun = Instant::now();
+        let attributes = Attributes::of(&self.directories)?;
         write(&self.directory.join("closed.nft"), CLOSED, 0o600)?;
         let mut command = podman(&["start", "--", &self.id]);
         command.env("CONTAINERS_CONF", self.directory.join("containers.conf"));
@@ -156,6 +157,7 @@ impl Arrival {
         let [output, error] = <[OwnedFd; 2]>::try_from(descriptors)
             .map_err(|_| ContainerError::State("The shim came without its output".to_owned()))?;
         self.creating = Some(shim);
+        attributes.put_back()?;
         let bundle = call.bundle.filter(|_| call.verb == "create").ok_or_else(|| {
             ContainerError::State(format!("podman asked to {} before to create", call.verb))
         })?;
@@ -221,11 +223,19 @@ impl Arrival {
         })
     }
 
-    /// It is restored, with this first process, and stands still. From now on podman waits to hear that it
-    /// runs.
-    pub(crate) fn restored(&mut self, init: i32) -> Result<()> {
+    /// It is restored, with this first process and the master of this terminal, and stands still. From now on
+    /// podman waits to hear that it runs.
+    pub(crate) fn restored(&mut self, init: i32, terminal: Option<OwnedFd>) -> Result<()> {
         let gone = || ContainerError::State("podman's runtime is not waiting".to_owned());
-        talk::say(&self.creating.take().ok_or_else(gone)?, &Order::Restored(init), &[])?;
+        if self.terminal && terminal.is_none() {
+            return Err(ContainerError::State(
+                "No process of the container has its terminal open, and podman would wait for that"
+                    .to_owned(),
+            ));
+        }
+        let shim = self.creating.take().ok_or_else(gone)?;
+        let with: Vec<_> = terminal.iter().filter(|_| self.terminal).map(AsFd::as_fd).collect();
+        talk::say(&shim, &Order::Restored(init), &with)?;
         let listener =
             self.listener.try_clone().map_err(ContainerError::io("hold a container's socket"))?;
         let (sender, receiver) = mpsc::channel();
@@ -281,15 +291,16 @@ impl Drop for Arrival {
         if let Some(starting) = self.starting.take() {
             let _ = starting.join();
         }
-        forget(&self.id, &self.directory, &self.rootfs);
+        forget(&self.id, &self.directory, &self.rootfs, &self.volumes);
     }
 }
 
 /// Takes away what podman has of a container that never ran here.
-pub(crate) fn forget(id: &str, directory: &Path, rootfs: &Path) {
+pub(crate) fn forget(id: &str, directory: &Path, rootfs: &Path, volumes: &[String]) {
     if let Err(error) = run(&mut podman(&["rm", "--force", "--ignore", "--time", "0", "--", id])) {
         tracing::warn!(%error, "podman keeps a container that did not come");
     }
+    volumes::remove(volumes);
     let _ = fs::remove_dir_all(directory);
     // Files that have come are taken back by whoever took them; an empty directory is ours.
     let _ = fs::remove_dir(rootfs);
@@ -332,50 +343,4 @@ fn accept(
         "podman did not come to the runtime within {} s",
         within.as_secs()
     )))
-}
-
-/// Makes the commands that podman gets, and the configuration that names them.
-fn prepare(directory: &Path, tools: &HostTools, kind: RuntimeKind) -> Result<()> {
-    let _ = fs::remove_dir_all(directory);
-    let bin = directory.join("bin");
-    fs::create_dir_all(&bin).map_err(ContainerError::io(format!("make {}", bin.display())))?;
-    let theirs = config::of_host()?;
-    let netavark = config::helper(&theirs, "netavark").ok_or_else(|| {
-        ContainerError::State("podman has no netavark here: install it".to_owned())
-    })?;
-    let (runtime, real) = (directory.join(kind.word()), kind.program(tools));
-    let socket = directory.join("keeper.sock");
-    let shim = format!(
-        "#!/bin/sh\nif [ -S {socket} ]; then for word; do case $word in create|start)\n\
-         exec {decamp} shim --socket {socket} -- \"$@\";; esac; done; fi\nexec {real} \"$@\"\n",
-        socket = quoted(&socket),
-        decamp = quoted(&tools.decamp),
-        real = quoted(real),
-    );
-    write(&runtime, &shim, 0o700)?;
-    let closed = directory.join("closed.nft");
-    let closing = format!(
-        "#!/bin/sh\nif [ -e {closed} ]; then case \" $* \" in *' setup '*) for last; do :; done\n\
-         nsenter --net=\"$last\" nft -f {closed} || exit 1;; esac; fi\nexec {real} \"$@\"\n",
-        closed = quoted(&closed),
-        real = quoted(&netavark),
-    );
-    write(&bin.join("netavark"), &closing, 0o700)?;
-    let text = config::with(theirs, kind.word(), &runtime, &bin)?;
-    write(&directory.join("containers.conf"), &text, 0o600)
-}
-
-/// A path as a word for a shell.
-fn quoted(path: &Path) -> String {
-    format!("'{}'", path.display().to_string().replace('\'', "'\\''"))
-}
-
-fn write(path: &Path, text: &str, mode: u32) -> Result<()> {
-    fs::write(path, text)
-        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
-        .map_err(ContainerError::io(format!("write {}", path.display())))
-}
-
-fn remove(path: &Path) {
-    let _ = fs::remove_file(path);
 }

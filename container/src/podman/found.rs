@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::ask;
 use super::made::{Made, Named};
+use super::volumes::{self, NamedVolume};
 use crate::runtime::RuntimeKind;
 
 /// What podman says of one.
@@ -58,23 +59,17 @@ fn read(said: &Value) -> std::result::Result<Found, Vec<String>> {
     if !matches!(text("/HostConfig/UsernsMode"), "" | "host") {
         against.push("It has a user namespace of podman's, which is not moved yet".to_owned());
     }
-    if is("/HostConfig/AutoRemove") {
-        against.push(
-            "podman would remove it here when it has left (--rm), and with it its files".to_owned(),
-        );
+    let devices = said.pointer("/HostConfig/Devices").and_then(Value::as_array);
+    if devices.is_some_and(|list| !list.is_empty()) {
+        against.push("It has devices of this host, which are not moved yet".to_owned());
     }
-    if is("/Config/Tty") {
-        against.push("It has a terminal of podman's, which is not moved yet".to_owned());
-    }
-    for (what, pointer) in [("devices", "/HostConfig/Devices"), ("volumes", "/Mounts")] {
-        if said.pointer(pointer).and_then(Value::as_array).is_some_and(|list| !list.is_empty()) {
-            against.push(format!("It has {what} of this host, which are not moved yet"));
-        }
-    }
+    let volumes = volumes::of_container(said, &mut against);
     let network = network(said, &mut against);
     let id = text("/Id").to_owned();
     match kind {
-        Some(kind) if against.is_empty() => Ok(Found { id, kind, made: made(said, network) }),
+        Some(kind) if against.is_empty() => {
+            Ok(Found { id, kind, made: made(said, network, volumes) })
+        }
         _ => Err(against),
     }
 }
@@ -102,7 +97,8 @@ fn network(said: &Value, against: &mut Vec<String>) -> Option<Named> {
     }
 }
 
-fn made(said: &Value, network: Option<Named>) -> Made {
+fn made(said: &Value, network: Option<Named>, volumes: Vec<NamedVolume>) -> Made {
+    let is = |pointer: &str| said.pointer(pointer).and_then(Value::as_bool).unwrap_or_default();
     let text = |pointer: &str| said.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
     let number = |pointer: &str| said.pointer(pointer).and_then(Value::as_u64);
     let ports = said.pointer("/HostConfig/PortBindings").and_then(Value::as_object);
@@ -136,6 +132,10 @@ fn made(said: &Value, network: Option<Named>) -> Made {
             .collect(),
         network,
         ports: ports.collect(),
+        volumes,
+        tty: is("/Config/Tty"),
+        interactive: is("/Config/Tty") && is("/Config/OpenStdin"),
+        remove: is("/HostConfig/AutoRemove"),
     }
 }
 

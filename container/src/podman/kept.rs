@@ -99,7 +99,7 @@ pub(crate) fn settle(container: &mut Container, arrival: Arrival) -> Result<()> 
         let members = container.cgroups.processes()?;
         let streams = ForeignStreams::find(&members, init)?.unwrap_or_default();
         let started = start_time(init)?;
-        let conmon = Some(Conmon::of(init, super::arrival::directory(&container.config.place))?);
+        let conmon = Some(Conmon::of(init, super::exchanged::directory(&container.config.place))?);
         Ok(Foreign { _lock: lock, streams, init, started, podman: true, _conmon: conmon })
     };
     let foreign = foreign()?;

@@ -7,6 +7,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::volumes::NamedVolume;
+
 /// What podman knows of a container beside its OCI configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -33,6 +35,18 @@ pub struct Made {
     /// Published ports, as `8080:80/tcp`.
     #[serde(default)]
     pub ports: Vec<String>,
+    /// Volumes of podman's that are mounted in it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<NamedVolume>,
+    /// Whether `conmon` has a terminal for it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tty: bool,
+    /// Whether somebody may type into that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub interactive: bool,
+    /// Whether podman removes it when it ends.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub remove: bool,
 }
 
 /// A network of podman's, and what a container is called in it.
@@ -105,12 +119,13 @@ impl Made {
         (!fine).then(|| format!("{network:?} is no network of podman's"))
     }
 
-    /// The arguments of `podman create` for a container called `name` with that configuration, and its root
-    /// file system at `rootfs`. A seccomp profile of its own is in the file `seccomp`.
+    /// The arguments of `podman create` for a container called `name` with that configuration, what is
+    /// `mounted` in it from outside, and its root file system at `rootfs`. A seccomp profile of its own is in the file `seccomp`.
     pub(crate) fn arguments(
         &self,
         name: &str,
         config: &Value,
+        mounted: &[String],
         rootfs: &Path,
         seccomp: &Path,
     ) -> Vec<String> {
@@ -121,6 +136,13 @@ impl Made {
         say("cgroupns", "host");
         if let Some(hostname) = config["hostname"].as_str() {
             say("hostname", hostname);
+        }
+        let flags = [("tty", self.tty), ("interactive", self.interactive), ("rm", self.remove)];
+        for (word, _) in flags.iter().filter(|(_, is_set)| *is_set) {
+            say(word, "true");
+        }
+        for volume in mounted {
+            say("volume", volume);
         }
         for (key, value) in &self.labels {
             say("label", &format!("{key}={value}"));
@@ -267,7 +289,10 @@ mod tests {
             "mounts": [{"destination": "/x", "type": "tmpfs", "options": ["size=1m", "rprivate"]}],
             "linux": {"resources": {"memory": {"limit": 1024}}, "seccomp": {}},
         });
-        let words = made().arguments("web", &config, Path::new("/r"), Path::new("/s.json"));
+        let made = Made { tty: true, ..made() };
+        let mounted = ["data:/data:ro".to_owned()];
+        let (rootfs, seccomp) = (Path::new("/r"), Path::new("/s.json"));
+        let words = made.arguments("web", &config, &mounted, rootfs, seccomp);
         for word in [
             "--network=podman:ip=10.88.0.9,mac=02:00:00:00:00:09",
             "--env=A=b c",
@@ -275,11 +300,13 @@ mod tests {
             "--ulimit=nofile=1:2",
             "--tmpfs=/x:size=1m",
             "--memory=1024",
+            "--tty=true",
+            "--volume=data:/data:ro",
             "--security-opt=seccomp=/s.json",
         ] {
             assert!(words.iter().any(|found| found == word), "{word}: {words:#?}");
         }
-        assert!(!words.iter().any(|word| word == "--env=HOME"));
+        assert!(!words.iter().any(|word| word == "--env=HOME" || word.starts_with("--rm")));
         // What the program is called with is no option of podman's.
         assert_eq!(words[words.len() - 4..], ["--rootfs", "/r", "/bin/sh", "--privileged"]);
     }

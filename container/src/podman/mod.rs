@@ -1,19 +1,22 @@
 //! Containers of podman. podman keeps a record of each, mounts its root, makes its network, and has `conmon`
 //! be the parent of what an OCI runtime starts; below that it is a container like any other.
 //!
-//! Rooms: `found` (one that podman has), `made` (what another podman is told to make of it), `arrival` (how
-//! it comes to the charge of this host's podman), `kept` and `ending` (what its keeper does otherwise) and [`shim`] (what `conmon` there takes for the runtime).
+//! Rooms: `found` (one that podman has), `made` (what another podman is told to make of it), `volumes` (what
+//! is mounted into it), `arrival` (how it comes to the charge of this host's podman), `exchanged` (the commands
+//! that podman gets for that), `kept` and `ending` (what its keeper does otherwise) and [`shim`] (what `conmon` there takes for the runtime).
 //! Here is how podman is spoken to: by its command, in the mount namespace of the host, for what it mounts
 //! is for all of the host to see.
 
 pub(crate) mod arrival;
 mod config;
 mod ending;
+pub(crate) mod exchanged;
 pub(crate) mod found;
 mod kept;
 pub(crate) mod made;
 pub mod shim;
 mod talk;
+pub(crate) mod volumes;
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};

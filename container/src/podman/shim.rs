@@ -7,13 +7,14 @@
 //! descriptors that belong to it.
 
 use std::fs::{self, File};
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::{Deserialize, Serialize};
 
 use super::talk;
@@ -29,6 +30,9 @@ pub(crate) struct Call {
     pub(crate) bundle: Option<PathBuf>,
 }
 
+/// A name for a terminal, whoever wants one with it.
+const TERMINAL: &[u8] = b"/dev/console";
+
 /// What the keeper wants to be done for a `create`.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Order {
@@ -37,7 +41,7 @@ pub(crate) enum Order {
     /// Start this CRIU, in the mount and the network namespace that come with it, with all that was
     /// taken, and speaking on the descriptor of that number.
     Begin { criu: PathBuf, socket: i32 },
-    /// It restored a container with this first process.
+    /// It restored a container with this first process, and the terminal that comes with it.
     Restored(i32),
     /// The container runs.
     Runs,
@@ -69,11 +73,29 @@ pub fn shim_main(socket: &Path, arguments: &[String]) -> Result<()> {
     let mut criu = begin(&keeper)?;
     // Without a keeper CRIU is left to whoever sweeps: killed here, it would let go of tasks that run then.
     let init = match talk::hear(&keeper)? {
-        (Order::Restored(init), _) => Ok(init),
+        (Order::Restored(init), terminal) => match option(arguments, &["--console-socket"]) {
+            Some(console) => hand_over(Path::new(console), &terminal).map(|()| init),
+            None => Ok(init),
+        },
         (other, _) => Err(unexpected(other)),
     };
     criu.wait().map_err(ContainerError::io("wait for CRIU"))?;
     fs::write(pid_file, init?.to_string()).map_err(ContainerError::io(format!("write {pid_file}")))
+}
+
+/// Gives `conmon`, which listens on `console`, the master of a terminal, as a runtime does.
+fn hand_over(console: &Path, terminal: &[OwnedFd]) -> Result<()> {
+    let failed = format!("hand a terminal over at {}", console.display());
+    let stream = UnixStream::connect(console).map_err(ContainerError::io(failed.clone()))?;
+    let numbers: Vec<_> = terminal.iter().map(AsRawFd::as_raw_fd).collect();
+    if numbers.len() != 1 {
+        return Err(ContainerError::State("The keeper has no terminal for conmon".to_owned()));
+    }
+    let rights = [ControlMessage::ScmRights(&numbers)];
+    let parts = [IoSlice::new(TERMINAL)];
+    sendmsg::<()>(stream.as_raw_fd(), &parts, &rights, MsgFlags::MSG_NOSIGNAL, None)
+        .map_err(ContainerError::errno(failed))?;
+    Ok(())
 }
 
 /// Starts CRIU as the keeper says.

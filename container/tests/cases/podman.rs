@@ -1,13 +1,11 @@
 //! Containers of podman: adopted, moved into the charge of podman again, given back, and stopped.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use decamp_shared::workload::Backend;
-use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 
 use crate::runtimes::{crun_starts, does, says};
@@ -17,55 +15,34 @@ use crate::support::{Host, Spot};
 
 const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo $i; echo $i >/data/count; sleep 0.1; done";
 
-/// Gives `host` a podman of its own, without any image but one with a shell.
-fn set_up(host: &Host) {
-    let files = host.directory().join("podman");
-    if files.exists() {
-        return;
+/// Gives `host` a podman of its own, with one image that has a shell.
+pub(crate) fn set_up(host: &Host) {
+    if !host.directory().join("podman").exists() {
+        fixture(host, &["--storage"]);
+        import(host, "shell", &host.shell("image", "true"), &[]);
     }
-    let hard = |which: &str| says("bash", &["-c", &format!("ulimit -H{which}")]).trim().to_owned();
-    let limits = |which: &str| match hard(which).as_str() {
-        "unlimited" => "4096".to_owned(),
-        limit => limit.parse::<u64>().expect("a limit").min(4096).to_string(),
-    };
-    let conf = format!(
-        "[containers]\ndefault_ulimits = [\"nofile={0}:{0}\", \"nproc={1}:{1}\"]\n\
-         [engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\nruntime = \"runc\"\n\
-         [network]\nnetwork_backend = \"netavark\"\n",
-        limits("n"),
-        limits("u")
-    );
-    let none = None::<&str>;
-    for path in ["/etc/containers", "/var/lib/containers"] {
-        fs::create_dir_all(path).expect("a directory");
-        let from = files.join(path.trim_start_matches('/'));
-        fs::create_dir_all(&from).expect("a directory");
-        mount(Some(&from), path, none, MsFlags::MS_BIND, none).expect("podman's own");
-    }
-    fs::write("/etc/containers/containers.conf", conf).expect("a configuration");
-    fs::write(
-        "/etc/containers/policy.json",
-        r#"{"default": [{"type": "insecureAcceptAnything"}]}"#,
-    )
-    .expect("a policy");
-    import(host, "shell", &host.shell("image", "true"));
 }
 
-/// An image of what is in the bundle of `spot`.
-fn import(host: &Host, name: &str, spot: &Spot<'_>) {
-    let archive = host.directory().join("image.tar").display().to_string();
+/// Adds to the podman of `host` what the arguments say.
+fn fixture(host: &Host, arguments: &[&str]) {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/podman");
+    let directory = host.directory().join("podman").display().to_string();
+    says(script, &[&[directory.as_str()], arguments].concat());
+}
+
+/// An image of what is in the bundle of `spot`, and more.
+fn import(host: &Host, name: &str, spot: &Spot<'_>, more: &[&str]) {
     let rootfs = spot.bundle().join("rootfs").display().to_string();
-    does("tar", &["-C", &rootfs, "-cf", &archive, "."]);
-    does("podman", &["import", &archive, &format!("localhost/{name}")]);
+    fixture(host, &[more, &["--image", name, &rootfs]].concat());
 }
 
 /// A container that podman started. Deleted when dropped.
-struct Pod<'a> {
-    spot: Spot<'a>,
+pub(crate) struct Pod<'a> {
+    pub(crate) spot: Spot<'a>,
 }
 
 impl<'a> Pod<'a> {
-    fn start(host: &'a Host, name: &str, more: &[&str], line: &str) -> Self {
+    pub(crate) fn start(host: &'a Host, name: &str, more: &[&str], line: &str) -> Self {
         Self::start_by(host, "runc", name, more, line)
     }
 
@@ -79,11 +56,11 @@ impl<'a> Pod<'a> {
         Self { spot }
     }
 
-    fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.spot.place.name
     }
 
-    fn adopt(&mut self) {
+    pub(crate) fn adopt(&mut self) {
         let backend = self.spot.backend();
         let found = backend.find_foreign(&format!("podman:{}", self.name()));
         let found = found.expect("nothing against it");
@@ -109,23 +86,23 @@ fn remove(name: &str) {
 }
 
 /// What was exchanged for an arrival is gone.
-fn no_commands_left() {
+pub(crate) fn no_commands_left() {
     let left = fs::read_dir("/run/decamp-podman").into_iter().flatten().count();
     assert_eq!(left, 0, "directories of arrivals were left");
 }
 
-fn inspect(name: &str) -> Value {
+pub(crate) fn inspect(name: &str) -> Value {
     let said: Value =
         serde_json::from_str(&says("podman", &["container", "inspect", name])).expect("JSON");
     said[0].clone()
 }
 
-fn last_count(name: &str) -> u64 {
+pub(crate) fn last_count(name: &str) -> u64 {
     let said = says("podman", &["logs", name]);
     said.lines().filter_map(|line| line.trim().parse().ok()).next_back().unwrap_or(0)
 }
 
-fn await_count(name: &str, count: u64) {
+pub(crate) fn await_count(name: &str, count: u64) {
     let begun = Instant::now();
     while last_count(name) < count {
         assert!(begun.elapsed() < Duration::from_secs(20), "{name} does not count to {count}");
@@ -133,7 +110,7 @@ fn await_count(name: &str, count: u64) {
     }
 }
 
-fn await_status(name: &str, status: &str) {
+pub(crate) fn await_status(name: &str, status: &str) {
     let begun = Instant::now();
     while inspect(name)["State"]["Status"] != status {
         assert!(begun.elapsed() < Duration::from_secs(10), "{}", inspect(name)["State"]);
@@ -277,25 +254,14 @@ pub(crate) fn podman_redis_keeps_its_connection(host: &Host) {
     host.ip(&["link", "add", "br7", "address", "02:00:00:00:00:01", "type", "bridge"]);
     host.ip(&["address", "add", "10.98.0.1/24", "dev", "br7"]);
     host.ip(&["link", "set", "br7", "up"]);
-    // Two hosts would have one of the same name; an address is given once in each network.
-    for (number, name) in ["one", "two"].iter().enumerate() {
-        let network = json!({
-            "name": name, "id": format!("{number:064x}"), "driver": "bridge",
-            "network_interface": "br7", "created": "2026-01-01T00:00:00Z",
-            "subnets": [{"subnet": "10.98.0.0/24", "gateway": "10.98.0.1"}],
-            "ipv6_enabled": false, "internal": false, "dns_enabled": false,
-            "ipam_options": {"driver": "host-local"},
-        });
-        let directory = Path::new("/etc/containers/networks");
-        fs::create_dir_all(directory).expect("a directory");
-        fs::write(directory.join(format!("{name}.json")), network.to_string()).expect("a network");
-    }
     let spot = host.redis("pr", "10.98.0.9/24", &[]);
     let config = fs::read(spot.bundle().join("config.json")).expect("a config");
     let config: Value = serde_json::from_slice(&config).expect("JSON");
     let arguments = config["process"]["args"].as_array().expect("arguments").iter();
     let arguments: Vec<&str> = arguments.map(|word| word.as_str().expect("a word")).collect();
-    import(host, "redis", &spot);
+    // Two hosts would have one of the same name; an address is given once in each network.
+    let net = |name, id| ["--network", name, "br7", "10.98.0.0/24", "10.98.0.1", id];
+    import(host, "redis", &spot, &[net("one", "1"), net("two", "2")].concat());
     let name = spot.place.name.clone();
     let directory = format!("--workdir={}", config["process"]["cwd"].as_str().expect("a path"));
     let network = "--network=one:ip=10.98.0.9,mac=02:00:00:00:00:09";

@@ -8,7 +8,7 @@ use std::fs;
 use std::process::Command;
 use std::time::Instant;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::container::{Pairs, compare};
 use crate::decamp::Decamp;
@@ -26,26 +26,6 @@ const BURDEN: Burden = Burden { fill_mib: 1024, children: 0 };
 /// What the downtime is to be at most, beside podman's.
 const DOWNTIME: f64 = 0.2;
 const MAC: &str = "02:77:01:00:00:20";
-/// A podman of the host's own, that works without systemd and with what limits there are.
-const PREPARE: &str = r#"
-limit() { local had; had=$(ulimit -H"$1"); if [[ $had = unlimited || $had -gt 65536 ]]; then echo 65536; else echo "$had"; fi; }
-mkdir -p /srv/podman/networks /etc/containers
-cat >/srv/podman/containers.conf <<END
-[containers]
-default_ulimits = ["nofile=$(limit n):$(limit n)", "nproc=$(limit u):$(limit u)"]
-[engine]
-cgroup_manager = "cgroupfs"
-events_logger = "file"
-runtime = "runc"
-[network]
-network_backend = "netavark"
-END
-echo '{"default": [{"type": "insecureAcceptAnything"}]}' >/srv/podman/policy.json
-mount -n --bind /srv/podman /etc/containers
-mkdir -p /run/bench
-echo network-lock nftables >/run/bench/criu.conf
-tar -C /srv/redis/rootfs -cf - . | podman import -q - localhost/redis
-"#;
 
 /// All rows of the scenario.
 pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
@@ -82,16 +62,13 @@ impl Podman {
     fn prepare(bench: &Bench, hosts: &Hosts) -> Result<Self> {
         for (host, gateway) in [(SOURCE, "10.77.0.1"), (DESTINATION, "10.77.0.2")] {
             BURDEN.bundle(bench, &hosts.srv(host).join("redis"))?;
-            Shell::start(hosts, host)?.run(PREPARE)?;
-            let network = json!({
-                "name": "bench", "id": "7".repeat(64), "driver": "bridge", "network_interface": "br0",
-                "created": "2026-01-01T00:00:00Z", "ipv6_enabled": false, "internal": false,
-                "subnets": [{"subnet": "10.77.0.0/16", "gateway": gateway}],
-                "dns_enabled": false, "ipam_options": {"driver": "host-local"},
-            });
-            let path = hosts.srv(host).join("podman/networks/bench.json");
-            fs::write(&path, network.to_string())
-                .map_err(BenchError::io(format!("write {}", path.display())))?;
+            let fixture = quoted(&bench.root.join("tests/fixtures/podman").display().to_string());
+            Shell::start(hosts, host)?.run(&format!(
+                "{fixture} /srv/podman --limit 65536 --network bench br0 10.77.0.0/16 {gateway} 7 \
+                     --image redis /srv/redis/rootfs\n\
+                 mkdir -p /run/bench\n\
+                 echo network-lock nftables >/run/bench/criu.conf"
+            ))?;
         }
         let path = hosts.srv(SOURCE).join("redis/config.json");
         let text = fs::read_to_string(&path)
