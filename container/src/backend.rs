@@ -105,6 +105,7 @@ impl ContainerBackend {
             criu: swrk::version(&self.tools.criu)?,
             obstacles,
             host: facts.host,
+            locks: facts.locks,
         };
         let bundle = FileTree {
             id: 0,

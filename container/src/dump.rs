@@ -161,7 +161,7 @@ impl Dump {
         if let Some(filter) = filter {
             filter.is_of(criu.pid());
         }
-        criu.request(Criu_req_type::DUMP, options, Some(called_off), |_| true)
+        criu.request(Criu_req_type::DUMP, options, None, Some(called_off), |_| true)
             .map_err(|error| filter.and_then(Outcome::failure).unwrap_or(error))?;
         filter.map_or(Ok(()), Outcome::check)?;
         let answered = mounts.as_ref().map_or(0, Mounts::answered);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::file_locks::{HeldLock, LockKind};
 pub use crate::obstacles::host::HostNeeds;
 
 /// A keeper's facts, for `inspect` and for the agent's end of a session.
@@ -29,6 +30,9 @@ pub struct Facts {
     /// What its processes may have found on this host.
     #[serde(default)]
     pub host: HostNeeds,
+    /// Locks that keep everybody else out of files that may be shared with the next host.
+    #[serde(default)]
+    pub locks: Vec<HeldLock>,
 }
 
 /// What a destination needs to know beforehand; travels in the manifest.
@@ -45,4 +49,7 @@ pub struct Needs {
     /// What its processes may have found at the source, and so may depend on.
     #[serde(default)]
     pub host: HostNeeds,
+    /// Locks that keep everybody else out of files that may be shared with the destination.
+    #[serde(default)]
+    pub locks: Vec<HeldLock>,
 }

@@ -24,6 +24,7 @@ use crate::claim;
 use crate::dump::{self, ContainerState, Dump, Dumping, ms};
 use crate::error::{ContainerError, Result};
 use crate::facts::{Facts, HostNeeds};
+use crate::file_locks;
 use crate::filling::{Filling, Holder};
 use crate::foreign::Foreign;
 use crate::forked::leaving::Forked;
@@ -516,6 +517,7 @@ impl Container {
             resident: pids.iter().map(|pid| memory::resident(*pid)).sum(),
             unhidden: self.hiding.clone().err(),
             obstacles,
+            locks: file_locks::held(&pids, &self.bundle, init),
         })
     }
 }

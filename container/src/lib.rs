@@ -10,8 +10,8 @@
 //! and the move itself: `memory` (which pages are ours), `tracker` (which of them were written, while it
 //! runs, on `pagemap` and `inject`), `comparing` (the same where the kernel does not tell), `segments` and
 //! `tmpfs` (memory that processes share), `ways` (which of several ways this host goes), `throttle`,
-//! `hiding` (keeping them from CRIU), `swrk` (speaking to CRIU), `dump`, `images`, `landed` (what of a
-//! bundle is mounted), `restore`, `locked` and `filling` (which memory comes when it runs already, and how);
+//! `hiding` (keeping them from CRIU), `swrk` (speaking to CRIU) and `watch` (whether it is stuck), `dump`, `images`, `landed` (what of a
+//! bundle is mounted), `file_locks` (on what both hosts share), `restore`, `locked` and `filling` (which memory comes when it runs already, and how);
 //! and `archive` (a container in a checkpoint's file). [`hooks`] is what other programs that checkpoint
 //! containers are given of all that. Nothing here knows what a VM is.
 
@@ -31,6 +31,7 @@ mod dump;
 mod entries;
 pub mod error;
 pub mod facts;
+mod file_locks;
 mod filling;
 mod foreign;
 mod forked;
@@ -71,6 +72,7 @@ mod throttle;
 mod tmpfs;
 mod tracker;
 mod volumes;
+mod watch;
 mod ways;
 
 pub use backend::{ContainerBackend, volume_trees};

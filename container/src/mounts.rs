@@ -92,6 +92,20 @@ pub(crate) fn external(bundle: &Bundle, init: i32) -> Result<Vec<ExternalMount>>
     Ok(found)
 }
 
+/// Where the root file system and the bind mounts of `bundle` are in the container whose first process is
+/// `init`, and what of the host they show.
+pub(crate) fn sources(bundle: &Bundle, init: i32) -> Vec<(PathBuf, PathBuf)> {
+    let root = root_of(init);
+    let real = |source: PathBuf| match bundle.is_outside(&source) {
+        true => fs::canonicalize(&source).unwrap_or(source),
+        false => source,
+    };
+    let bind =
+        |bind: crate::bundle::Bind| (resolve(&root, &bind.destination).into(), real(bind.source));
+    let binds = bundle.binds().into_iter().map(bind);
+    [(PathBuf::from("/"), bundle.rootfs())].into_iter().chain(binds).collect()
+}
+
 /// What is wrong with the bind mounts of the container whose first process is `init`: one that is
 /// not where it should be CRIU would take for the container's own, and not know how to dump.
 pub(crate) fn obstacles(bundle: &Bundle, init: i32) -> Result<Vec<String>> {

@@ -9,6 +9,7 @@ use crate::bundle::Bundle;
 use crate::claim;
 use crate::crun;
 use crate::facts::{HostNeeds, Needs};
+use crate::file_locks;
 use crate::network::bridge_exists;
 use crate::obstacles::host::{Free, criu_obstacle, makes_no_user_namespaces};
 use crate::podman;
@@ -90,6 +91,9 @@ pub(crate) fn for_move(
         Ok(needs) => {
             for obstacle in &needs.obstacles {
                 refuse(RefusalCode::Unsupported, obstacle.clone());
+            }
+            for text in file_locks::in_the_way(&needs.locks, trees) {
+                refuse(RefusalCode::File, text);
             }
             let directory = trees.iter().find(|placed| !is_volume(placed));
             let directory = directory.map_or(Path::new("/"), |tree| tree.path.as_path());
@@ -254,6 +258,7 @@ mod tests {
             criu: (4, 1),
             obstacles: Vec::new(),
             host: HostNeeds::default(),
+            locks: Vec::new(),
         };
         let manifest = Manifest {
             name: "web".to_owned(),

@@ -227,7 +227,8 @@ impl Restore<'_> {
         let (mut held, mut terminals) = (Ok(()), Vec::new());
         // Without its memory CRIU would wait for ever.
         let given_up = filling.map(|filling| &**filling.failed());
-        let outcome = criu.request(Criu_req_type::RESTORE, options, given_up, |notice| {
+        let into = Some(self.cgroups);
+        let outcome = criu.request(Criu_req_type::RESTORE, options, into, given_up, |notice| {
             tracing::trace!(step = notice.step, "CRIU");
             match notice.step {
                 "setup-namespaces" => holding.begin(&notice),

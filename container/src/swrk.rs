@@ -3,7 +3,6 @@
 //! The messages are those of rust-criu; its client lacks descriptors, notifications that hold state,
 //! and the fields we need. What is asked of CRIU is decided in `dump` and `restore`.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -16,7 +15,9 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, 
 use protobuf::Message;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type, Criu_resp};
 
+use crate::cgroup::Cgroups;
 use crate::error::{ContainerError, Result};
+use crate::watch::Watch;
 use crate::{sys, terminal};
 
 /// No answer of CRIU is longer: its own buffers are smaller.
@@ -24,13 +25,6 @@ const ANSWER_CAP: usize = 1 << 20;
 /// The oldest CRIU that works on kernels of today.
 pub(crate) const WANTED: (i32, i32) = (4, 1);
 
-/// A CRIU that says nothing for so long, and has not worked either, is stuck. Where it has all memory to
-/// dump by itself, it says nothing for as long as that takes.
-const WORD_WITHIN: Duration = Duration::from_secs(120);
-/// The same for a restore, in which others work for it. Below what a session waits for that.
-const RESTORED_WITHIN: Duration = Duration::from_secs(280);
-/// A CRIU whose dump was called off lets the tree go within this: it can be in the middle of a task.
-const LET_GO_WITHIN: Duration = Duration::from_secs(30);
 /// A CRIU that was killed, or has said its last word, is gone within this.
 const GONE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -123,7 +117,8 @@ impl Swrk {
     }
 
     /// Has CRIU do one thing and waits until its process has ended. `notified` is called at each
-    /// step; what it returns is CRIU's to heed (it does not, for some).
+    /// step; what it returns is CRIU's to heed (it does not, for some). What it restores it restores into
+    /// the cgroups `into`, if it does.
     ///
     /// # Errors
     /// When CRIU refuses, ends without an answer, or says nothing for too long (sooner once it was
@@ -133,6 +128,7 @@ impl Swrk {
         &mut self,
         kind: Criu_req_type,
         options: Criu_opts,
+        into: Option<&Cgroups>,
         called_off: Option<&EventFd>,
         mut notified: impl FnMut(Notice<'_>) -> bool,
     ) -> Result<Outcome> {
@@ -141,7 +137,7 @@ impl Swrk {
         request.opts = Some(options).into();
         self.send(&request)?;
         let answer = loop {
-            self.await_word(kind, called_off)?;
+            self.await_word(into, called_off)?;
             let (answer, descriptor) = self.receive()?;
             if answer.type_() != Criu_req_type::NOTIFY {
                 break answer;
@@ -191,42 +187,25 @@ impl Swrk {
     }
 
     /// Returns when there is something to receive.
-    fn await_word(&self, kind: Criu_req_type, mut called_off: Option<&EventFd>) -> Result<()> {
-        let told = |what: String| Err(ContainerError::CriuProtocol(what));
-        let mut patience = if kind == Criu_req_type::DUMP { WORD_WITHIN } else { RESTORED_WITHIN };
-        let (mut deadline, mut worked) = (Instant::now() + patience, self.work());
+    fn await_word(&self, into: Option<&Cgroups>, mut called_off: Option<&EventFd>) -> Result<()> {
+        let told = |what: &str| Err(ContainerError::CriuProtocol(what.to_owned()));
+        let mut watch = Watch::begin(self.pid(), into);
         loop {
             let mut wanted = vec![self.socket.as_fd(), self.process.as_fd()];
             wanted.extend(called_off.map(AsFd::as_fd));
-            let ready = readable(&wanted, deadline.saturating_duration_since(Instant::now()))?;
+            let ready = readable(&wanted, watch.until_next_look())?;
             match ready[..] {
                 [true, ..] => return Ok(()),
                 // It may have answered and ended after its socket was looked at.
                 [_, true, ..] if readable(&wanted[..1], Duration::ZERO)?[0] => return Ok(()),
-                [_, true, ..] => return told("died without an answer".to_owned()),
+                [_, true, ..] => return told("died without an answer"),
                 [_, _, true] => {
-                    patience = LET_GO_WITHIN;
-                    deadline = deadline.min(Instant::now() + patience);
+                    watch.called_off();
                     called_off = None;
                 }
-                _ if deadline <= Instant::now() => {
-                    let work = self.work();
-                    if kind != Criu_req_type::DUMP || work == worked {
-                        return told("is stuck: it says nothing any more".to_owned());
-                    }
-                    (deadline, worked) = (Instant::now() + patience, work);
-                }
-                _ => {}
+                _ => watch.look()?,
             }
         }
-    }
-
-    /// The processor time that it has used, in clock ticks; 0 when it has ended.
-    fn work(&self) -> u64 {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
-        // Its name, in brackets, may hold anything. What follows it begins with the third field.
-        let fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_ascii_whitespace());
-        fields.map_or(0, |fields| fields.skip(11).take(2).flat_map(str::parse::<u64>).sum())
     }
 
     fn is_gone_within(&self, patience: Duration) -> bool {

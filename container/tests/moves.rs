@@ -9,6 +9,8 @@ mod adoption;
 mod filters;
 #[path = "cases/forked.rs"]
 mod forked;
+#[path = "cases/harmless.rs"]
+mod harmless;
 #[path = "cases/mapped.rs"]
 mod mapped;
 #[path = "cases/obstacles.rs"]
@@ -141,7 +143,7 @@ fn main() {
         Case { name: "measure_shared", run: segments::measure_shared },
     ];
     let more = ways::CASES.into_iter().chain(obstacles::CASES).chain(filters::CASES);
-    let more = more.chain(mapped::CASES).chain(forked::CASES);
+    let more = more.chain(harmless::CASES).chain(mapped::CASES).chain(forked::CASES);
     main_with(&cases.into_iter().chain(more).collect::<Vec<_>>());
 }
 
@@ -389,6 +391,24 @@ fn a_broken_criu_is_noticed(host: &Host) {
     source.resume().expect("resume");
     assert!(begun.elapsed() < Duration::from_secs(60));
     place.await_count(place.last_count() + 3);
+
+    // What does nothing at all is given up in a stated time.
+    host.break_criu("still", "exec sleep 600");
+    let twin = place.twin("n3");
+    let mut destination = twin.prepare(&mut *source);
+    host.break_criu("source", ":");
+    source.pause().expect("pause");
+    support::copy_pages(&mut *source, &mut *destination);
+    let sections = source.save().expect("save");
+    let begun = Instant::now();
+    let error = destination.load(sections).expect_err("it does nothing");
+    assert!(error.to_string().contains("nothing has worked for 20 s"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(25));
+    destination.discard().expect("discard");
+    host.assert_nothing_left("n3");
+    source.resume().expect("resume");
+    place.await_count(place.last_count() + 3);
+    drop(destination);
 
     let twin = place.twin("n2");
     // Under a name of its own: a shell that was just started may not have read its script yet.

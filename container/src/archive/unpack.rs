@@ -311,6 +311,7 @@ mod tests {
             criu: (4, 2),
             obstacles: Vec::new(),
             host: crate::facts::HostNeeds::default(),
+            locks: Vec::new(),
         };
         let manifest = Manifest {
             name: "web".into(),

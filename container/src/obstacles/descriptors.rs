@@ -154,6 +154,7 @@ impl Judge<'_> {
                     watches::epoll(process, descriptor.number, &numbers, found);
                 }
                 "anon_inode:inotify" => self.watches.inotify(process, descriptor.number, found),
+                "anon_inode:[eventfd]" => eventfd(process, descriptor.number, found),
                 "anon_inode:[pidfd]" => self.pidfd(process, descriptor.number, found),
                 _ if without_name(link) || self.namespaces.has(link) => {}
                 _ if link.starts_with('/') => self.file(process, descriptor, found),
@@ -220,6 +221,23 @@ impl Judge<'_> {
         if of != -1 && !self.pids.contains(&of) {
             found.say(&who, "it stands for a process outside of the container", CLOSE);
         }
+    }
+}
+
+/// CRIU makes a semaphore again as a plain counter, of which one read takes all. An old kernel
+/// does not tell one from the other.
+fn eventfd(process: &Process, number: i32, found: &mut Found) {
+    let path = format!("/proc/{}/fdinfo/{number}", process.pid);
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let is_semaphore =
+        |line: &str| line.strip_prefix("eventfd-semaphore:").map(str::trim) == Some("1");
+    if text.lines().any(is_semaphore) {
+        found.say(
+            &process.with_descriptor(number),
+            "it is an eventfd that counts down one by one (EFD_SEMAPHORE), which CRIU makes again as one that \
+             does not",
+            "have it close that, or use a POSIX semaphore",
+        );
     }
 }
 

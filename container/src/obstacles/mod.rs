@@ -20,6 +20,8 @@ mod unix;
 mod watches;
 
 use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -223,6 +225,37 @@ fn in_processes(pids: &[i32], init: i32, depth: usize, mounts: &Mounts, found: &
         }
     }
     ends
+}
+
+/// A file that a process has open.
+pub(crate) struct Holder {
+    pub(crate) pid: i32,
+    pub(crate) descriptor: i32,
+    /// As the container sees it.
+    pub(crate) link: PathBuf,
+    depth: usize,
+}
+
+impl Holder {
+    /// Who that is, for people.
+    pub(crate) fn who(&self) -> String {
+        let process = Process::look(self.pid, self.depth).unwrap_or_default();
+        process.with_descriptor(self.descriptor)
+    }
+}
+
+/// Every file with a name that `pids` have open, of the container whose first process is `init`.
+pub(crate) fn holders(pids: &[i32], init: i32) -> impl Iterator<Item = Holder> {
+    let depth = depth(init).unwrap_or_default();
+    pids.iter().flat_map(move |pid| {
+        let named = |held: &Descriptor| held.link.as_bytes().starts_with(b"/");
+        descriptors::of(*pid).into_iter().filter(named).map(move |held| Holder {
+            pid: *pid,
+            descriptor: held.number,
+            link: held.link.into(),
+            depth,
+        })
+    })
 }
 
 fn gone(init: i32) -> ContainerError {

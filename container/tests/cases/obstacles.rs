@@ -1,5 +1,5 @@
 //! What speaks against moving a container: made for real, found before anything is frozen, and said with who
-//! it is and by which descriptor; and what only looks like it, over which nothing is said, and which CRIU dumps.
+//! it is and by which descriptor. What only looks like it is in `harmless`.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -14,9 +14,8 @@ use serde_json::{Value, json};
 
 use super::support::{Case, Host, Spot};
 
-pub(crate) const CASES: [Case; 5] = [
+pub(crate) const CASES: [Case; 4] = [
     Case { name: "obstacles_are_named", run: obstacles_are_named },
-    Case { name: "what_criu_can_do_is_no_obstacle", run: what_criu_can_do_is_no_obstacle },
     Case { name: "what_came_in_from_outside_is_named", run: what_came_in_from_outside_is_named },
     Case {
         name: "obstacles_that_come_late_end_the_stop",
@@ -49,6 +48,7 @@ const OBSTACLES: &[(&str, &str, Who)] = &[
     ("bpf-ring", "a BPF map", Who::Descriptor),
     ("bpf-prog", "a BPF program", Who::Descriptor),
     ("bpf-filter", "an eBPF program for a filter", Who::Descriptor),
+    ("eventfd-semaphore", "EFD_SEMAPHORE", Who::Descriptor),
     ("fanotify", "fanotify", Who::Descriptor),
     ("pidfd-thread", "one thread (PIDFD_THREAD)", Who::Descriptor),
     ("secretmem", "/secretmem (deleted), which is on no mount", Who::Descriptor),
@@ -93,33 +93,14 @@ const OBSTACLES: &[(&str, &str, Who)] = &[
     ("odd-name", "io_uring", Who::Descriptor),
 ];
 
-/// What CRIU dumps.
-const HARMLESS: [&str; 20] = [
-    "epoll",
-    "timers",
-    "signalfd",
-    "inotify",
-    "pipes",
-    "locks",
-    "lease",
-    "deleted",
-    "deleted-cwd",
-    "unix",
-    "inet",
-    "filter",
-    "netlink",
-    "pty",
-    "mounts",
-    "proc",
-    "memory",
-    "zombie",
-    "threads",
-    "daemon",
-];
-
-/// A container that makes `names`, with all rights that it takes to make them.
-fn obstacles<'a>(host: &'a Host, name: &str, names: &[&str]) -> Option<Spot<'a>> {
-    let spot = host.program_with(name, "obstacle", &names.join(" "))?;
+/// A container in which `program` makes `names`, with all rights that it takes to make them.
+pub(crate) fn with<'a>(
+    host: &'a Host,
+    name: &str,
+    program: &str,
+    names: &[&str],
+) -> Option<Spot<'a>> {
+    let spot = host.program_with(name, program, &names.join(" "))?;
     spot.change_config(|config| {
         let rights = "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER KILL SETUID SETGID NET_RAW NET_ADMIN SYS_ADMIN \
             SYS_PTRACE MKNOD SYS_NICE BPF PERFMON LEASE";
@@ -132,7 +113,7 @@ fn obstacles<'a>(host: &'a Host, name: &str, names: &[&str]) -> Option<Spot<'a>>
 }
 
 /// What the program says of what it made: its number in the container, and a descriptor or -1.
-fn made(place: &Spot<'_>) -> (BTreeMap<String, (i32, i32)>, Vec<String>) {
+pub(crate) fn made(place: &Spot<'_>) -> (BTreeMap<String, (i32, i32)>, Vec<String>) {
     place.await_log("tick 3\n");
     let text = std::fs::read_to_string(place.place.log()).expect("a log");
     let lacking = text.lines().filter_map(|line| line.strip_prefix("lacks ")).map(str::to_owned);
@@ -158,7 +139,7 @@ fn refusals(place: &Spot<'_>, source: &mut dyn SourceWorkload) -> Vec<String> {
     found.into_iter().map(|refusal| refusal.text).collect()
 }
 
-fn obstacles_of(place: &Spot<'_>) -> Vec<String> {
+pub(crate) fn obstacles_of(place: &Spot<'_>) -> Vec<String> {
     let needs = place.source().manifest().expect("a manifest").needs;
     let needs: Value = serde_json::from_slice(&needs).expect("JSON");
     let said = needs["obstacles"].as_array().expect("a list");
@@ -170,7 +151,7 @@ fn obstacles_are_named(host: &Host) {
     for (turn, group) in OBSTACLES.chunks(26).enumerate() {
         let name = format!("ob{turn}");
         let names: Vec<&str> = group.iter().map(|(name, ..)| *name).collect();
-        let Some(place) = obstacles(host, &name, &names) else {
+        let Some(place) = with(host, &name, "obstacle", &names) else {
             return host.skip("needs cc (tests/setup)");
         };
         let directory = place.bundle().join("rootfs/data");
@@ -245,25 +226,6 @@ fn wrong(
         }
     }
     wrong
-}
-
-fn what_criu_can_do_is_no_obstacle(host: &Host) {
-    let Some(place) = obstacles(host, "ok", &HARMLESS) else {
-        return host.skip("needs cc (tests/setup)");
-    };
-    place.run();
-    let (made, lacking) = made(&place);
-    assert_eq!((made.len(), lacking), (HARMLESS.len(), Vec::new()));
-    assert_eq!(obstacles_of(&place), [""; 0]);
-    let ticks = place.ticks();
-    let mut source = place.source();
-    source.pause().expect("nothing speaks against it");
-    source.save().expect("and CRIU takes all of it");
-    source.resume().expect("resume");
-    place.await_log(&format!("tick {}\n", ticks + 3));
-    drop(source);
-    place.stop();
-    host.assert_nothing_left("ok");
 }
 
 /// `exec` puts a process into the container that is no child of any in it.

@@ -536,6 +536,13 @@ impl Spot<'_> {
         self.host.spot(name, self.spec.clone())
     }
 
+    /// The same workload at another place, with files of its own.
+    pub(crate) fn twin_with_files(&self, name: &str) -> Self {
+        let mut twin = self.twin(name);
+        twin.spec["bundle"] = json!(twin.place.dir.with_extension("files"));
+        twin
+    }
+
     pub(crate) fn source(&self) -> Box<dyn SourceWorkload> {
         self.backend().source(&self.spec, &self.place).expect("a source")
     }
@@ -616,6 +623,28 @@ impl Spot<'_> {
         step("release", begun);
         let pages = dirty.len();
         Moved { times, pages, sent: pages, tracker, left, arrived }
+    }
+
+    /// Moves it to a twin that has files of its own: they are copied, as between two hosts.
+    pub(crate) fn move_with_files(&self, there: &Self) {
+        let (from, to) = (self.bundle(), there.bundle());
+        let copy = || {
+            let _ = fs::remove_dir_all(&to);
+            let copied = Command::new("cp").arg("-aT").args([&from, &to]).status();
+            assert!(copied.expect("cp").success());
+        };
+        let mut source = self.source();
+        let mut destination = there.prepare_at(&mut *source, |_| {
+            copy();
+            to.clone()
+        });
+        source.pause().expect("pause");
+        copy();
+        copy_pages(&mut *source, &mut *destination);
+        destination.load(source.save().expect("save")).expect("load");
+        source.fence(1).expect("fence");
+        destination.activate(1).expect("activate");
+        source.release().expect("release");
     }
 
     /// The same in rounds while it runs, `rounds` of them, before the stop.
