@@ -179,7 +179,7 @@ pub(crate) fn podman_shared_memory_moves_live(host: &Host) {
     let Some(spot) = host.program("ps", "segments") else {
         return host.skip("needs cc (tests/setup)");
     };
-    import(host, "segments", &spot);
+    import(host, "segments", &spot, &[]);
     let name = spot.place.name.clone();
     let first = ["run", "--detach", "--network=none", "--shm-size=1g", "--name", &name];
     does("podman", &[&first[..], &["localhost/segments", "/bin/segments", &size]].concat());
