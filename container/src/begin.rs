@@ -53,6 +53,9 @@ impl Container {
         let directory = oci_directory(place);
         write_config(&directory, "original.json", &bundle.config_text())?;
         let network = Network::make(interface(&spec, place), &veth_name(place), true)?;
+        if bundle.mapped_root().is_some() {
+            network.open_low_ports()?;
+        }
         let cgroups_path = cgroups_path(place)?;
         let patched = bundle.for_runtime(&network.path(), &cgroups_path).to_string();
         write_config(&directory, "config.json", patched.as_bytes())?;
@@ -98,6 +101,9 @@ impl Container {
         // podman makes that of its own.
         let interface = if arrival.is_none() { interface(&spec, place) } else { None };
         let network = Network::make(interface, &veth_name(place), false)?;
+        if bundle.mapped_root().is_some() {
+            network.open_low_ports()?;
+        }
         let streams = Streams::open(&place.log())?;
         let mut store = Store::mount(&place.dir.join("store"))?;
         if bundle.mapped_root().is_some() {

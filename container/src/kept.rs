@@ -551,7 +551,8 @@ impl Kept for Container {
 
     /// Of one that has just come: how it was restored; else how it would leave.
     fn ways(&self) -> Ways {
-        let leaving = || ways::leaving(&self.methods, &self.hiding);
+        let is_mapped = self.bundle.mapped_root().is_some();
+        let leaving = || ways::leaving(&self.methods, &self.hiding, is_mapped);
         self.arrived.clone().unwrap_or_else(leaving)
     }
 
@@ -569,7 +570,10 @@ impl Kept for Container {
         };
         self.known = self.processes()?;
         // What is hidden when it stands still is what was named before; CRIU dumps the rest.
-        if self.paused.is_none() && ways::moves_segments(&self.methods, &self.hiding) {
+        let moved = ways::moves_segments(&self.methods, &self.hiding);
+        // Root in a user namespace may not open what would be ours.
+        let is_mapped = self.bundle.mapped_root().is_some();
+        if self.paused.is_none() && moved && !is_mapped {
             let init = self.init()?.pid();
             let given = mounts::external(&self.bundle, init)?;
             self.segments.look(&self.known, init, held::own(init, &given)?)?;

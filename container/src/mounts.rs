@@ -2,10 +2,11 @@
 //! and is told at the restore what stands behind each name here.
 
 use std::ffi::OsString;
-use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::fs::{self, File};
 use std::path::{Component, Path, PathBuf};
 
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::sys::stat;
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::Bundle;
@@ -76,7 +77,7 @@ pub(crate) fn external(bundle: &Bundle, init: i32) -> Result<Vec<ExternalMount>>
     let devices = DEVICES.iter().filter(|_| bundle.mapped_root().is_some());
     for (destination, numbers) in devices {
         let is_there = mounts.iter().any(|mount| mount.destination == *destination);
-        if is_there && is_device(&root.join(&destination[1..]), *numbers) {
+        if is_there && is_device(&root, &destination[1..], *numbers) {
             let (destination, mounted) = ((*destination).to_owned(), (*destination).to_owned());
             found.push(ExternalMount { destination, kind: ExternalKind::Device, mounted });
         }
@@ -193,12 +194,17 @@ impl ExternalMount {
     }
 }
 
-/// Whether `path` is the character device of these numbers.
-fn is_device(path: &Path, (major, minor): (u64, u64)) -> bool {
-    use nix::sys::stat;
-    fs::symlink_metadata(path).is_ok_and(|meta| {
-        meta.file_type().is_char_device()
-            && (stat::major(meta.rdev()), stat::minor(meta.rdev())) == (major, minor)
+/// Whether `path` in the tree at `root` is the character device of these numbers. The tree is the container's,
+/// and no link of it leads out.
+fn is_device(root: &Path, path: &str, (major, minor): (u64, u64)) -> bool {
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let Ok(root) = File::open(root) else { return false };
+    let there = openat2(&root, path, how).and_then(|there| stat::fstat(there));
+    there.is_ok_and(|there| {
+        there.st_mode & libc::S_IFMT == libc::S_IFCHR
+            && (stat::major(there.st_rdev), stat::minor(there.st_rdev)) == (major, minor)
     })
 }
 

@@ -97,6 +97,12 @@ impl Network {
         self.namespace.try_clone().map_err(ContainerError::io("hold the network namespace"))
     }
 
+    /// Lets everybody bind the ports below 1024: root in a user namespace is nobody to a network namespace.
+    pub(crate) fn open_low_ports(&self) -> Result<()> {
+        const START: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
+        self.inside(|| fs::write(START, "0").map_err(ContainerError::io(format!("write {START}"))))
+    }
+
     /// Takes the interface off the network: nothing in, nothing out. Twice is as good as once.
     pub(crate) fn disconnect(&mut self) -> Result<()> {
         let Some(link) = &mut self.link else { return Ok(()) };

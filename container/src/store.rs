@@ -28,7 +28,7 @@ const PLAIN: &str = "mode=0700,size=0";
 /// Where parts of the bundle are mounted for a container whose root is not this host's, and looks them up: it
 /// may pass here and list nothing. Each keeper has a mount of its own there, which nobody else sees.
 const PARTS: &str = "/run/decamp-parts";
-const PARTS_OPTIONS: &str = "mode=0711,size=1m";
+const PARTS_OPTIONS: &str = "mode=0711,size=64m";
 
 /// Numbers of processes are below this (the kernel's PID_MAX_LIMIT).
 const PROCESS_LIMIT: i32 = 1 << 22;
@@ -166,7 +166,7 @@ impl Store {
 
     /// Where a tmpfs that the container will have is mounted.
     pub(crate) fn tree(&self, number: u32) -> PathBuf {
-        self.directory.join("trees").join(number.to_string())
+        self.parts.join("trees").join(number.to_string())
     }
 
     fn open_named(&self, name: &str) -> Result<File> {

@@ -66,8 +66,8 @@ fn is_for_segments(methods: &Methods) -> bool {
         .is_ok_and(|chosen| chosen.tracker == TrackerChoice::WriteProtect)
 }
 
-/// How a container leaves, for the report.
-pub(crate) fn leaving(methods: &Methods, hiding: &Hiding) -> Ways {
+/// How a container leaves, for the report; `is_mapped` says that it has a user namespace.
+pub(crate) fn leaving(methods: &Methods, hiding: &Hiding, is_mapped: bool) -> Ways {
     let (dump, mut fallbacks) = match hiding {
         Err(reason) => (Ways::CRIU, vec![format!("CRIU dumps all memory by itself: {reason}")]),
         Ok(way) => (
@@ -77,7 +77,10 @@ pub(crate) fn leaving(methods: &Methods, hiding: &Hiding) -> Ways {
     };
     if let Ok(way) = hiding
         && is_for_segments(methods)
-        && let Err(reason) = hiding::hides_segments(*way)
+        && let Err(reason) = hiding::hides_segments(*way).and_then(|()| match is_mapped {
+            true => Err("its tasks are root in a user namespace only".to_owned()),
+            false => Ok(()),
+        })
     {
         fallbacks.push(format!("Shared memory travels in CRIU's images: {reason}"));
     }
@@ -157,7 +160,7 @@ mod tests {
             panic!("nothing is tracked")
         };
         assert!(told.contains("hiding = \"none\""), "{told}");
-        let ways = leaving(&none, &none_hidden);
+        let ways = leaving(&none, &none_hidden, false);
         assert_eq!(ways.dump.as_deref(), Some("criu"));
         assert!(ways.fallbacks[0].contains("hiding = \"none\""));
         let eager = Methods { restore: RestoreChoice::Eager, ..Methods::default() };
@@ -172,8 +175,11 @@ mod tests {
         let forced = Methods { tracker: TrackerChoice::PageHash, ..Methods::default() };
         let expected = Liveness::Tracked { tracker: "page-hash".to_owned() };
         assert_eq!(liveness(&forced, &Ok(Way::Filter)), expected);
-        assert_eq!(leaving(&forced, &Ok(Way::Filter)).dump.as_deref(), Some("hidden"));
-        assert_eq!(leaving(&forced, &Ok(Way::Mounts)).dump.as_deref(), Some("hidden-by-mounts"));
+        assert_eq!(leaving(&forced, &Ok(Way::Filter), false).dump.as_deref(), Some("hidden"));
+        assert_eq!(
+            leaving(&forced, &Ok(Way::Mounts), false).dump.as_deref(),
+            Some("hidden-by-mounts")
+        );
         let none = Methods { tracker: TrackerChoice::None, ..Methods::default() };
         assert!(matches!(liveness(&none, &Ok(Way::Filter)), Liveness::StopOnly { .. }));
     }

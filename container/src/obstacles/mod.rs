@@ -102,7 +102,7 @@ impl Subject<'_> {
             let process = Process::look(held.by.0, depth).unwrap_or_default();
             process.with_descriptor(held.by.1)
         };
-        let (wrong, unix) = sockets::look(ends, &mut lender);
+        let (wrong, unix) = sockets::look(ends, self.bundle.mapped_root().is_some(), &mut lender);
         for (held, (what, remedy)) in wrong {
             found.say(&who(&held), &what, remedy);
         }

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
+use decamp_shared::pages::PageSet;
 use serde_json::json;
 
 use crate::runtimes::{crun_starts, does, says};
@@ -28,22 +29,31 @@ fn under_crun(host: &Host) {
 }
 
 fn moves_under(host: &Host, runtime: &str) {
-    let name = |turn: u32| format!("un-{runtime}{turn}");
-    let Some(mut here) = host.program(&name(0), "memory") else {
+    // With threads and a child; with shared memory of all kinds.
+    for (program, rounds) in [("memory", 3), ("segments", 8)] {
+        moves(host, runtime, program, rounds);
+    }
+}
+
+fn moves(host: &Host, runtime: &str, program: &str, rounds: u64) {
+    let name = |turn: u32| format!("un-{runtime}-{program}{turn}");
+    let Some(mut here) = host.program(&name(0), program) else {
         return host.skip("needs cc (tests/setup)");
     };
     here.spec["runtime"] = json!(runtime);
     map(host, &here);
+    close(&here);
     here.run();
     here.await_rounds(3);
     // runc 1.1 executes nothing beside a network namespace that is not of its user namespace.
     let executed = execute(runtime, &here);
     assert!(runtime == "runc" || executed == Some("0".to_owned()), "{executed:?}");
-    for turn in 1..=3 {
+    for turn in 1..=2 {
         let there = here.twin(&name(turn));
+        close(&there);
         let moved = here.move_live(&there, 4);
         assert_eq!(moved.arrived.restore.as_deref(), Some("eager"), "{:?}", moved.arrived);
-        there.await_rounds(here.rounds() + 3);
+        there.await_rounds(here.rounds() + rounds);
         here = there;
         assert_mapped(runtime, &here);
         assert_eq!(execute(runtime, &here), executed);
@@ -51,13 +61,19 @@ fn moves_under(host: &Host, runtime: &str) {
     // Rolled back it runs on.
     let mut source = here.source();
     source.pause().expect("pause");
-    source.harvest(&mut Default::default()).expect("harvest");
+    source.harvest(&mut PageSet::new()).expect("harvest");
     source.save().expect("save");
     source.resume().expect("resume");
     drop(source);
-    here.await_rounds(here.rounds() + 3);
+    here.await_rounds(here.rounds() + rounds);
     here.stop();
-    host.assert_nothing_left(&name(3));
+    host.assert_nothing_left(&name(2));
+}
+
+/// Makes the directory of a workload as an agent does, for root alone.
+fn close(spot: &Spot<'_>) {
+    fs::create_dir_all(&spot.place.dir).expect("a directory");
+    fs::set_permissions(&spot.place.dir, fs::Permissions::from_mode(0o700)).expect("closed");
 }
 
 /// Gives the container of `spot` a user namespace, and its root file system to who is root there.
