@@ -21,10 +21,11 @@ use crate::error::{ContainerError, Result};
 use crate::forked::{self, Aliases};
 use crate::hiding::filter::Supervisor;
 use crate::hiding::late::{Outcome, Wanted};
-use crate::hiding::mounts::Mounts;
+use crate::hiding::mounts::{self, Mounts};
 use crate::hiding::{self, Hidden, Way};
 use crate::images;
 use crate::limits;
+use crate::mappings;
 use crate::memory::HiddenProcess;
 use crate::mounts::ExternalMount;
 use crate::segments::{self, Moved};
@@ -76,6 +77,8 @@ pub(crate) struct Dump {
     pub(crate) hidden: Option<(Way, Hidden)>,
     /// An empty directory.
     pub(crate) images: PathBuf,
+    /// An empty directory for files that CRIU reads in place of the kernel's.
+    pub(crate) covers: PathBuf,
     /// Whether it has a terminal, whose master is outside.
     pub(crate) terminal: bool,
 }
@@ -144,6 +147,7 @@ impl Dump {
             None => limits.then_some(Way::Filter),
         };
         let hidden = self.hidden.clone().map(|(_, hidden)| hidden).unwrap_or_default();
+        self.cover_mappings(&pids);
         let (mut supervisor, mut mounts) = (None, None);
         match way {
             Some(Way::Filter) => {
@@ -166,6 +170,21 @@ impl Dump {
         filter.map_or(Ok(()), Outcome::check)?;
         let answered = mounts.as_ref().map_or(0, Mounts::answered);
         Ok(answered + supervisor.as_ref().map_or(0, Supervisor::answered))
+    }
+
+    /// Spares CRIU walks of page tables, which take the longer the more memory there is.
+    fn cover_mappings(&self, pids: &[i32]) {
+        let begun = Instant::now();
+        let texts = mappings::of_large(pids);
+        if texts.is_empty() {
+            return;
+        }
+        let covered = mounts::alone().and_then(|()| mappings::cover(&texts, &self.covers));
+        if let Err(error) = covered {
+            // As true, only slower.
+            tracing::warn!(%error, "CRIU reads the kernel's own lists of mappings");
+        }
+        tracing::debug!(ms = ms(begun), processes = texts.len(), "Listed mappings");
     }
 
     fn options(&self, images: &File) -> Result<Criu_opts> {

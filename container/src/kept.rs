@@ -28,11 +28,13 @@ use crate::file_locks;
 use crate::filling::{Filling, Holder};
 use crate::foreign::Foreign;
 use crate::forked::leaving::Forked;
-use crate::hiding::{self, Hidden, Way};
+use crate::hiding::{self, Hidden, HiddenRanges, Way};
 use crate::images::PAGE_LIMIT;
 use crate::init::Init;
 use crate::landed;
 use crate::limits;
+use crate::looking::Looking;
+use crate::mappings;
 use crate::memory::{self, HiddenProcess, Process};
 use crate::mounts::{self, ExternalMount};
 use crate::network::Network;
@@ -123,6 +125,10 @@ pub struct Container {
 /// What is known of a tree while it stands still.
 #[derive(Default)]
 pub(crate) struct Pause {
+    /// What CRIU shall not see of processes.
+    ranges: HiddenRanges,
+    /// The look for pages, until they are found.
+    looking: Option<Looking>,
     hidden: Option<Vec<HiddenProcess>>,
     harvested: bool,
     mounts: Vec<ExternalMount>,
@@ -142,26 +148,26 @@ impl Container {
         memory::processes(&self.cgroups.processes()?, self.init()?.pid())
     }
 
+    /// Begins to look for the pages of all processes whose memory is hidden from CRIU, and gives them.
+    fn begin_look(&mut self) -> Result<Vec<Process>> {
+        let processes = if self.hiding.is_ok() { self.processes()? } else { Vec::new() };
+        let mapped = processes.iter().map(HiddenProcess::mapped).collect::<Result<Vec<_>>>()?;
+        let paused = self.paused.as_mut().ok_or_else(not_paused)?;
+        paused.ranges = hiding::ranges(&mapped);
+        paused.looking = Some(Looking::begin(self.tracker.take(), mapped)?);
+        Ok(processes)
+    }
+
     /// What is hidden of each process, found once in each pause.
     fn hidden(&mut self) -> Result<&[HiddenProcess]> {
-        let not_paused = || ContainerError::State("The container is not paused".to_owned());
-        if self.paused.as_ref().ok_or_else(not_paused)?.hidden.is_none() {
-            let begun = Instant::now();
-            let hidden = match (&self.hiding, self.processes()?) {
-                (Err(_), _) => Vec::new(),
-                (Ok(_), processes) => match &mut self.tracker {
-                    Some(tracker) => tracker.last(&processes)?,
-                    None => processes
-                        .iter()
-                        .map(|process| HiddenProcess::find(process, false))
-                        .collect::<Result<_>>()?,
-                },
-            };
-            tracing::debug!(ms = ms(begun), processes = hidden.len(), "Found the pages that exist");
-            self.paused.as_mut().ok_or_else(not_paused)?.hidden = Some(hidden);
+        let paused = self.paused.as_mut().ok_or_else(not_paused)?;
+        if let Some(looking) = paused.looking.take() {
+            let (tracker, found) = looking.finish();
+            self.tracker = tracker;
+            paused.hidden = Some(found?);
         }
-        let hidden = self.paused.as_ref().and_then(|paused| paused.hidden.as_deref());
-        hidden.ok_or_else(not_paused)
+        let not_found = || ContainerError::State("Nobody knows which pages exist".to_owned());
+        paused.hidden.as_deref().ok_or_else(not_found)
     }
 
     /// The container as it is looked at for what speaks against a move.
@@ -190,30 +196,34 @@ impl Container {
         // Its limits travel as they were.
         self.throttle = None;
         self.paused = Some(Pause::default());
-        let pids = self.cgroups.processes().unwrap_or_default();
-        let (found, filtered) = thread::scope(|scope| {
-            // Each takes milliseconds for hundreds of processes.
-            let filtered = scope.spawn(|| hiding::are_filtered(&pids));
-            (self.hidden().map(|_| ()), filtered.join().unwrap_or(true))
-        });
-        let quiet = found.and_then(|()| self.check_nesting()).and_then(|()| {
-            if let Some(hidden) = self.paused.as_ref().and_then(|paused| paused.hidden.as_ref()) {
-                self.segments.look_again(hidden.iter().map(|hidden| &hidden.process));
-            }
-            if filtered {
-                self.hide_by_mounts()?;
-            }
-            let budget = LINGER.saturating_sub(frozen.elapsed()).max(GLANCE);
-            refuse(obstacles::glance(self.init()?.pid(), &self.cgroups, budget)?)?;
-            thread::sleep(LINGER.saturating_sub(frozen.elapsed()));
-            self.network.disconnect()
-        });
-        if let Err(error) = quiet {
+        if let Err(error) = self.settle(frozen) {
             self.thaw()?;
             return Err(error);
         }
         tracing::debug!(ms = ms(frozen), "Frozen and off the network");
         Ok(())
+    }
+
+    /// Takes what has just been frozen off the network, and has its pages looked for and CRIU dump it beside
+    /// all that follows.
+    fn settle(&mut self, frozen: Instant) -> Result<()> {
+        let pids = self.cgroups.processes().unwrap_or_default();
+        let (processes, filtered) = thread::scope(|scope| {
+            // Each takes milliseconds for hundreds of processes.
+            let filtered = scope.spawn(|| hiding::are_filtered(&pids));
+            (self.begin_look(), filtered.join().unwrap_or(true))
+        });
+        let processes = processes?;
+        self.check_nesting()?;
+        self.segments.look_again(processes.iter());
+        if filtered {
+            self.hide_by_mounts()?;
+        }
+        let budget = LINGER.saturating_sub(frozen.elapsed()).max(GLANCE);
+        refuse(obstacles::glance(self.init()?.pid(), &self.cgroups, budget)?)?;
+        thread::sleep(LINGER.saturating_sub(frozen.elapsed()));
+        self.network.disconnect()?;
+        self.begin_dump()
     }
 
     /// What its processes share since a fork may be too much for its memory limit elsewhere.
@@ -254,7 +264,11 @@ impl Container {
             tracing::warn!(%error, "The container runs again, but cannot be put back on the network");
         }
         self.cgroups.thaw()?;
-        self.paused = None;
+        // What still looks at it has what the next one needs to protect it anew.
+        let looking = self.paused.take().and_then(|paused| paused.looking);
+        if let Some(looking) = looking {
+            self.tracker = looking.finish().0;
+        }
         self.note_that_it_runs();
         tracing::debug!(ms = ms(begun), "Back on the network and thawed");
         Ok(())
@@ -305,7 +319,6 @@ impl Container {
 
     /// Has CRIU begin to dump, unless it did in this pause.
     fn begin_dump(&mut self) -> Result<()> {
-        let ranges = hiding::ranges(self.hidden()?);
         let (init, terminal) = (self.init()?.pid(), self.has_terminal());
         let Some(paused) = &mut self.paused else { return Ok(()) };
         if paused.dumping.is_some() {
@@ -314,7 +327,7 @@ impl Container {
         paused.mounts = mounts::external(&self.bundle, init)?;
         // Some of them may turn out to be CRIU's, and their files with them.
         paused.trees = self.segments.trees();
-        let hidden = Hidden { ranges, segments: self.segments.hidden() };
+        let hidden = Hidden { ranges: paused.ranges.clone(), segments: self.segments.hidden() };
         let dump = Dump {
             criu: self.config.tools.criu.clone(),
             init,
@@ -324,6 +337,7 @@ impl Container {
             external: paused.trees.iter().map(Tree::at_dump).collect(),
             hidden: self.hiding.as_ref().ok().map(|way| (*way, hidden)),
             images: self.store.fresh_images()?,
+            covers: self.store.fresh_covers()?,
             terminal,
         };
         paused.dumping = Some(dump.begin()?);
@@ -334,7 +348,7 @@ impl Container {
         let begun = Instant::now();
         self.begin_dump()?;
         let terminal = self.has_terminal();
-        let not_paused = || ContainerError::State("The container is not paused".to_owned());
+        self.hidden()?;
         let paused = self.paused.as_mut().ok_or_else(not_paused)?;
         paused.dumping.take().ok_or_else(not_paused)?.finish()?;
         let mut state = ContainerState {
@@ -360,7 +374,7 @@ impl Container {
         let moved = self.segments.moved();
         let sections = dump::sections(&images, hidden, &aliases, &moved, &paused.trees, &state);
         // The images are in the sections now; twice would be twice the memory.
-        let _ = fs::remove_dir_all(&images);
+        self.store.drop_images();
         tracing::debug!(ms = ms(begun), "Saved");
         sections
     }
@@ -482,6 +496,8 @@ impl Container {
 
     fn gather_facts(&mut self) -> Result<Facts> {
         self.note_that_it_runs();
+        // A move begins so.
+        mappings::prepare();
         let pids = match &self.init {
             Some(_) => self.cgroups.processes()?,
             None => Vec::new(),
@@ -520,6 +536,10 @@ impl Container {
             locks: file_locks::held(&pids, &self.bundle, init),
         })
     }
+}
+
+fn not_paused() -> ContainerError {
+    ContainerError::State("The container is not paused".to_owned())
 }
 
 /// An error when there are reasons against a move.
@@ -631,17 +651,16 @@ impl Kept for Container {
             let restoring = self.forked.restoring(&processes, used, limit);
             return Ok(Harvest { exists: None, stall, restoring });
         }
-        let stall = self.tracker.as_ref().map(|tracker| tracker.stall()).unwrap_or_default();
-        if self.paused.as_ref().is_some_and(|paused| paused.harvested) {
-            return Ok(Harvest { exists: None, stall, ..Harvest::default() });
-        }
         let mut exists = PageSet::new();
-        for hidden in self.hidden()? {
+        let harvested = self.paused.as_ref().is_some_and(|paused| paused.harvested);
+        for hidden in self.hidden()?.iter().filter(|_| !harvested) {
             hidden.process.add_to(dirty, &hidden.written);
             hidden.process.add_to(&mut exists, &hidden.pages);
         }
-        // CRIU dumps the rest of the tree while these pages travel.
-        self.begin_dump()?;
+        let stall = self.tracker.as_ref().map(|tracker| tracker.stall()).unwrap_or_default();
+        if harvested {
+            return Ok(Harvest { exists: None, stall, ..Harvest::default() });
+        }
         if let Some(hidden) = self.paused.as_ref().and_then(|paused| paused.hidden.as_ref()) {
             self.forked.last(hidden, dirty)?;
             exists.subtract(&self.forked.unsent());

@@ -46,6 +46,8 @@ pub mod kept;
 mod landed;
 mod limits;
 mod locked;
+mod looking;
+mod mappings;
 mod memory;
 mod mounts;
 mod network;

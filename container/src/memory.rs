@@ -59,13 +59,21 @@ impl Process {
 }
 
 impl HiddenProcess {
-    /// Looks at a process that stands still; `tracked` says whether its memory was protected at the
-    /// last harvest.
-    pub(crate) fn find(process: &Process, tracked: bool) -> Result<Self> {
-        let mappings = hideable_mappings(process.pid)?;
-        let mut pagemap = Pagemap::open(process.pid)?;
+    /// A process that stands still, into whose mappings nobody has looked yet.
+    pub(crate) fn mapped(process: &Process) -> Result<Self> {
+        Ok(Self {
+            process: process.clone(),
+            mappings: hideable_mappings(process.pid)?,
+            pages: Vec::new(),
+            written: Vec::new(),
+        })
+    }
+
+    /// Looks for its pages; `tracked` says whether its memory was protected at the last harvest.
+    pub(crate) fn look(&mut self, tracked: bool) -> Result<()> {
+        let mut pagemap = Pagemap::open(self.process.pid)?;
         let (mut pages, mut written) = (Vec::new(), Vec::new());
-        for mapping in &mappings {
+        for mapping in &self.mappings {
             let before =
                 (pages.len(), pages.last().cloned(), written.len(), written.last().cloned());
             let known = pagemap.existing(mapping, tracked, |range, was_written| {
@@ -84,7 +92,8 @@ impl HiddenProcess {
                 })?;
             }
         }
-        Ok(Self { process: process.clone(), mappings, pages, written })
+        (self.pages, self.written) = (pages, written);
+        Ok(())
     }
 }
 
@@ -288,7 +297,7 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
 }
 
 /// The range of addresses at the beginning of a line of maps.
-fn parse_range(word: &str) -> Option<Range<u64>> {
+pub(crate) fn parse_range(word: &str) -> Option<Range<u64>> {
     let (start, end) = word.split_once('-')?;
     let start = u64::from_str_radix(start, 16).ok()?;
     let end = u64::from_str_radix(end, 16).ok()?;
@@ -379,7 +388,8 @@ VmFlags: rd wr mr mw me dp ac
         let buffer = vec![1u8; 64 * PAGE_SIZE];
         let pid = std::process::id() as i32;
         let own = processes(&[pid], pid).expect("ourselves");
-        let hidden = HiddenProcess::find(&own[0], false).expect("our memory");
+        let mut hidden = HiddenProcess::mapped(&own[0]).expect("our mappings");
+        hidden.look(false).expect("our memory");
         let start = (buffer.as_ptr() as u64).next_multiple_of(PAGE_SIZE as u64);
         let end = start + 63 * PAGE_SIZE as u64;
         let covered: u64 = hidden

@@ -9,6 +9,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use decamp_shared::pages::{PAGE_SIZE, SpaceId};
 use decamp_shared::workload::SpaceInfo;
@@ -90,15 +91,29 @@ impl Store {
 
     /// An empty directory for CRIU's images.
     pub(crate) fn fresh_images(&self) -> Result<PathBuf> {
-        let images = self.images();
-        match fs::remove_dir_all(&images) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(ContainerError::io("empty the directory for images")(error));
-            }
-            _ => {}
+        fresh(self.images())
+    }
+
+    /// An empty directory for files that CRIU reads in place of the kernel's.
+    pub(crate) fn fresh_covers(&self) -> Result<PathBuf> {
+        fresh(self.directory.join("covers"))
+    }
+
+    /// Gives back what CRIU's images take, without having it waited for: for hundreds of processes they are
+    /// thousands of files.
+    pub(crate) fn drop_images(&self) {
+        let (images, dropped) = (self.images(), self.directory.join("dropped"));
+        let remove = {
+            let dropped = dropped.clone();
+            move || drop(fs::remove_dir_all(dropped))
+        };
+        // It is there while the last ones are being removed.
+        let renamed = fs::rename(&images, &dropped);
+        let begun = renamed.and_then(|()| thread::Builder::new().spawn(remove));
+        if begun.is_err() {
+            let _ = fs::remove_dir_all(&images);
+            let _ = fs::remove_dir_all(&dropped);
         }
-        fs::create_dir(&images).map_err(ContainerError::io("make a directory for images"))?;
-        Ok(images)
     }
 
     /// The parent image, whose pages files are the spaces.
@@ -221,7 +236,7 @@ impl Store {
     pub(crate) fn empty(&mut self) {
         self.spaces.clear();
         self.unmount_parts();
-        for part in ["images", "parent"] {
+        for part in ["images", "covers", "parent"] {
             let path = self.directory.join(part);
             if let Err(error) = fs::remove_dir_all(&path)
                 && error.kind() != std::io::ErrorKind::NotFound
@@ -244,6 +259,19 @@ impl Drop for Store {
         }
         let _ = fs::remove_dir(&self.directory);
     }
+}
+
+/// Makes a directory, or makes it empty.
+fn fresh(directory: PathBuf) -> Result<PathBuf> {
+    let named = |what: &str| format!("{what} the directory {}", directory.display());
+    match fs::remove_dir_all(&directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(ContainerError::io(named("empty"))(error));
+        }
+        _ => {}
+    }
+    fs::create_dir(&directory).map_err(ContainerError::io(named("make")))?;
+    Ok(directory)
 }
 
 #[cfg(test)]

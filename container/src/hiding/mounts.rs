@@ -131,10 +131,7 @@ impl Drop for Mounts {
 /// Puts the calling thread into a mount namespace of its own, and mounts files there that whoever has the
 /// descriptor returned has to serve.
 fn mount_files() -> Result<OwnedFd> {
-    unshare(CloneFlags::CLONE_NEWNS).map_err(ContainerError::errno("make a mount namespace"))?;
-    // What is mounted here is to be seen nowhere else.
-    mount(None::<&str>, "/proc", None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)
-        .map_err(ContainerError::errno("make the mount on /proc private"))?;
+    alone()?;
     let device = OpenOptions::new()
         .read(true)
         .write(true)
@@ -145,6 +142,14 @@ fn mount_files() -> Result<OwnedFd> {
     mount(Some("decamp"), DIRECTORY, Some("fuse"), flags, Some(options.as_str()))
         .map_err(ContainerError::errno("mount files of our own (FUSE)"))?;
     Ok(device.into())
+}
+
+/// Puts the calling thread into a mount namespace of its own, for good: what it mounts over files in /proc from
+/// here on is seen by nobody but those that it starts.
+pub(crate) fn alone() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(ContainerError::errno("make a mount namespace"))?;
+    mount(None::<&str>, "/proc", None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)
+        .map_err(ContainerError::errno("make the mount on /proc private"))
 }
 
 /// Whether this process may do all that the mounts take. Tried on ourselves, on a thread that ends.

@@ -122,6 +122,9 @@ impl Segments {
 
     /// Looks again, now that they stand still, and leaves to CRIU what it must see after all.
     pub(crate) fn look_again<'a>(&mut self, processes: impl Iterator<Item = &'a Process>) {
+        if self.known.is_empty() {
+            return;
+        }
         let Some(device) = self.memory_device() else { return self.look_at_trees_again(processes) };
         let mut seen = Seen::default();
         let processes: Vec<&Process> = processes.collect();

@@ -3,7 +3,9 @@
 
 #[cfg_attr(target_arch = "x86_64", path = "x86_64.rs")]
 pub(crate) mod arch;
+pub(crate) mod bpf;
 pub(crate) mod look;
+pub(crate) mod marked;
 pub(crate) mod pidfd;
 pub(crate) mod placed;
 pub(crate) mod trace;
@@ -196,9 +198,19 @@ fn listen_under(program: &mut [libc::sock_filter]) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(listener as i32) })
+    let listener = unsafe { OwnedFd::from_raw_fd(listener as i32) };
+    // Caller and listener take turns: one processor does for both. Older kernels (before Linux 6.6) wake up
+    // another one, which takes longer.
+    // SAFETY: the argument is a number.
+    let _ = unsafe {
+        libc::ioctl(listener.as_raw_fd(), SECCOMP_IOCTL_NOTIF_SET_FLAGS as _, SYNC_WAKE_UP)
+    };
+    Ok(listener)
 }
 
+/// Flag of a listener (linux/seccomp.h).
+const SYNC_WAKE_UP: u64 = 1;
+const SECCOMP_IOCTL_NOTIF_SET_FLAGS: u64 = 0x4008_2104;
 const SECCOMP_IOCTL_NOTIF_RECV: u64 = 0xc050_2100;
 const SECCOMP_IOCTL_NOTIF_SEND: u64 = 0xc018_2101;
 const SECCOMP_IOCTL_NOTIF_ID_VALID: u64 = 0x4008_2102;

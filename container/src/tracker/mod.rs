@@ -34,9 +34,9 @@ pub(crate) trait Tracker: Send {
     /// has looked at yet. Pages are marked clean before they can be read for sending.
     fn harvest(&mut self, processes: &[Process], dirty: &mut PageSet) -> Result<()>;
 
-    /// Looks at `processes` for the last time, while they stand still: all pages that exist, and those
-    /// that were written since the last harvest.
-    fn last(&mut self, processes: &[Process]) -> Result<Vec<HiddenProcess>>;
+    /// Looks at `processes` for the last time, while they stand still, and enters all pages that exist, and
+    /// those that were written since the last harvest.
+    fn last(&mut self, processes: &mut [HiddenProcess]) -> Result<()>;
 
     /// The longest that a task stood still for the tracking, so far.
     fn stall(&self) -> Duration;
@@ -133,8 +133,8 @@ fn each_that_lives(
 }
 
 /// Processes that have their memory in common with another one: a write by either is told once only.
-fn sharing(processes: &[Process]) -> BTreeSet<i32> {
-    let pids: Vec<i32> = processes.iter().map(|process| process.pid).collect();
+fn sharing<'a>(processes: impl Iterator<Item = &'a Process>) -> BTreeSet<i32> {
+    let pids: Vec<i32> = processes.map(|process| process.pid).collect();
     for _ in 0..SHARING_TRIES {
         // One that ends while it is compared leaves the others without an order.
         let living = pids.iter().copied().filter(|pid| sys::compare_memory(*pid, *pid).is_ok());

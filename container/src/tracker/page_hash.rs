@@ -27,8 +27,8 @@ impl Tracker for PageHash {
         })
     }
 
-    fn last(&mut self, processes: &[Process]) -> Result<Vec<HiddenProcess>> {
-        processes.iter().map(|process| HiddenProcess::find(process, false)).collect()
+    fn last(&mut self, processes: &mut [HiddenProcess]) -> Result<()> {
+        processes.iter_mut().try_for_each(|process| process.look(false))
     }
 
     fn stall(&self) -> Duration {

@@ -101,11 +101,14 @@ impl SoftDirty {
     }
 
     /// Of which of them the bits tell what was written since the last harvest.
-    fn told(&self, processes: &[Process]) -> Result<BTreeSet<i32>> {
+    fn told<'a>(
+        &self,
+        processes: impl Iterator<Item = &'a Process> + Clone,
+    ) -> Result<BTreeSet<i32>> {
         if ksm_merges() {
             return Ok(BTreeSet::new());
         }
-        let sharing = sharing(processes);
+        let sharing = sharing(processes.clone());
         let mut told = BTreeSet::new();
         for Process { pid, .. } in processes {
             let known = self.known.get(pid);
@@ -228,10 +231,10 @@ fn is_watched(pid: i32, uffd: BorrowedFd<'_>, mapping: &Range<u64>) -> Watched {
 
 impl Tracker for SoftDirty {
     fn harvest(&mut self, processes: &[Process], dirty: &mut PageSet) -> Result<()> {
-        let told = self.told(processes)?;
+        let told = self.told(processes.iter())?;
         let (known, new): (Vec<_>, Vec<_>) =
             processes.iter().cloned().partition(|process| told.contains(&process.pid));
-        let sharing = sharing(&new);
+        let sharing = sharing(new.iter());
         each_that_lives(&new, |process| {
             self.look_first(process, sharing.contains(&process.pid), dirty)
         })?;
@@ -248,19 +251,19 @@ impl Tracker for SoftDirty {
         Ok(())
     }
 
-    fn last(&mut self, processes: &[Process]) -> Result<Vec<HiddenProcess>> {
-        let told = self.told(processes)?;
-        let mut look = |process: &Process| {
-            let mut hidden = HiddenProcess::find(process, false)?;
-            let known = self.known.get_mut(&process.pid);
-            let known = known.filter(|known| told.contains(&process.pid) && !known.direct);
+    fn last(&mut self, processes: &mut [HiddenProcess]) -> Result<()> {
+        let told = self.told(processes.iter().map(|hidden| &hidden.process))?;
+        for hidden in processes {
+            hidden.look(false)?;
+            let pid = hidden.process.pid;
+            let known = self.known.get_mut(&pid);
+            let known = known.filter(|known| told.contains(&pid) && !known.direct);
             if let Some(known) = known {
-                let look = known.look(process.pid, &hidden.mappings)?;
+                let look = known.look(pid, &hidden.mappings)?;
                 hidden.written = common(&hidden.pages, &look.written);
             }
-            Ok(hidden)
-        };
-        processes.iter().map(&mut look).collect()
+        }
+        Ok(())
     }
 
     fn stall(&self) -> Duration {

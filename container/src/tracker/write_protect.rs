@@ -199,7 +199,7 @@ impl WriteProtect {
 
 impl Tracker for WriteProtect {
     fn harvest(&mut self, processes: &[Process], dirty: &mut PageSet) -> Result<()> {
-        let sharing = sharing(processes);
+        let sharing = sharing(processes.iter());
         each_that_lives(processes, |process| {
             self.harvest_one(process, sharing.contains(&process.pid), dirty)
         })?;
@@ -207,17 +207,18 @@ impl Tracker for WriteProtect {
         Ok(())
     }
 
-    fn last(&mut self, processes: &[Process]) -> Result<Vec<HiddenProcess>> {
-        let sharing = sharing(processes);
-        let look = |process: &Process| {
+    fn last(&mut self, processes: &mut [HiddenProcess]) -> Result<()> {
+        let sharing = sharing(processes.iter().map(|hidden| &hidden.process));
+        for hidden in processes {
+            let process = &hidden.process;
             let began = memory::began(process.pid)?;
             let known = self.known.get(&process.pid);
             let tracked = known.is_some_and(|known| {
                 Some(known.began) == began && known.uffd.is_some() && !known.direct
             });
-            HiddenProcess::find(process, tracked && !sharing.contains(&process.pid))
-        };
-        processes.iter().map(look).collect()
+            hidden.look(tracked && !sharing.contains(&hidden.process.pid))?;
+        }
+        Ok(())
     }
 
     fn stall(&self) -> Duration {
@@ -305,7 +306,8 @@ mod tests {
         assert!(pagemap.take_written(&range, |_| since += 1).expect("a scan"));
         assert_eq!(since, 0, "nobody wrote there since");
         let own = memory::processes(&[pid], pid).expect("ourselves");
-        let hidden = HiddenProcess::find(&own[0], false).expect("our memory");
+        let mut hidden = HiddenProcess::mapped(&own[0]).expect("our mappings");
+        hidden.look(false).expect("our memory");
         let covers = |ranges: &[Range<u64>]| {
             ranges.iter().any(|found| found.start <= range.start && range.end <= found.end)
         };
