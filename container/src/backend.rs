@@ -37,6 +37,9 @@ const GRACE: Duration = Duration::from_secs(10);
 /// Memory that a container without a limit may grow by while it is moved.
 const HEADROOM: u64 = 64 << 20;
 
+/// Any container may grow by so much while it is moved.
+const GROWTH: u64 = 1 << 30;
+
 /// Containers by OCI runtimes and CRIU.
 #[derive(Clone, Debug)]
 pub struct ContainerBackend {
@@ -225,7 +228,12 @@ impl Backend for ContainerBackend {
         let begun = spawn(&self.keeper(Beginning::Incoming, spec, place))
             .and_then(|()| KeeperClient::connect(place));
         match begun {
-            Ok(client) => Ok(Box::new(KeeperDestination::new(client))),
+            Ok(client) => {
+                // Twice, and some: what runs may grow while it is copied.
+                let announced = manifest.memory_bytes.max(needs.resident);
+                let most = announced.saturating_mul(2).saturating_add(GROWTH);
+                Ok(Box::new(KeeperDestination::growing_to(client, most)))
+            }
             Err(error) => {
                 let _ = fs::remove_dir_all(oci_directory(place));
                 Err(error)

@@ -1,8 +1,8 @@
 //! Whether a container can run here, or come here: every reason against it at once, nothing touched.
 
-use std::fs;
 use std::path::Path;
 
+use decamp_shared::keeper::ends::available_memory;
 use decamp_shared::workload::{HostTools, Kind, Manifest, Place, PlacedTree, Refusal, RefusalCode};
 
 use crate::bundle::Bundle;
@@ -223,13 +223,6 @@ fn tool(
             format!("There is no {name} {wanted_text} or newer at {path} ({error})"),
         )),
     }
-}
-
-/// Bytes of memory that this host has available.
-pub(crate) fn available_memory() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use decamp_shared::archive::memory::place_pages;
 use decamp_shared::archive::parcel::{SECTIONS, SectionList, cannot_read, read_whole};
 use decamp_shared::archive::{Archive, ArchiveError, PartInfo, Result, Unpacking};
 use decamp_shared::files::{Landing, TreeLander, free_bytes};
+use decamp_shared::keeper::ends::available_memory;
 use decamp_shared::pages::{PAGE_SIZE, PageRange, SpaceId};
 use decamp_shared::workload::{
     DestinationWorkload, Manifest, PlacedTree, Refusal, RefusalCode, Section, SpaceInfo,
@@ -21,7 +22,6 @@ use crate::bundle::Bundle;
 use crate::dump::{ContainerState, STATE};
 use crate::facts::Needs;
 use crate::images::{self, HIDDEN, HiddenPages, PAGE_LIMIT, PREFIX, is_image_name, process_of};
-use crate::preflight::available_memory;
 use crate::segments;
 
 /// Bytes of a pagemap, or of the list of hidden pages, at most.

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -16,6 +17,11 @@ use crate::workload::{
     DestinationWorkload, Liveness, Manifest, Result, Section, SourceWorkload, SpaceInfo,
     WorkloadError,
 };
+
+/// So many bytes are written between two looks at how much memory there is.
+const LOOK_EVERY: u64 = 32 << 20;
+/// Memory that a workload that comes leaves to the host: no more than a backend asks for before it comes.
+const LEFT: u64 = 32 << 20;
 
 /// Makes a reader of the spaces given, through the keeper where it must.
 pub type ReaderFactory =
@@ -156,6 +162,13 @@ impl KeeperDestination {
         Self { client, writer: Arc::new(DescriptorWriter::default()), ways: Ways::default() }
     }
 
+    /// The same of memory that grows as pages come: to `most` bytes, and never to the last that this host has.
+    pub fn growing_to(client: KeeperClient, most: u64) -> Self {
+        let room = Arc::new(Room { most, ..Room::default() });
+        let writer = Arc::new(DescriptorWriter { room: Some(room), ..DescriptorWriter::default() });
+        Self { client, writer, ways: Ways::default() }
+    }
+
     /// The connection broke while the workload was being let run: what became of it?
     fn look_after_loss(&mut self) -> Result<()> {
         let phase = self.client.reconnect().and_then(|()| self.client.phase());
@@ -181,7 +194,8 @@ impl DestinationWorkload for KeeperDestination {
                 let file = File::from(self.client.memory(SpaceId(info.id))?);
                 open.insert(SpaceId(info.id), (Arc::new(file), info.page_limit));
             }
-            self.writer = Arc::new(DescriptorWriter { spaces: open });
+            let room = self.writer.room.clone();
+            self.writer = Arc::new(DescriptorWriter { spaces: open, room });
         }
         Ok(self.writer.clone())
     }
@@ -236,6 +250,53 @@ fn ways_of(client: &mut KeeperClient) -> Result<Ways> {
 #[derive(Default)]
 struct DescriptorWriter {
     spaces: BTreeMap<SpaceId, (Arc<File>, u64)>,
+    room: Option<Arc<Room>>,
+}
+
+/// How much memory may come. A source says beforehand how much that will be, and may lie.
+#[derive(Default)]
+struct Room {
+    /// Bytes that all spaces may take.
+    most: u64,
+    /// Bytes that were written, also over others.
+    written: AtomicU64,
+}
+
+impl Room {
+    /// Has `bytes` come next into one of `spaces`.
+    fn take(&self, bytes: u64, spaces: &BTreeMap<SpaceId, (Arc<File>, u64)>) -> Result<()> {
+        let before = self.written.fetch_add(bytes, Ordering::Relaxed);
+        if before / LOOK_EVERY == before.saturating_add(bytes) / LOOK_EVERY {
+            return Ok(());
+        }
+        let taken = |(file, _): &(Arc<File>, u64)| {
+            file.metadata().map_or(0, |facts| facts.blocks().saturating_mul(512))
+        };
+        let taken: u64 = spaces.values().map(taken).sum();
+        if taken > self.most {
+            return Err(WorkloadError::plain(format!(
+                "{} MiB of its memory have come, and no more than {} MiB were to be expected of what the source \
+                 announced: move it again, if it has grown since",
+                taken >> 20,
+                self.most >> 20
+            )));
+        }
+        match available_memory() {
+            Some(free) if free < LEFT => Err(WorkloadError::plain(format!(
+                "This host has {} MiB of memory left, and more of the workload is coming: free some, and move \
+                 it again",
+                free >> 20
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Bytes of memory that this host has available.
+pub fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 impl DescriptorWriter {
@@ -255,6 +316,9 @@ impl PageWriter for DescriptorWriter {
     fn write(&self, range: PageRange, bytes: &[u8]) -> Result<()> {
         if bytes.len() != range.bytes() {
             return Err(WorkloadError::plain(format!("{} bytes are not {range}", bytes.len())));
+        }
+        if let Some(room) = &self.room {
+            room.take(bytes.len() as u64, &self.spaces)?;
         }
         self.space(range)?
             .write_all_at(bytes, range.address())
@@ -296,6 +360,27 @@ mod tests {
                 drop(listener.accept().expect("accepts"));
             }
         })
+    }
+
+    #[test]
+    fn no_more_memory_comes_than_was_to_be_expected() {
+        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+        let file = nix::sys::memfd::memfd_create("room", flags).expect("a memory file");
+        let file = Arc::new(File::from(file));
+        let space = SpaceId(1);
+        let most = 2 * LOOK_EVERY;
+        let writer = DescriptorWriter {
+            spaces: BTreeMap::from([(space, (file, 1 << 20))]),
+            room: Some(Arc::new(Room { most, ..Room::default() })),
+        };
+        let bytes = vec![1; 1 << 20];
+        let pages = (bytes.len() / crate::pages::PAGE_SIZE) as u64;
+        let write = |at: u64| writer.write(PageRange::new(space, at * pages, pages), &bytes);
+        // However often the same pages come.
+        (0..LOOK_EVERY >> 17).for_each(|at| write(at % 16).expect("it fits"));
+        let all = (0..LOOK_EVERY >> 18).map(write).find_map(std::result::Result::err);
+        let error = all.expect("too much").to_string();
+        assert!(error.contains("announced"), "{error}");
     }
 
     #[test]
