@@ -81,7 +81,13 @@ pub(crate) fn find(
         Ok((inside, routes, ruleset()))
     })?;
     let outside = json(&ip_says(&["-json", "-details", "link", "show"])?)?;
-    Ok(judge(&inside, &routes, &outside, rules))
+    let judged = judge(&inside, &routes, &outside, rules == Ok(true));
+    Ok(match (judged, rules) {
+        (judged, Ok(_)) => judged,
+        (judged, Err(unknown)) => {
+            Err(judged.err().into_iter().flatten().chain([unknown]).collect())
+        }
+    })
 }
 
 /// The host's end of the pair that the one used interface of `network` is an end of.
@@ -96,24 +102,30 @@ pub(crate) fn outside_of(network: &Network) -> Result<String> {
 }
 
 /// Whether the namespace filters or rewrites packets, which no other host would do.
-fn ruleset() -> bool {
+///
+/// # Errors
+/// Why that cannot be told.
+fn ruleset() -> std::result::Result<bool, String> {
     // What was made by iptables of old nft does not show.
     let tables = |file: &str| fs::read_to_string(format!("/proc/thread-self/net/{file}"));
     let old = ["ip_tables_names", "ip6_tables_names"].into_iter().filter_map(|it| tables(it).ok());
     if old.into_iter().any(|names| !names.trim().is_empty()) {
-        return true;
+        return Ok(true);
     }
+    let unknown = |why: String| {
+        Err(format!(
+            "Whether the container's network namespace has a packet filter of its own, which would be lost, \
+             cannot be told ({why}): install nftables"
+        ))
+    };
     match Command::new("nft").args(["list", "ruleset"]).stdin(Stdio::null()).output() {
-        Ok(said) if said.status.success() => !said.stdout.is_empty(),
+        Ok(said) if said.status.success() => Ok(!said.stdout.is_empty()),
         Ok(said) => {
             let said = String::from_utf8_lossy(&said.stderr).trim().to_owned();
-            tracing::warn!(said, "Whether a container has an nftables packet filter is not known");
-            false
+            // A kernel without nftables filters nothing by them.
+            if said.contains("not supported") { Ok(false) } else { unknown(format!("nft: {said}")) }
         }
-        Err(error) => {
-            tracing::warn!(%error, "Whether a container has an nftables packet filter is not known");
-            false
-        }
+        Err(error) => unknown(format!("nft cannot be started: {error}")),
     }
 }
 
