@@ -7,7 +7,7 @@ use std::path::Path;
 use decamp_shared::pages::PAGE_SIZE;
 
 use crate::error::{ContainerError, Result};
-use crate::images::HiddenPages;
+use crate::images::{HIDDEN, HiddenPages};
 use crate::segments::message::{Image, MM_MAGIC, Message};
 
 /// The kernel's mark of a mapping that is locked (`MAP_LOCKED`), as CRIU writes it down.
@@ -23,12 +23,26 @@ pub(crate) struct Split {
 
 impl Split {
     /// Tells them apart by the mappings in `images`.
+    ///
+    /// # Errors
+    /// When a page is in no mapping of its process: there would be no place for it.
     pub(crate) fn of(images: &Path, hidden: HiddenPages) -> Result<Self> {
         let (mut late, mut locked) = (HiddenPages::new(), HiddenPages::new());
         for (inner, pages) in hidden {
-            let mappings = locked_mappings(images, inner)?;
+            let Mappings { all, locked: mappings } = Mappings::read(images, inner)?;
             let (mut others, mut ours) = (Vec::new(), Vec::new());
             for range in pages {
+                let (mut nowhere, mut somewhere) = (Vec::new(), Vec::new());
+                cut(&range, &all, &mut nowhere, &mut somewhere);
+                if let Some(nowhere) = nowhere.first() {
+                    return Err(ContainerError::section(
+                        HIDDEN,
+                        format!(
+                            "has page {:#x} of process {inner}, in none of its mappings",
+                            nowhere.start
+                        ),
+                    ));
+                }
                 cut(&range, &mappings, &mut others, &mut ours);
             }
             late.insert(inner, others);
@@ -40,34 +54,47 @@ impl Split {
     }
 }
 
-/// Page numbers of the locked mappings of process `inner`, ascending.
-fn locked_mappings(images: &Path, inner: i32) -> Result<Vec<Range<u64>>> {
-    let path = images.join(format!("mm-{inner}.img"));
-    let bad = || ContainerError::malformed(&path, "has a mapping that makes no sense");
-    let mut found: Vec<Range<u64>> = Vec::new();
-    for message in Image::read(&path, MM_MAGIC)?.into_iter().flat_map(|image| image.messages) {
-        for mapping in message.each(14) {
-            let mapping = mapping.ok_or_else(bad)?;
-            let number = |tag| Message::number(&mapping, tag).ok_or_else(bad);
-            let (start, end) = (number(1)? / PAGE_SIZE as u64, number(2)? / PAGE_SIZE as u64);
-            if start >= end {
-                return Err(bad());
-            }
-            if number(6)? & LOCKED != 0 {
-                found.push(start..end);
+/// Page numbers of the mappings of a process, ascending and joined.
+struct Mappings {
+    all: Vec<Range<u64>>,
+    locked: Vec<Range<u64>>,
+}
+
+impl Mappings {
+    /// Those of process `inner`.
+    fn read(images: &Path, inner: i32) -> Result<Self> {
+        let path = images.join(format!("mm-{inner}.img"));
+        let bad = || ContainerError::malformed(&path, "has a mapping that makes no sense");
+        let (mut all, mut locked) = (Vec::new(), Vec::new());
+        for message in Image::read(&path, MM_MAGIC)?.into_iter().flat_map(|image| image.messages) {
+            for mapping in message.each(14) {
+                let mapping = mapping.ok_or_else(bad)?;
+                let number = |tag| Message::number(&mapping, tag).ok_or_else(bad);
+                let (start, end) = (number(1)? / PAGE_SIZE as u64, number(2)? / PAGE_SIZE as u64);
+                if start >= end {
+                    return Err(bad());
+                }
+                all.push(start..end);
+                if number(6)? & LOCKED != 0 {
+                    locked.push(start..end);
+                }
             }
         }
+        Ok(Self { all: joined(all), locked: joined(locked) })
     }
-    // Guard pages are mappings within mappings to CRIU.
-    found.sort_by_key(|mapping| mapping.start);
+}
+
+/// The same pages. Guard pages are mappings within mappings to CRIU.
+fn joined(mut mappings: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    mappings.sort_by_key(|mapping| mapping.start);
     let mut joined: Vec<Range<u64>> = Vec::new();
-    for mapping in found {
+    for mapping in mappings {
         match joined.last_mut().filter(|last| mapping.start <= last.end) {
             Some(last) => last.end = last.end.max(mapping.end),
             None => joined.push(mapping),
         }
     }
-    Ok(joined)
+    joined
 }
 
 /// Gives the parts of `range` within `mappings` (ascending, disjoint) to `inside`, and the others to
@@ -118,9 +145,15 @@ mod tests {
         }
         let path = directory.path().join("mm-1.img");
         Image::of(MM_MAGIC, vec![mm]).write(&path).expect("written");
-        let hidden = HiddenPages::from([(1, vec![12..25, 28..35]), (2, vec![1..2, 4..5])]);
-        let split = Split::of(directory.path(), hidden).expect("split");
-        let late = HiddenPages::from([(1, vec![12..20, 30..35]), (2, vec![1..2, 4..5])]);
+        let split = |pages: &[Range<u64>]| {
+            Split::of(directory.path(), HiddenPages::from([(1, pages.to_vec())]))
+        };
+        for nowhere in [9..12, 39..41, 1 << 30..(1 << 30) + 1] {
+            let error = split(&[12..25, nowhere]).err().expect("it has no place");
+            assert!(error.to_string().contains("in none of its mappings"), "{error}");
+        }
+        let split = split(&[12..25, 28..35]).expect("split");
+        let late = HiddenPages::from([(1, vec![12..20, 30..35])]);
         assert_eq!(split.late, late);
         assert_eq!(split.locked, HiddenPages::from([(1, vec![20..25, 28..30])]));
     }

@@ -62,6 +62,8 @@ pub(super) struct Space {
     /// What it told could not be heard for want of a descriptor or of memory: it is told again.
     unheard: bool,
     gone: bool,
+    /// Somebody was told of a page without a place: once is enough.
+    told: bool,
 }
 
 /// How one installation ended.
@@ -139,6 +141,7 @@ impl Space {
             forked: false,
             unheard: false,
             gone: false,
+            told: false,
         }
     }
 
@@ -326,7 +329,9 @@ impl Space {
                     part = (bytes.len() / 2).next_multiple_of(PAGE_SIZE);
                 }
                 Some(libc::ENOENT) => {
-                    tracing::warn!(address, "A page that was to come has no place any more");
+                    if !std::mem::replace(&mut self.told, true) {
+                        tracing::warn!(address, "A page that was to come has no place any more");
+                    }
                     self.has_come(&(address..address + PAGE));
                     done += PAGE_SIZE;
                     part = length;
