@@ -3,13 +3,16 @@
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 
 use super::files::Files;
 use super::process::Process;
 use super::said::{Found, plain};
+use crate::segments::found::SMALL;
 
 /// Memory that has a name for the kernel's sake only.
 const MEMORY: [&[u8]; 4] = [b"/dev/zero", b"/memfd:", b"/SYSV", b"/anon_hugepage"];
@@ -24,6 +27,7 @@ pub(crate) struct Mappings {
 #[derive(Debug, PartialEq, Eq)]
 struct Mapping<'a> {
     range: &'a str,
+    shared: bool,
     device: &'a [u8],
     inode: &'a [u8],
     /// Empty, or what is mapped.
@@ -58,6 +62,19 @@ impl Mappings {
         }
         if name == b"[uprobes]" {
             found.say(&who(), "a uprobe is set in it", "end the tracing tool that set it");
+            return;
+        }
+        if name.starts_with(b"/memfd:") && is_small_and_sealed(process.pid, mapping) {
+            found.say(
+                &who(),
+                &format!(
+                    "it has {} mapped, a memory file of less than {} KiB that nobody may write any more \
+                     (F_SEAL_WRITE), which CRIU cannot seal again",
+                    plain(name),
+                    SMALL >> 10
+                ),
+                "have it unmap or close that, or make it larger",
+            );
             return;
         }
         let is_own = name.is_empty() || name.starts_with(b"[") || name.starts_with(b"socket:[");
@@ -96,14 +113,29 @@ impl Mappings {
     }
 }
 
+/// Whether a memory file that is mapped, and shared, is sealed against writing and too small to be moved as
+/// shared memory.
+fn is_small_and_sealed(pid: i32, mapping: &Mapping<'_>) -> bool {
+    if !mapping.shared {
+        return false;
+    }
+    let path = format!("/proc/{pid}/map_files/{}", mapping.range);
+    // What has just gone is mapped no more.
+    let Ok(file) = File::open(path) else { return false };
+    let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_retain);
+    seals.is_ok_and(|seals| seals.contains(SealFlag::F_SEAL_WRITE))
+        && file.metadata().is_ok_and(|facts| facts.len() < SMALL)
+}
+
 fn parse(line: &[u8]) -> Option<Mapping<'_>> {
     // Names may have blanks; the five words before them have none.
     let mut words = line.splitn(6, |byte| *byte == b' ');
     let range = std::str::from_utf8(words.next()?).ok().filter(|range| range.contains('-'))?;
-    let device = words.nth(2)?;
+    let shared = words.next()?.ends_with(b"s");
+    let device = words.nth(1)?;
     let inode = words.next()?;
     let name = words.next().unwrap_or_default().trim_ascii_start();
-    Some(Mapping { range, device, inode, name })
+    Some(Mapping { range, shared, device, inode, name })
 }
 
 #[cfg(test)]

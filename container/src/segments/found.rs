@@ -24,7 +24,7 @@ use crate::tmpfs::Tree;
 use crate::tmpfs::held::{Held, OfTree, Own};
 
 /// Smaller ones cost less in CRIU's images than as spaces.
-const SMALL: u64 = 256 << 10;
+pub(crate) const SMALL: u64 = 256 << 10;
 /// What people read of a space, before the name of its segment.
 const LABEL: &str = "shared memory ";
 /// The same of one of System V.

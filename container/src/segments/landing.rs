@@ -173,6 +173,9 @@ impl Landing {
                 return Err(bad(format!("has {space} larger than memory can be")));
             }
             landed.finish(&facts).map_err(ContainerError::io(format!("complete {space}")))?;
+            // What is mapped before this is set could be written, for all the kernel knows, and is not sealed.
+            let early = SealFlag::from_bits_retain(facts.seals) & SealFlag::F_SEAL_WRITE;
+            Seals(vec![(landed.file.as_fd(), early.bits())]).set()?;
             seals.push((landed.file.as_fd(), facts.seals));
         }
         Ok(Seals(seals))
@@ -200,7 +203,7 @@ impl Landed {
 impl Seals<'_> {
     /// To be set when nobody has still to map or to write what will be sealed.
     pub(crate) fn set(&self) -> Result<()> {
-        for (file, seals) in &self.0 {
+        for (file, seals) in self.0.iter().filter(|(_, seals)| *seals != 0) {
             let seals = SealFlag::from_bits_retain(*seals);
             fcntl(file, FcntlArg::F_ADD_SEALS(seals)).map_err(ContainerError::errno(format!(
                 "seal memory file {} as it was",

@@ -49,6 +49,7 @@ const OBSTACLES: &[(&str, &str, Who)] = &[
     ("bpf-prog", "a BPF program", Who::Descriptor),
     ("bpf-filter", "an eBPF program for a filter", Who::Descriptor),
     ("eventfd-semaphore", "EFD_SEMAPHORE", Who::Descriptor),
+    ("sealed-small", "F_SEAL_WRITE", Who::Process),
     ("fanotify", "fanotify", Who::Descriptor),
     ("pidfd-thread", "one thread (PIDFD_THREAD)", Who::Descriptor),
     ("secretmem", "/secretmem (deleted), which is on no mount", Who::Descriptor),

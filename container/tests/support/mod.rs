@@ -625,8 +625,9 @@ impl Spot<'_> {
         Moved { times, pages, sent: pages, tracker, left, arrived }
     }
 
-    /// Moves it to a twin that has files of its own: they are copied, as between two hosts.
-    pub(crate) fn move_with_files(&self, there: &Self) {
+    /// Moves it to a twin that has files of its own: they are copied, as between two hosts. Its memory is copied
+    /// in so many `rounds` while it runs, and in the stop.
+    pub(crate) fn move_with_files(&self, there: &Self, rounds: u32) {
         let (from, to) = (self.bundle(), there.bundle());
         let copy = || {
             let _ = fs::remove_dir_all(&to);
@@ -638,9 +639,18 @@ impl Spot<'_> {
             copy();
             to.clone()
         });
+        let mut dirty = PageSet::new();
+        if rounds > 0 {
+            source.track().expect("track");
+        }
+        for _ in 0..rounds {
+            source.harvest(&mut dirty).expect("harvest");
+            dirty = self::copy(&dirty, &mut *source, &mut *destination);
+        }
         source.pause().expect("pause");
         copy();
-        copy_pages(&mut *source, &mut *destination);
+        source.harvest(&mut dirty).expect("harvest");
+        self::copy(&dirty, &mut *source, &mut *destination);
         destination.load(source.save().expect("save")).expect("load");
         source.fence(1).expect("fence");
         destination.activate(1).expect("activate");
