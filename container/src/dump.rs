@@ -55,6 +55,11 @@ pub(crate) struct ContainerState {
     pub(crate) second_output: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) input: Option<String>,
+    /// What of its input is not read yet, and whether that is the last of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) input_rest: Vec<u8>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) input_ended: bool,
     /// Limits of its cgroups.
     pub(crate) settings: Vec<Setting>,
     /// Whether it has a terminal, whose master is outside.

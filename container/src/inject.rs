@@ -45,14 +45,13 @@ pub(crate) struct Injected {
 
 /// Has process `pid` make a userfaultfd and takes it.
 pub(crate) fn userfaultfd_of(pid: i32) -> Result<Injected> {
-    let made = thread::Builder::new()
-        .name("inject".to_owned())
-        .spawn(move || inject(pid))
-        .map_err(ContainerError::io("start a thread"))?;
-    let panicked = |_| Err(io::Error::other("the thread that traces panicked"));
-    made.join()
-        .unwrap_or_else(panicked)
-        .map_err(ContainerError::io(format!("have process {pid} make a userfaultfd")))
+    let made = traced(|| {
+        let process = sys::pidfd_open(pid)?;
+        inject(pid, |task, instruction| task.make_userfaultfd(&process, instruction))
+    });
+    let (uffd, stopped) =
+        made.map_err(ContainerError::io(format!("have process {pid} make a userfaultfd")))?;
+    Ok(Injected { uffd, stopped })
 }
 
 /// A filter that a task will put itself under; gives the descriptor that the filter sends calls to.
@@ -87,8 +86,54 @@ pub(crate) fn filter_when_back(task: i32, calls: Calls) -> io::Result<Filtering>
     Ok(begun)
 }
 
-fn inject(pid: i32) -> io::Result<Injected> {
-    let process = sys::pidfd_open(pid)?;
+/// Has process `pid` close what it has of `ours`: descriptors of userfaultfds that it came by because it was
+/// forked just when its parent had one for us.
+pub(crate) fn take_back<'a>(pid: i32, ours: impl Iterator<Item = &'a OwnedFd>) -> Result<()> {
+    let descriptors = descriptors_of_userfaultfds(pid);
+    if descriptors.is_empty() {
+        return Ok(());
+    }
+    for uffd in ours {
+        for number in &descriptors {
+            let is_ours = || sys::is_same_file(uffd.as_fd(), pid, *number);
+            if !is_ours() {
+                continue;
+            }
+            let closed = traced(|| {
+                inject(pid, |task, instruction| match is_ours() {
+                    true => task.close(*number, instruction),
+                    false => Ok(()),
+                })
+            });
+            closed.map_err(ContainerError::io(format!("have process {pid} close what is ours")))?;
+            tracing::debug!(pid, number, "A process was forked with a descriptor of ours");
+        }
+    }
+    Ok(())
+}
+
+fn descriptors_of_userfaultfds(pid: i32) -> Vec<i32> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let number = |entry: fs::DirEntry| {
+        let link = fs::read_link(entry.path()).ok()?;
+        let number = entry.file_name().to_str()?.parse().ok()?;
+        (link.as_os_str() == "anon_inode:[userfaultfd]").then_some(number)
+    };
+    entries.filter_map(number).collect()
+}
+
+/// Does `work` on a thread that does nothing else.
+fn traced<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("inject".to_owned());
+        let panicked = |_| Err(io::Error::other("the thread that traces panicked"));
+        thread.spawn_scoped(scope, work)?.join().unwrap_or_else(panicked)
+    })
+}
+
+/// Has a task of process `pid` do `work`, which is given an address of a system call instruction. Gives also
+/// for how long the task stood still.
+fn inject<T>(pid: i32, work: impl Fn(&Stopped, u64) -> io::Result<T>) -> io::Result<(T, Duration)> {
     let mut last = io::Error::from_raw_os_error(libc::ESRCH);
     let begun = Instant::now();
     // A first thread that has ended leaves the others running.
@@ -109,11 +154,10 @@ fn inject(pid: i32) -> io::Result<Injected> {
         };
         let begun = stopped.since;
         // Looked for now: an exec would have put it elsewhere.
-        let made = system_call_instruction(pid)
-            .and_then(|instruction| stopped.make_userfaultfd(&process, instruction));
+        let made = system_call_instruction(pid).and_then(|instruction| work(&stopped, instruction));
         // Whatever came of the call, the task goes on as it was.
         stopped.let_go()?;
-        return Ok(Injected { uffd: made?, stopped: begun.elapsed() });
+        return Ok((made?, begun.elapsed()));
     }
     Err(last)
 }
@@ -215,6 +259,11 @@ impl Stopped {
         let taken = sys::pidfd_getfd(process.as_fd(), made as i32);
         let closed = self.call(instruction, libc::SYS_close, [made, 0, 0]);
         closed.and(taken)
+    }
+
+    fn close(&self, number: i32, instruction: u64) -> io::Result<()> {
+        trace::set_signal_mask(self.task, u64::MAX)?;
+        self.call(instruction, libc::SYS_close, [number as u64, 0, 0]).map(drop)
     }
 
     fn call(&self, instruction: u64, number: i64, arguments: [u64; 3]) -> io::Result<u64> {
@@ -399,6 +448,29 @@ mod tests {
         let open = fs::read_dir(format!("/proc/{}/fd", child.id())).expect("descriptors");
         let left = open.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
         assert!(!left.into_iter().any(|link| link.to_string_lossy().contains("userfaultfd")));
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+    }
+
+    #[test]
+    fn what_a_child_got_of_ours_is_taken_back() {
+        let ours = sys::userfaultfd().expect("a userfaultfd");
+        let other = sys::userfaultfd().expect("a userfaultfd");
+        let mut command = Command::new("sh");
+        command.args(["-c", "while read line; do echo $line; done"]);
+        sys::inherit(&mut command, &[ours.as_fd(), other.as_fd()]);
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut child = child.expect("sh");
+        answers(&mut child);
+        let pid = child.id() as i32;
+        let has = |uffd: &OwnedFd| {
+            let number = std::os::fd::AsRawFd::as_raw_fd(uffd);
+            descriptors_of_userfaultfds(pid).contains(&number)
+        };
+        assert!(has(&ours) && has(&other));
+        take_back(pid, [&ours].into_iter()).expect("taken back");
+        assert!(!has(&ours) && has(&other), "its own stays");
+        answers(&mut child);
         child.kill().expect("kill");
         child.wait().expect("wait");
     }

@@ -31,6 +31,7 @@ use crate::forked::leaving::Forked;
 use crate::hiding::{self, Hidden, HiddenRanges, Way};
 use crate::images::PAGE_LIMIT;
 use crate::init::Init;
+use crate::input::Rest;
 use crate::landed;
 use crate::limits;
 use crate::looking::Looking;
@@ -172,7 +173,7 @@ impl Container {
 
     /// The container as it is looked at for what speaks against a move.
     fn subject(&self, init: i32) -> Result<Subject<'_>> {
-        let mut pipes = vec![self.streams.key()?];
+        let mut pipes = vec![self.streams.key()?, self.streams.input_key()?];
         if let Some(foreign) = &self.foreign {
             pipes.extend(foreign.streams.outputs.iter().chain(&foreign.streams.input).cloned());
         }
@@ -356,12 +357,21 @@ impl Container {
             output_owner: self.streams.owner()?,
             mounts: paused.mounts.clone(),
             second_output: None,
-            input: None,
+            input: Some(self.streams.input_key()?),
+            input_rest: Vec::new(),
+            input_ended: false,
             settings: self.cgroups.settings(),
             terminal,
         };
         if let Some(foreign) = &self.foreign {
             foreign.streams.enter(&mut state);
+        }
+        let pids = self.cgroups.processes()?;
+        let rest = state.input.as_ref().map(|key| Rest::of(&pids, key)).transpose()?.flatten();
+        match rest {
+            Some(rest) => (state.input_rest, state.input_ended) = (rest.bytes, rest.ended),
+            // Nobody has it any more.
+            None => state.input = None,
         }
         let images = self.store.images();
         let hidden = paused.hidden.as_deref().unwrap_or_default();

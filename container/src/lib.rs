@@ -5,7 +5,7 @@
 //! (whose a name is), [`backend`] (the
 //! agent's side), [`keeper`] and [`kept`] (the process that holds a container, and the container as
 //! it holds it). Below them its parts: `bundle`, `runtime` (on `runc` and `crun`), `cgroup`, `network`,
-//! `streams`, `terminal`, `init`, `store`; what somebody else started: `adopt`, `foreign`, `interfaces`,
+//! `streams`, `input`, `terminal`, `init`, `store`; what somebody else started: `adopt`, `foreign`, `interfaces`,
 //! [`podman`];
 //! and the move itself: `memory` (which pages are ours), `tracker` (which of them were written, while it
 //! runs, on `pagemap` and `inject`), `comparing` (the same where the kernel does not tell), `segments` and
@@ -40,6 +40,7 @@ pub mod hooks;
 mod images;
 mod init;
 mod inject;
+mod input;
 mod interfaces;
 pub mod keeper;
 pub mod kept;

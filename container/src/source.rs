@@ -2,6 +2,7 @@
 //! for it is the agent that reads: what of the shared memory was sent.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use decamp_shared::keeper::KeeperClient;
@@ -79,6 +80,10 @@ impl SourceWorkload for ContainerSource {
 
     fn restoring(&self) -> Duration {
         self.keeper.restoring()
+    }
+
+    fn call_off(&self) -> Option<Arc<AtomicBool>> {
+        Some(self.sent.call_off())
     }
 
     fn ways(&self) -> Ways {

@@ -6,13 +6,15 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{Gid, Uid, fchown, pipe2};
 
 use crate::error::{ContainerError, Result};
+use crate::input::Rest;
 use crate::sys;
 
 /// What is still in the pipe when the last writer has ended is copied within this.
@@ -24,8 +26,10 @@ pub(crate) struct Streams {
     write_end: Option<OwnedFd>,
     /// The same end again, where standard error is another pipe than standard output.
     second: Option<OwnedFd>,
-    /// A pipe from which nothing ever comes: where standard input was a pipe.
-    input: (OwnedFd, OwnedFd),
+    /// A pipe that only says what was left of another: where standard input was one.
+    input: OwnedFd,
+    /// Its other end, for as long as it has not ended.
+    input_writer: Mutex<Option<OwnedFd>>,
     copier: Option<JoinHandle<()>>,
 }
 
@@ -49,8 +53,15 @@ impl Streams {
             .map_err(ContainerError::io("start a thread"))?;
         let second =
             write_end.try_clone().map_err(ContainerError::io("copy the output descriptor"))?;
-        let input = pipe2(OFlag::O_CLOEXEC).map_err(ContainerError::errno("make a pipe"))?;
-        Ok(Self { write_end: Some(write_end), second: Some(second), input, copier: Some(copier) })
+        let (input, input_writer) =
+            pipe2(OFlag::O_CLOEXEC).map_err(ContainerError::errno("make a pipe"))?;
+        Ok(Self {
+            write_end: Some(write_end),
+            second: Some(second),
+            input,
+            input_writer: Mutex::new(Some(input_writer)),
+            copier: Some(copier),
+        })
     }
 
     /// Has the container write to `output` and `error`, which somebody else reads.
@@ -73,7 +84,35 @@ impl Streams {
 
     /// The end that a container reads its input from.
     pub(crate) fn input_end(&self) -> BorrowedFd<'_> {
-        self.input.0.as_fd()
+        self.input.as_fd()
+    }
+
+    /// What CRIU calls the pipe that a container reads its input from.
+    pub(crate) fn input_key(&self) -> Result<String> {
+        let inode = sys::inode(self.input_end()).map_err(ContainerError::io("look at a pipe"))?;
+        Ok(format!("pipe:[{inode}]"))
+    }
+
+    /// Has the container read `rest`, and then its end if it has one.
+    pub(crate) fn give_input(&self, rest: &Rest) -> Result<()> {
+        let mut writer = self.input_writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = "hand the container what it had still to read";
+        if let Some(writer) = writer.as_ref().filter(|_| !rest.bytes.is_empty()) {
+            // All of it fits, or nothing is written: nobody reads yet.
+            let room = i32::try_from(rest.bytes.len().next_power_of_two()).unwrap_or(i32::MAX);
+            let has =
+                fcntl(writer, FcntlArg::F_GETPIPE_SZ).map_err(ContainerError::errno(failed))?;
+            if room > has {
+                fcntl(writer, FcntlArg::F_SETPIPE_SZ(room))
+                    .map_err(ContainerError::errno(failed))?;
+            }
+            let writer = writer.try_clone().map_err(ContainerError::io(failed))?;
+            File::from(writer).write_all(&rest.bytes).map_err(ContainerError::io(failed))?;
+        }
+        if rest.ended {
+            *writer = None;
+        }
+        Ok(())
     }
 
     /// Takes what was written until now into the log: call it when every writer has ended.

@@ -118,6 +118,7 @@ fn main() {
             name: "podman_forgets_what_did_not_come",
             run: podman::podman_forgets_what_did_not_come,
         },
+        Case { name: "adopted_input_goes_along", run: adoption::adopted_input_goes_along },
         Case { name: "what_cannot_be_adopted", run: adoption::what_cannot_be_adopted },
         Case { name: "shared_memory_moves_live", run: segments::shared_memory_moves_live },
         Case {

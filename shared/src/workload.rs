@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -109,6 +110,11 @@ pub trait SourceWorkload: Send {
     /// harvest had it. Zero for whoever is restored like any other.
     fn restoring(&self) -> Duration {
         Duration::ZERO
+    }
+    /// What ends, once it is set, a look for written pages that is under way, and all that follow: with an
+    /// error, after which [`SourceWorkload::resume`] works as ever. Nothing where no look takes long.
+    fn call_off(&self) -> Option<Arc<AtomicBool>> {
+        None
     }
     /// How its state leaves this host, for the report. Nothing is known of most kinds.
     fn ways(&self) -> Ways {

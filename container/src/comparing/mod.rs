@@ -30,6 +30,8 @@ const THREADS_MOST: usize = 16;
 /// A workload that is compared with what was sent of it.
 pub(crate) struct Comparing {
     inner: Box<dyn SourceWorkload>,
+    /// Set when nobody wants to know any more.
+    called_off: Arc<AtomicBool>,
     sums: Arc<Sums>,
     tracked: bool,
     paused: bool,
@@ -42,6 +44,7 @@ impl Comparing {
     /// `inner` names all pages that exist as written.
     pub(crate) fn new(inner: Box<dyn SourceWorkload>) -> Self {
         Self {
+            called_off: inner.call_off().unwrap_or_default(),
             inner,
             sums: Arc::new(Sums::new(Key::draw())),
             tracked: false,
@@ -59,7 +62,7 @@ impl Comparing {
         // What runs has half of the host for itself.
         let threads = if self.paused { cores } else { cores / 2 };
         let threads = threads.clamp(1, THREADS_MOST);
-        let found = Look::new(exist, &*reader, &self.sums).by(threads)?;
+        let found = Look::new(exist, &*reader, &self.sums, &self.called_off).by(threads)?;
         self.look = begun.elapsed();
         tracing::debug!(
             ms = self.look.as_millis(),
@@ -127,6 +130,10 @@ impl SourceWorkload for Comparing {
         self.inner.restoring()
     }
 
+    fn call_off(&self) -> Option<Arc<AtomicBool>> {
+        Some(self.called_off.clone())
+    }
+
     fn ways(&self) -> Ways {
         self.inner.ways()
     }
@@ -182,13 +189,26 @@ struct Look<'a> {
     pages: &'a PageSet,
     reader: &'a dyn PageReader,
     sums: &'a Sums,
+    called_off: &'a AtomicBool,
     at: Mutex<(SpaceId, u64)>,
     failed: AtomicBool,
 }
 
 impl<'a> Look<'a> {
-    fn new(pages: &'a PageSet, reader: &'a dyn PageReader, sums: &'a Sums) -> Self {
-        Self { pages, reader, sums, at: Mutex::default(), failed: AtomicBool::new(false) }
+    fn new(
+        pages: &'a PageSet,
+        reader: &'a dyn PageReader,
+        sums: &'a Sums,
+        called_off: &'a AtomicBool,
+    ) -> Self {
+        Self {
+            pages,
+            reader,
+            sums,
+            called_off,
+            at: Mutex::default(),
+            failed: AtomicBool::new(false),
+        }
     }
 
     fn by(&self, threads: usize) -> Result<PageSet> {
@@ -217,6 +237,9 @@ impl<'a> Look<'a> {
         let mut found = PageSet::new();
         let mut bytes = vec![0; PIECE as usize * PAGE_SIZE];
         while let Some(piece) = self.take() {
+            if self.called_off.load(Ordering::Relaxed) {
+                return Err(WorkloadError::plain("The comparison was called off"));
+            }
             if let Err(error) = self.compare(piece, &mut bytes, &mut found) {
                 self.failed.store(true, Ordering::Relaxed);
                 return Err(error);

@@ -14,6 +14,7 @@
 pub(crate) mod found;
 mod hashes;
 pub(crate) mod hide;
+mod key;
 pub(crate) mod landing;
 pub(crate) mod message;
 mod rewrite;

@@ -3,17 +3,15 @@
 //! Each page that is read for sending leaves a hash of what was read. A harvest reads what is there, and
 //! what has another hash is dirty. So it does not matter who wrote it, or how: a process that maps it, one
 //! that came and went between two harvests, or a `pwrite` to a descriptor. In the stop that is the
-//! last word. Pages are compared by 128 bits of a hash with a secret seed.
+//! last word. Pages are compared by a hash with a secret key (see `key`).
 
 use std::collections::BTreeMap;
-use std::collections::hash_map::RandomState;
 use std::fs::File;
-use std::hash::BuildHasher;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, available_parallelism};
 use std::time::{Duration, Instant};
@@ -23,10 +21,10 @@ use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet, SpaceId};
 use decamp_shared::workload::{Result, SpaceInfo, WorkloadError};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use twox_hash::XxHash3_128;
 
 use super::hashes::{Hashes, NEVER};
 use super::is_segment;
+use super::key::Key;
 use crate::dump::ms;
 use crate::sys::view::View;
 
@@ -43,9 +41,11 @@ const COMPARED_IN: Duration = Duration::from_nanos(400);
 /// The segments of one workload and what was sent of them in one session.
 pub(crate) struct Sent {
     segments: Mutex<BTreeMap<SpaceId, Arc<Segment>>>,
-    seed: u64,
+    key: Arc<Key>,
     /// Pages that the last harvest had to compare.
     compared: AtomicU64,
+    /// Set when nobody wants to know any more.
+    called_off: Arc<AtomicBool>,
 }
 
 /// One segment.
@@ -53,7 +53,7 @@ pub(crate) struct Segment {
     space: SpaceId,
     file: File,
     system_v: bool,
-    seed: u64,
+    key: Arc<Key>,
     /// The hash of what was sent last, by page.
     hashes: Mutex<Hashes>,
     /// Mapped while it runs, to be read when it stands still: a copy would cost several times as much.
@@ -77,8 +77,12 @@ struct Piece {
 
 impl Default for Sent {
     fn default() -> Self {
-        let seed = RandomState::new().hash_one(0);
-        Self { segments: Mutex::default(), seed, compared: AtomicU64::new(0) }
+        Self {
+            segments: Mutex::default(),
+            key: Arc::new(Key::draw()),
+            compared: AtomicU64::new(0),
+            called_off: Arc::default(),
+        }
     }
 }
 
@@ -95,7 +99,9 @@ impl Sent {
         for space in wanted {
             let segment = match segments.remove(&space) {
                 Some(segment) => segment,
-                None => Arc::new(Segment::new(space, client.memory(space)?.into(), self.seed)),
+                None => {
+                    Arc::new(Segment::new(space, client.memory(space)?.into(), self.key.clone()))
+                }
             };
             found.insert(space, segment);
         }
@@ -133,11 +139,16 @@ impl Sent {
         self.compared.store(pages, Ordering::Relaxed);
         // While it runs its processors are its own.
         let most = if stands_still { threads() } else { 1 };
-        add(compare(&pieces, most.min(pieces.len()))?);
+        add(compare(&pieces, most.min(pieces.len()), &self.called_off)?);
         if !segments.is_empty() {
             tracing::debug!(ms = ms(begun), changed, "Compared shared memory");
         }
         Ok(())
+    }
+
+    /// Set, it ends a comparison that is under way, and all that follow, with an error.
+    pub(crate) fn call_off(&self) -> Arc<AtomicBool> {
+        self.called_off.clone()
     }
 
     /// How long the comparison will take in the stop, as the last harvest had it.
@@ -153,11 +164,11 @@ fn threads() -> usize {
 }
 
 impl Segment {
-    fn new(space: SpaceId, file: File, seed: u64) -> Self {
+    fn new(space: SpaceId, file: File, key: Arc<Key>) -> Self {
         let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
         let system_v =
             link.is_ok_and(|link| link.as_os_str().as_encoded_bytes().starts_with(b"/SYSV"));
-        Self { space, file, system_v, seed, hashes: Mutex::default(), view: Mutex::default() }
+        Self { space, file, system_v, key, hashes: Mutex::default(), view: Mutex::default() }
     }
 
     fn hashes(&self) -> MutexGuard<'_, Hashes> {
@@ -212,8 +223,13 @@ impl Segment {
         view.clone()
     }
 
+    /// The next one is mapped afresh.
+    fn forget_view(&self) {
+        *self.view.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     fn hash(&self, page: &[u8]) -> u128 {
-        XxHash3_128::oneshot_with_seed(self.seed, page)
+        self.key.hash(page)
     }
 
     /// What of it holds data, and what does not, up to the last page that was sent.
@@ -275,8 +291,8 @@ impl Segment {
             }
         };
         let place = pages.start * PAGE..pages.end * PAGE;
-        let in_place =
-            view.and_then(|view| view.with(&place, |bytes| look(pages.start, &sent, bytes)));
+        let in_place = view.map(|view| view.with(&place, |bytes| look(pages.start, &sent, bytes)));
+        let in_place = in_place.transpose().inspect_err(|_| self.forget_view())?.flatten();
         if in_place.is_none() {
             let starts = pages.clone().step_by(AT_ONCE as usize);
             for (first, sent) in starts.zip(sent.chunks(AT_ONCE as usize)) {
@@ -324,12 +340,15 @@ fn cut(segment: &Arc<Segment>, data: &Range<u64>, view: Option<&Arc<View>>) -> V
 }
 
 /// Compares on so many threads.
-fn compare(pieces: &[Piece], threads: usize) -> Result<Vec<PageRange>> {
+fn compare(pieces: &[Piece], threads: usize, called_off: &AtomicBool) -> Result<Vec<PageRange>> {
     let next = AtomicUsize::new(0);
     let work = || -> io::Result<Vec<PageRange>> {
         let mut buffer = vec![0; AT_ONCE as usize * PAGE_SIZE];
         let mut found = Vec::new();
         while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if called_off.load(Ordering::Relaxed) {
+                return Err(io::Error::other("it was called off"));
+            }
             let view = piece.view.as_deref();
             found.extend(piece.segment.changed(&piece.pages, view, &mut buffer)?);
         }
@@ -365,7 +384,8 @@ mod tests {
         file.set_len(pages * PAGE).expect("a size");
         let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
         let sent = Sent::default();
-        let segment = Segment::new(SPACE, File::open(path).expect("opened again"), sent.seed);
+        let segment =
+            Segment::new(SPACE, File::open(path).expect("opened again"), sent.key.clone());
         sent.segments.lock().expect("whole").insert(SPACE, Arc::new(segment));
         (file, sent)
     }
@@ -425,6 +445,17 @@ mod tests {
         segment.read(PageRange::new(SPACE, 0, 8), &mut bytes).expect("read");
         write(&file, 3..4, 1);
         assert_eq!(harvest(&sent), [(3, 1)]);
+    }
+
+    #[test]
+    fn nobody_waits_for_a_comparison_that_is_called_off() {
+        let (file, sent) = segment(8);
+        write(&file, 0..8, 1);
+        assert_eq!(harvest(&sent), [(0, 8)]);
+        sent.call_off().store(true, Ordering::Relaxed);
+        let error = sent.add_changed(true, &mut PageSet::new()).expect_err("called off");
+        let cause = std::error::Error::source(&error).expect("a cause").to_string();
+        assert!(cause.contains("called off"), "{cause}");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 #[cfg_attr(target_arch = "x86_64", path = "x86_64.rs")]
 pub(crate) mod arch;
 pub(crate) mod bpf;
+mod bus;
 pub(crate) mod look;
 pub(crate) mod marked;
 pub(crate) mod pidfd;
@@ -502,6 +503,22 @@ pub(crate) fn compare_memory(one: i32, other: i32) -> io::Result<Ordering> {
         -1 => Err(io::Error::last_os_error()),
         _ => Err(io::ErrorKind::InvalidData.into()),
     }
+}
+
+/// Whether `ours` is the open file that process `pid` has as descriptor `number`.
+pub(crate) fn is_same_file(ours: BorrowedFd<'_>, pid: i32, number: i32) -> bool {
+    const KCMP_FILE: i32 = 0;
+    let (us, ours) = (std::process::id(), ours.as_raw_fd());
+    // SAFETY: takes integers only.
+    unsafe { libc::syscall(libc::SYS_kcmp, us, pid, KCMP_FILE, ours, number) == 0 }
+}
+
+/// Copies up to `length` bytes from one pipe to another, and leaves them in the first.
+pub(crate) fn tee(from: BorrowedFd<'_>, to: BorrowedFd<'_>, length: usize) -> io::Result<usize> {
+    let flags = libc::SPLICE_F_NONBLOCK;
+    // SAFETY: takes integers only.
+    let copied = unsafe { libc::tee(from.as_raw_fd(), to.as_raw_fd(), length, flags) };
+    if copied < 0 { Err(io::Error::last_os_error()) } else { Ok(copied as usize) }
 }
 
 /// Destroys a System V segment of the calling thread's namespace, once nobody has it attached.

@@ -6,6 +6,8 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::null_mut;
 
+use super::bus;
+
 /// A mapping that is only read.
 pub(crate) struct View {
     start: *mut libc::c_void,
@@ -64,20 +66,26 @@ impl View {
     }
 
     /// Lends the bytes of `range` to `look`; nothing when they are not all mapped. Whoever could write to
-    /// the file, or make it shorter, must stand still until it returns: a missing page would end us.
-    pub(crate) fn with<R>(&self, range: &Range<u64>, look: impl FnOnce(&[u8]) -> R) -> Option<R> {
+    /// the file must stand still until it returns.
+    ///
+    /// # Errors
+    /// When somebody makes the file shorter meanwhile. This is of no use from then on.
+    pub(crate) fn with<R>(
+        &self,
+        range: &Range<u64>,
+        look: impl FnOnce(&[u8]) -> R,
+    ) -> io::Result<Option<R>> {
         if range.start > range.end || range.end > self.length() {
-            return None;
+            return Ok(None);
         }
+        let length = (range.end - range.start) as usize;
         // SAFETY: the range lies in the mapping, which lives as long as `self`, and as is said above
-        // nobody changes the bytes meanwhile.
+        // nobody changes the bytes meanwhile; those that go away are zeros before they can be read.
         let bytes = unsafe {
-            std::slice::from_raw_parts(
-                self.start.cast::<u8>().add(range.start as usize),
-                (range.end - range.start) as usize,
-            )
+            std::slice::from_raw_parts(self.start.cast::<u8>().add(range.start as usize), length)
         };
-        Some(look(bytes))
+        let start = bytes.as_ptr() as usize;
+        bus::guarded(start..start + length, || look(bytes)).map(Some)
     }
 }
 
@@ -85,5 +93,45 @@ impl Drop for View {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and whatever was lent of it has been given back.
         unsafe { libc::munmap(self.start, self.length) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    #[test]
+    fn a_file_that_is_cut_short_is_an_error_and_no_end() {
+        let file = File::from(memfd_create("view", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
+        file.set_len(4 * PAGE).expect("a size");
+        let all = 0..4 * PAGE;
+        let view = View::of(&file, 4 * PAGE).expect("mapped");
+        let sum = |bytes: &[u8]| bytes.iter().map(|byte| u64::from(*byte)).sum::<u64>();
+        assert_eq!(view.with(&all, sum).expect("whole"), Some(0));
+        assert_eq!(view.with(&(0..5 * PAGE), sum).expect("nothing"), None);
+        let cut = view.with(&all, |bytes| {
+            file.set_len(PAGE).expect("cut");
+            sum(bytes)
+        });
+        assert!(cut.expect_err("it is gone").to_string().contains("cut the file short"));
+        // The next one is as good as ever, in this thread and in others.
+        file.set_len(4 * PAGE).expect("grown");
+        let view = View::of(&file, 4 * PAGE).expect("mapped");
+        assert_eq!(view.with(&all, sum).expect("whole"), Some(0));
+        let elsewhere = std::thread::scope(|scope| {
+            let there = scope.spawn(|| {
+                view.with(&all, |bytes| {
+                    file.set_len(0).expect("cut");
+                    sum(bytes)
+                })
+                .is_err()
+            });
+            there.join().expect("it ends in good order")
+        });
+        assert!(elsewhere);
     }
 }

@@ -22,7 +22,7 @@ use decamp_shared::pages::PageSet;
 
 use super::{Tracker, each_that_lives, sharing};
 use crate::error::{ContainerError, Result};
-use crate::inject::userfaultfd_of;
+use crate::inject::{take_back, userfaultfd_of};
 use crate::memory::{self, HiddenProcess, Process, hideable_mappings};
 use crate::pagemap::{Pagemap, append};
 use crate::sys;
@@ -58,6 +58,11 @@ struct Known {
 impl WriteProtect {
     /// Takes charge of a process. One that cannot be tracked is no error.
     fn meet(&mut self, process: &Process, began: u64) {
+        let ours = self.known.values().filter_map(|known| known.uffd.as_ref());
+        if let Err(error) = take_back(process.pid, ours) {
+            // It is found again before the stop, which ends there.
+            tracing::warn!(%error, "A process keeps a descriptor of ours that it was forked with");
+        }
         let (uffd, left_alone) = match self.descriptor_of(process) {
             Ok(uffd) => (Some(uffd), None),
             Err(error) => {

@@ -1,6 +1,7 @@
 //! Containers that a runtime started by itself: adopted, moved, given back, and refused with every reason.
 
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -54,6 +55,23 @@ impl<'a> Stranger<'a> {
             .status();
         assert!(status.expect(runtime).success());
         Self { runtime, spot, reader: None }
+    }
+
+    /// The same with what `input` says as its standard input, a pipe.
+    fn start_reading(runtime: &'static str, spot: Spot<'a>, input: impl Into<OwnedFd>) -> Self {
+        let output = File::create(Self::output_of(&spot)).expect("a file");
+        let bundle = spot.bundle().display().to_string();
+        let mut reader =
+            Command::new("cat").stdin(Stdio::piped()).stdout(output).spawn().expect("cat");
+        let output: OwnedFd = reader.stdin.take().expect("a pipe").into();
+        let status = Command::new(runtime)
+            .args(["run", "--detach", "--bundle", &bundle, &spot.place.name])
+            .stdin(input.into())
+            .stdout(output.try_clone().expect("copied"))
+            .stderr(output)
+            .status();
+        assert!(status.expect(runtime).success());
+        Self { runtime, spot, reader: Some(reader) }
     }
 
     fn output_of(spot: &Spot<'_>) -> PathBuf {
@@ -113,6 +131,41 @@ impl Drop for Stranger<'_> {
         if let Some(reader) = &mut self.reader {
             let _ = reader.kill().and_then(|()| reader.wait());
         }
+    }
+}
+
+/// What nobody has read of a pipe goes along, twice, and its end comes after it; before that whoever reads
+/// waits.
+pub(crate) fn adopted_input_goes_along(host: &Host) {
+    let line = "i=0; while [ ! -e /data/go ]; do i=$((i+1)); echo $i; usleep 100000; done; \
+        while read word; do echo got $word; done; echo end; while :; do usleep 100000; done";
+    for ended in [false, true] {
+        let name = format!("in-{}", u8::from(ended));
+        let (input, mut writer) = std::io::pipe().expect("a pipe");
+        writer.write_all(b"one\ntwo\n").expect("written");
+        let spot = host.shell(&name, line);
+        let mut stranger = Stranger::start_reading("runc", spot, input);
+        let writer = (!ended).then_some(writer);
+        stranger.await_count(3);
+        stranger.adopt();
+        let there = stranger.spot.twin(&format!("{name}b"));
+        stranger.spot.move_to(&there);
+        there.await_count(stranger.last_count() + 3);
+        let again = there.twin(&format!("{name}c"));
+        there.move_to(&again);
+        again.await_count(there.last_count() + 3);
+        fs::write(again.bundle().join("rootfs/data/go"), "").expect("written");
+        again.await_log("got one\ngot two\n");
+        if ended {
+            again.await_log("got two\nend\n");
+        } else {
+            thread::sleep(Duration::from_millis(300));
+            let said = fs::read_to_string(again.place.log()).expect("a log");
+            assert!(!said.contains("end"), "{said}");
+        }
+        drop(writer);
+        again.stop();
+        host.assert_nothing_left(&format!("{name}c"));
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
@@ -29,6 +30,7 @@ use crate::protocol::control::{
 use crate::transport::{Control, Dialer, Join, PeerAddress, Role as StreamRole, Secret};
 use crate::workload::{
     FileRole, FileTree, Kind, Liveness, Manifest, Refusal, RefusalCode, SourceWorkload,
+    WorkloadError,
 };
 
 /// How long connecting and the first answers may take.
@@ -150,6 +152,8 @@ fn described(
 struct Departing<'a> {
     context: &'a SourceContext,
     halt: Halt,
+    /// Ends a look at memory that is under way.
+    call_off: Option<Arc<AtomicBool>>,
     departure: Departure,
     manifest: Manifest,
     liveness: Liveness,
@@ -218,7 +222,7 @@ impl<'a> Departing<'a> {
         report.workload = manifest.name.clone();
         report.kind = manifest.kind();
         report.memory_bytes = manifest.memory_bytes;
-        let ways = workload.ways();
+        let (ways, call_off) = (workload.ways(), workload.call_off());
         report.dump = ways.dump;
         report.fallbacks = ways.fallbacks;
         report.tracker = Some(match &liveness {
@@ -228,6 +232,7 @@ impl<'a> Departing<'a> {
         Self {
             context,
             halt,
+            call_off,
             departure: Departure::new(migration, 0, context.journal.clone(), workload),
             manifest,
             liveness,
@@ -249,11 +254,34 @@ impl<'a> Departing<'a> {
             return Ok(());
         }
         let mut copying = self.prepare(&verdict).await?;
-        let copied = self.copy(&mut copying, live).await;
+        let copied = self.copy_or_call_off(&mut copying, live).await;
         // Also of a move that failed: how far it had come.
         copying.fill_report(&mut self.report);
         copied?;
         self.hand_over().await
+    }
+
+    /// Copies. Who cancels the move does not wait for a look at memory that is under way.
+    async fn copy_or_call_off(&mut self, copying: &mut Copying, live: bool) -> Result<()> {
+        let (halt, called_off) = (self.halt.clone(), self.call_off.clone());
+        let cancelled = async {
+            halt.cancel.cancelled().await;
+            if let Some(called_off) = called_off {
+                called_off.store(true, Ordering::Relaxed);
+            }
+            std::future::pending::<Result<()>>().await
+        };
+        let copied = tokio::select! {
+            copied = self.copy(copying, live) => copied,
+            never = cancelled => never,
+        };
+        copied.map_err(|error| match error {
+            // What was called off failed for that.
+            SessionError::Workload(WorkloadError::Failed { .. }) => {
+                halt.check().err().unwrap_or(error)
+            }
+            error => error,
+        })
     }
 
     /// From the files to a workload that is loaded at the destination.

@@ -94,6 +94,9 @@ struct Copies {
     recovers: AtomicBool,
     /// The source's keeper ends when it is told to pause.
     keeper_dies: AtomicBool,
+    /// In the stop the source looks for written pages until that is called off.
+    looks_for_ever: AtomicBool,
+    called_off: Arc<AtomicBool>,
 }
 
 impl Copies {
@@ -148,8 +151,19 @@ impl SourceWorkload for Leaving {
         if !self.tracked {
             dirty.insert(PageRange::new(SPACE, 0, PAGES));
         }
+        let stands_still = !self.copies.source_runs.load(Ordering::SeqCst);
+        if stands_still && self.copies.looks_for_ever.load(Ordering::SeqCst) {
+            while !self.copies.called_off.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            return Err(WorkloadError::plain("It was called off"));
+        }
         dirty.union(&std::mem::take(&mut *lock(&self.memory.dirty)));
         Ok(())
+    }
+
+    fn call_off(&self) -> Option<Arc<AtomicBool>> {
+        Some(self.copies.called_off.clone())
     }
 
     fn stall(&self) -> Duration {
@@ -546,6 +560,25 @@ async fn a_cancelled_move_leaves_the_workload_running_and_nothing_behind() {
         (Some(Record::RolledBack), Some(Record::Aborted))
     );
     assert!(pair.copies.discarded.load(Ordering::SeqCst));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_look_at_memory_in_the_stop_is_called_off() {
+    let pair = Pair::new(true, Vec::new()).await;
+    pair.copies.looks_for_ever.store(true, Ordering::SeqCst);
+    let cancel = CancellationToken::new();
+    let (copies, later) = (pair.copies.clone(), cancel.clone());
+    tokio::spawn(async move {
+        while copies.source_runs.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        later.cancel();
+    });
+    let moved = pair.migrate(MoveOptions::default(), cancel);
+    let ending = tokio::time::timeout(Duration::from_secs(20), moved).await.expect("it ends");
+    assert_eq!(ending.report.outcome, Outcome::Cancelled, "{:?}", ending.report.reason);
+    assert_eq!(ending.fate, Fate::Here);
+    assert_eq!(pair.copies.running(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
