@@ -148,3 +148,37 @@ pub(crate) fn probe() -> std::result::Result<(), String> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    fn late() -> (Late, Outcome) {
+        let outcome = Outcome::default();
+        let wanted = Wanted { init: 1, limits: false };
+        (Late::new(wanted, channel().0, outcome.clone()), outcome)
+    }
+
+    #[test]
+    fn a_criu_that_opens_nothing_is_under_no_filter() {
+        let (mut late, outcome) = late();
+        outcome.is_of(4711);
+        // Somebody else does.
+        late.is_opened_by(4712).and_then(|()| late.is_read()).expect("nothing happens");
+        assert!(outcome.failure().is_none());
+        let error = outcome.check().expect_err("it never came").to_string();
+        assert!(error.contains("did not open"), "{error}");
+    }
+
+    #[test]
+    fn a_criu_that_cannot_be_traced_fails_where_it_opens_and_afterwards() {
+        let (mut late, outcome) = late();
+        // Nobody traces himself.
+        let us = std::process::id() as i32;
+        outcome.is_of(us);
+        assert!(late.is_opened_by(us).is_err());
+        assert!(outcome.failure().is_some() && outcome.check().is_err());
+    }
+}
