@@ -336,10 +336,11 @@ fn ksm_merges() -> bool {
 
 /// Why it is used nowhere yet: memory that is the page of zeros at one look, is then written, read by us and sent,
 /// given back, and only read again, is the page of zeros at the next look as well: it lies where it lay, without
-/// a bit, and what was sent stays. Seen on Linux 6.1 by comparing, in the stops of 30 moves, each page with what
-/// had been sent of it last: 65 such pages in one stop; no other write was missing but the kernel's own (the number
-/// of the CPU in a thread's restartable sequences area, while CRIU works in the thread). So the pages of zeros,
-/// the huge one too (`KPF_ZERO_PAGE` in `/proc/kpageflags`), would have to count as written at each look.
+/// a bit, and what was sent stays. Seen on Linux 6.1 by comparing, in the stops of 33 moves, each page with what
+/// had been sent of it last, zeros in the last 10 of them: 65 such pages in one stop. Nothing else was missing but
+/// what the kernel itself writes (the number of the CPU in a thread's restartable sequences area, while CRIU works
+/// in the thread). So the pages of zeros, the huge one too (`KPF_ZERO_PAGE` in `/proc/kpageflags`), would have to
+/// count as written at each look.
 const NOT_YET: &str = "a page that is given back and read again between two looks may not be told of: not \
                        used in this version";
 
