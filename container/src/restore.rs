@@ -25,7 +25,7 @@ use crate::filling::{Filling, Holder};
 use crate::forked::arriving::{Arriving, Late};
 use crate::forked::{self, Aliases};
 use crate::images::{self, HiddenPages};
-use crate::input::Rest;
+use crate::input;
 use crate::landed::Landed;
 use crate::network::Network;
 use crate::runtime::Runtime;
@@ -222,7 +222,7 @@ impl Restore<'_> {
         if let Some(key) = &state.input {
             options.inherit_fd.push(inherit(key, self.streams.input_end().as_raw_fd()));
             let (bytes, ended) = (state.input_rest.clone(), state.input_ended);
-            self.streams.give_input(&Rest { bytes, ended })?;
+            self.streams.give_input(&input::Rest { bytes, ended })?;
         }
         let segments = self.landing.inherited();
         options.inherit_fd.extend(segments.map(|(key, file)| inherit(&key, file.as_raw_fd())));

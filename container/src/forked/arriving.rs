@@ -19,9 +19,9 @@ use crate::error::{ContainerError, Result};
 use crate::filling::LatePages;
 use crate::images::{self, HiddenIn, HiddenPages};
 use crate::locked::Split;
-use crate::preflight::available_memory;
 use crate::segments::message::{Image, MM_MAGIC, Message};
 use crate::store::Store;
+use decamp_shared::keeper::ends::available_memory;
 
 /// The second mark of the image of a tree of processes.
 const PSTREE_MAGIC: u32 = 0x5027_3030;
