@@ -312,6 +312,9 @@ pub(crate) struct CheckpointView {
     pub(crate) left_running: bool,
     /// How long it stood still, in milliseconds.
     pub(crate) stopped_ms: f64,
+    /// What other programs can do with the file, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) advice: Option<String>,
 }
 
 /// `GET /v1/host`.

@@ -4,7 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use decamp_shared::archive::{Frozen, Parcel, Unpacking};
+use decamp_shared::archive::header::Described;
+use decamp_shared::archive::{Foreign as ForeignArchive, Frozen, Parcel, Unpacking};
 use decamp_shared::keeper::ends::KeeperDestination;
 use decamp_shared::keeper::{Beginning, KeeperClient, KeeperConfig, spawn};
 use decamp_shared::methods::{ForkedChoice, Methods, TrackerChoice};
@@ -15,7 +16,7 @@ use decamp_shared::workload::{
 use serde_json::Value;
 
 use crate::adopt;
-use crate::archive::{self, ContainerUnpacking};
+use crate::archive::{self, ContainerUnpacking, ForeignUnpacking};
 use crate::begin::write_config;
 use crate::bundle::Bundle;
 use crate::claim;
@@ -249,6 +250,10 @@ impl Backend for ContainerBackend {
         archive::pack(frozen)
     }
 
+    fn advice_for_file(&self, file: &Path) -> Option<String> {
+        Some(archive::advice(file))
+    }
+
     fn unpack(
         &self,
         manifest: &Manifest,
@@ -261,6 +266,26 @@ impl Backend for ContainerBackend {
             return Err(WorkloadError::plain(text).into());
         }
         Ok(Box::new(ContainerUnpacking::new(manifest, trees)?))
+    }
+
+    fn wants_of_foreign(&self, part: &str) -> bool {
+        archive::wants(part)
+    }
+
+    fn describe_foreign(
+        &self,
+        found: &ForeignArchive,
+    ) -> decamp_shared::archive::Result<Described> {
+        archive::describe(found)
+    }
+
+    fn unpack_foreign(
+        &self,
+        manifest: &Manifest,
+        trees: &[PlacedTree],
+        found: &ForeignArchive,
+    ) -> decamp_shared::archive::Result<Box<dyn Unpacking>> {
+        Ok(Box::new(ForeignUnpacking::new(manifest, trees, found)?))
     }
 
     fn stop(&self, _: &Value, place: &Place) -> Result<()> {

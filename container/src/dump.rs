@@ -2,7 +2,7 @@
 //! moves, and leaves it frozen.
 
 use std::fs::{self, File};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -30,12 +30,19 @@ use crate::memory::HiddenProcess;
 use crate::mounts::ExternalMount;
 use crate::segments::{self, Moved};
 use crate::swrk::Swrk;
+use crate::sys;
 use crate::tmpfs::{self, Tree};
 
 /// The section of what CRIU does not know.
 pub(crate) const STATE: &str = "container/state";
-/// 2: CRIU works within the network namespace, and so its images name none.
-const STATE_VERSION: u32 = 2;
+/// 3: mounts have names of their own.
+const STATE_VERSION: u32 = 3;
+/// The section of what CRIU counted and timed, of a container that is written into a file.
+pub(crate) const STATISTICS: &str = "container/statistics";
+/// CRIU's file of them.
+const STATISTICS_FILE: &str = "stats-dump";
+/// What runtimes call the network namespace of a container, which they make before CRIU restores it.
+pub(crate) const NETWORK: &str = "extRootNetNS";
 /// Deleted files that tasks still have open travel in the images up to this size.
 pub(crate) const GHOST_LIMIT: u32 = 64 << 20;
 const LOG: &str = "dump.log";
@@ -65,6 +72,9 @@ pub(crate) struct ContainerState {
     /// Whether it has a terminal, whose master is outside.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) terminal: bool,
+    /// Whether pages that the page engine has copied may be of mappings that CRIU does not restore late.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) eager: bool,
 }
 
 /// What a dump needs to know.
@@ -72,9 +82,12 @@ pub(crate) struct Dump {
     pub(crate) criu: PathBuf,
     pub(crate) init: i32,
     pub(crate) cgroups: Cgroups,
-    /// The network namespace. CRIU works in it, so that it takes it as given: of one that is not its
-    /// own it lists the host's connection tracking table twice, 23 ms for an empty one.
+    /// The network namespace.
     pub(crate) network: OwnedFd,
+    /// Whether this is for a file, from which a runtime may restore it: then the images name the network
+    /// namespace as runtimes do. Otherwise CRIU works in it, and takes it as given without a name: of one
+    /// that is not its own it lists the host's connection tracking table twice, 23 ms for an empty one.
+    pub(crate) for_file: bool,
     pub(crate) mounts: Vec<ExternalMount>,
     /// What else CRIU takes as given from outside, as it is told.
     pub(crate) external: Vec<String>,
@@ -129,8 +142,10 @@ impl Dump {
         let directory =
             File::open(images).map_err(ContainerError::io(format!("open {}", images.display())))?;
         let options = self.options(&directory)?;
-        setns(&self.network, CloneFlags::CLONE_NEWNET)
-            .map_err(ContainerError::errno("enter the network namespace"))?;
+        if !self.for_file {
+            setns(&self.network, CloneFlags::CLONE_NEWNET)
+                .map_err(ContainerError::errno("enter the network namespace"))?;
+        }
         let dumped = self.criu(options, called_off);
         tell_log(&images.join(LOG));
         let answered = dumped.map_err(|error| with_log(error, &images.join(LOG)))?;
@@ -213,6 +228,11 @@ impl Dump {
         options.set_orphan_pts_master(self.terminal);
         options.external.extend(self.mounts.iter().map(ExternalMount::at_dump));
         options.external.extend(self.external.iter().cloned());
+        if self.for_file {
+            let inode = sys::inode(self.network.as_fd())
+                .map_err(ContainerError::io("look at the network namespace"))?;
+            options.external.push(format!("net[{inode}]:{NETWORK}"));
+        }
         Ok(options)
     }
 }
@@ -242,14 +262,17 @@ impl ContainerState {
 /// All sections of a dumped container.
 pub(crate) fn sections(
     images: &Path,
-    hidden: &[HiddenProcess],
-    aliases: &Aliases,
+    (hidden, aliases): (&[HiddenProcess], &Aliases),
     moved: &[Moved],
     trees: &[Tree],
     state: &ContainerState,
+    for_file: bool,
 ) -> Result<Vec<Section>> {
     let begun = Instant::now();
     let mut sections = images::collect(images)?;
+    if for_file {
+        sections.push(statistics(&images.join(STATISTICS_FILE))?);
+    }
     sections.push(images::hidden_section(hidden));
     sections.extend(forked::section(aliases));
     sections.push(segments::section(moved)?);
@@ -258,6 +281,12 @@ pub(crate) fn sections(
     let bytes: usize = sections.iter().map(|section| section.bytes.len()).sum();
     tracing::debug!(ms = ms(begun), count = sections.len(), bytes, "Collected the images");
     Ok(sections)
+}
+
+/// What CRIU tells of a dump, as it wrote it.
+fn statistics(path: &Path) -> Result<Section> {
+    let bytes = fs::read(path).map_err(ContainerError::io(format!("read {}", path.display())))?;
+    Ok(Section { kind: STATISTICS.to_owned(), version: images::VERSION, bytes })
 }
 
 /// An error of CRIU with the errors that its log has.

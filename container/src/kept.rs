@@ -334,6 +334,7 @@ impl Container {
             init,
             cgroups: self.cgroups.clone(),
             network: self.network.namespace_again()?,
+            for_file: ways::is_for_file(&self.methods),
             mounts: paused.mounts.clone(),
             external: paused.trees.iter().map(Tree::at_dump).collect(),
             hidden: self.hiding.as_ref().ok().map(|way| (*way, hidden)),
@@ -362,6 +363,7 @@ impl Container {
             input_ended: false,
             settings: self.cgroups.settings(),
             terminal,
+            eager: false,
         };
         if let Some(foreign) = &self.foreign {
             foreign.streams.enter(&mut state);
@@ -381,8 +383,9 @@ impl Container {
                 "What its processes share was not looked at since it stands still".to_owned(),
             ));
         }
-        let moved = self.segments.moved();
-        let sections = dump::sections(&images, hidden, &aliases, &moved, &paused.trees, &state);
+        let (moved, for_file) = (self.segments.moved(), ways::is_for_file(&self.methods));
+        let hidden = (hidden, &aliases);
+        let sections = dump::sections(&images, hidden, &moved, &paused.trees, &state, for_file);
         // The images are in the sections now; twice would be twice the memory.
         self.store.drop_images();
         tracing::debug!(ms = ms(begun), "Saved");

@@ -1,5 +1,6 @@
 //! Mounts of a container that CRIU takes as given from outside: it notes them by a name at the dump,
-//! and is told at the restore what stands behind each name here.
+//! and is told at the restore what stands behind each name here. The names are those that runc gives them
+//! (and crun, which follows it), so that either restores what the other has dumped.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -14,6 +15,8 @@ use crate::cgroup::Cgroups;
 use crate::error::{ContainerError, Result};
 use crate::landed::Landed;
 
+/// What stands behind masked files, and what runc calls all of them.
+const NULL: &str = "/dev/null";
 /// Links followed in one path at most, as the kernel has it.
 const LINKS: usize = 40;
 
@@ -31,9 +34,11 @@ const DEVICES: [(&str, (u64, u64)); 6] = [
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ExternalMount {
-    /// As the configuration, or the kernel, writes it; its name for CRIU.
+    /// As the configuration, or the kernel, writes it.
     pub(crate) destination: String,
     pub(crate) kind: ExternalKind,
+    /// Its name for CRIU.
+    pub(crate) name: String,
     /// Where it really is mounted: links followed, no slash at the end. The source's to know.
     #[serde(skip)]
     pub(crate) mounted: String,
@@ -63,6 +68,7 @@ pub(crate) fn external(bundle: &Bundle, init: i32) -> Result<Vec<ExternalMount>>
         found.push(ExternalMount {
             destination: bind.destination,
             kind: ExternalKind::Bind,
+            name: mounted.clone(),
             mounted,
         });
     }
@@ -71,15 +77,20 @@ pub(crate) fn external(bundle: &Bundle, init: i32) -> Result<Vec<ExternalMount>>
         let mounted = resolve(&root, &destination);
         // A masked directory is a tmpfs, which CRIU dumps like any other.
         if mounts.iter().any(|mount| mount.destination == mounted && mount.root == "/null") {
-            found.push(ExternalMount { destination, kind: ExternalKind::Masked, mounted });
+            let (kind, name) = (ExternalKind::Masked, NULL.to_owned());
+            found.push(ExternalMount { destination, kind, name, mounted });
         }
     }
     let devices = DEVICES.iter().filter(|_| bundle.mapped_root().is_some());
     for (destination, numbers) in devices {
         let is_there = mounts.iter().any(|mount| mount.destination == *destination);
         if is_there && is_device(&root, &destination[1..], *numbers) {
-            let (destination, mounted) = ((*destination).to_owned(), (*destination).to_owned());
-            found.push(ExternalMount { destination, kind: ExternalKind::Device, mounted });
+            found.push(ExternalMount {
+                destination: (*destination).to_owned(),
+                kind: ExternalKind::Device,
+                name: (*destination).to_owned(),
+                mounted: (*destination).to_owned(),
+            });
         }
     }
     for mount in mounts.into_iter().filter(|mount| mount.kind == "cgroup") {
@@ -87,6 +98,7 @@ pub(crate) fn external(bundle: &Bundle, init: i32) -> Result<Vec<ExternalMount>>
         found.push(ExternalMount {
             destination: mount.destination.clone(),
             kind: ExternalKind::Cgroup(controllers.to_owned()),
+            name: mount.destination.clone(),
             mounted: mount.destination,
         });
     }
@@ -146,7 +158,7 @@ pub(crate) fn within(
 impl ExternalMount {
     /// How CRIU is told of it at the dump.
     pub(crate) fn at_dump(&self) -> String {
-        format!("mnt[{}]:{}", self.mounted, self.destination)
+        format!("mnt[{}]:{}", self.mounted, self.name)
     }
 
     /// How CRIU is told at the restore what to mount there.
@@ -156,33 +168,37 @@ impl ExternalMount {
         landed: &Landed,
         cgroups: &Cgroups,
     ) -> Result<String> {
+        // It is free text, and these would end it.
+        if self.name.contains([']', '\0']) {
+            return Err(self.unknown());
+        }
         let source = self.source(bundle, landed, cgroups)?;
-        Ok(format!("mnt[{}]:{}", self.destination, source.display()))
+        Ok(format!("mnt[{}]:{}", self.name, source.display()))
+    }
+
+    fn unknown(&self) -> ContainerError {
+        ContainerError::section(
+            "container/state",
+            format!("names mount {}, which the configuration does not have", self.destination),
+        )
     }
 
     /// What of this host stands behind it.
     fn source(&self, bundle: &Bundle, landed: &Landed, cgroups: &Cgroups) -> Result<PathBuf> {
-        let unknown = || {
-            ContainerError::section(
-                "container/state",
-                format!("names mount {}, which the configuration does not have", self.destination),
-            )
-        };
+        let unknown = || self.unknown();
         match &self.kind {
             ExternalKind::Bind => {
                 landed.source(&self.destination).map(Path::to_owned).ok_or_else(unknown)
             }
             ExternalKind::Masked if bundle.masked_paths().contains(&self.destination) => {
-                Ok(Path::new("/dev/null").to_owned())
+                Ok(Path::new(NULL).to_owned())
             }
             ExternalKind::Device if bundle.mapped_root().is_some() => {
                 let known = DEVICES.iter().find(|(device, _)| *device == self.destination);
                 known.map(|(device, _)| PathBuf::from(device)).ok_or_else(unknown)
             }
-            // It is free text, and where it stands in a list these would end it.
-            ExternalKind::Cgroup(_) if self.destination.contains([']', ':', '\0']) => {
-                Err(unknown())
-            }
+            // Free text too, not the configuration's.
+            ExternalKind::Cgroup(_) if self.name.contains(':') => Err(unknown()),
             ExternalKind::Cgroup(controllers) if bundle.mounts_cgroups() => {
                 // Mounted together (`cpu,cpuacct`), they share one directory.
                 let mut each = controllers.split(',');
@@ -316,10 +332,18 @@ mod tests {
         let mount = |destination: &str, kind| ExternalMount {
             destination: destination.into(),
             kind,
+            name: destination.into(),
             mounted: String::new(),
         };
         let good = mount("/data", ExternalKind::Bind).at_restore(&bundle, &landed, &cgroups);
         assert_eq!(good.expect("known"), "mnt[/data]:/store/bind-0");
+        // What the source calls it, CRIU's images call it.
+        let linked =
+            ExternalMount { name: "/srv/data".into(), ..mount("/data", ExternalKind::Bind) };
+        let good = linked.at_restore(&bundle, &landed, &cgroups);
+        assert_eq!(good.expect("known"), "mnt[/srv/data]:/store/bind-0");
+        let open = ExternalMount { name: "/data]:/etc".into(), ..linked };
+        assert!(open.at_restore(&bundle, &landed, &cgroups).is_err());
         for kind in
             [ExternalKind::Bind, ExternalKind::Masked, ExternalKind::Cgroup("memory".into())]
         {

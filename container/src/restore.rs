@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use crate::bundle::Bundle;
 use crate::cgroup::{Cgroups, Setting};
-use crate::dump::{ContainerState, STATE, log_level, ms, tell_log, with_log};
+use crate::dump::{ContainerState, NETWORK, STATE, STATISTICS, log_level, ms, tell_log, with_log};
 use crate::error::{ContainerError, Result};
 use crate::filling::{Filling, Holder};
 use crate::forked::arriving::{Arriving, Late};
@@ -133,6 +133,7 @@ impl Restore<'_> {
     pub(crate) fn inherited(&self) -> Result<Vec<BorrowedFd<'_>>> {
         let streams = self.streams;
         let mut inherited = vec![streams.write_end()?, streams.second_end()?, streams.input_end()];
+        inherited.push(self.network.namespace());
         inherited.extend(self.landing.inherited().map(|(_, descriptor)| descriptor));
         Ok(inherited)
     }
@@ -152,7 +153,7 @@ impl Restore<'_> {
         let trees = self.landing.plant(&trees)?;
         let seals = self.landing.enter(&images, &moved, self.store)?;
         // A source that could not hide anything has CRIU's own images hold it all.
-        let holder = holder.filter(|_| !hidden.is_empty());
+        let holder = holder.filter(|_| !hidden.is_empty() && !state.eager);
         // While it restores CRIU is one of the tasks too.
         let (tasks, settings): (Vec<_>, Vec<_>) =
             state.settings.iter().cloned().partition(Setting::limits_tasks);
@@ -219,6 +220,8 @@ impl Restore<'_> {
         if let Some(key) = &state.second_output {
             options.inherit_fd.push(inherit(key, self.streams.second_end()?.as_raw_fd()));
         }
+        // Images that are for a file name it, and those of other runtimes.
+        options.inherit_fd.push(inherit(NETWORK, self.network.namespace().as_raw_fd()));
         if let Some(key) = &state.input {
             options.inherit_fd.push(inherit(key, self.streams.input_end().as_raw_fd()));
             let (bytes, ended) = (state.input_rest.clone(), state.input_ended);
@@ -321,6 +324,8 @@ fn use_up(others: Vec<Section>) -> Result<Rest> {
             }
             forked::FORKED if aliases.is_none() => aliases = Some(section),
             tmpfs::TREES if trees.is_none() => trees = Some(tmpfs::read_section(&section)?),
+            // For people.
+            STATISTICS => {}
             _ => {
                 return Err(ContainerError::section(
                     section.kind,

@@ -55,6 +55,11 @@ pub(crate) fn liveness(methods: &Methods, hiding: &Hiding) -> Liveness {
     }
 }
 
+/// Whether a container that leaves goes into a file, for all that its keeper knows: nobody tracks it.
+pub(crate) fn is_for_file(methods: &Methods) -> bool {
+    methods.tracker == TrackerChoice::None
+}
+
 /// Whether the page engine moves shared memory of a container that leaves: only beside the tracker that
 /// it was made for, and only where CRIU can be under a filter. Otherwise it stays in CRIU's images.
 pub(crate) fn moves_segments(methods: &Methods, hiding: &Hiding) -> bool {

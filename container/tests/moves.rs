@@ -5,6 +5,8 @@
 
 #[path = "cases/adoption.rs"]
 mod adoption;
+#[path = "cases/archives.rs"]
+mod archives;
 #[path = "cases/filters.rs"]
 mod filters;
 #[path = "cases/forked.rs"]
@@ -119,6 +121,8 @@ fn main() {
             run: podman::podman_forgets_what_did_not_come,
         },
         Case { name: "adopted_input_goes_along", run: adoption::adopted_input_goes_along },
+        Case { name: "podman_restores_our_file", run: archives::podman_restores_our_file },
+        Case { name: "podmans_file_is_restored", run: archives::podmans_file_is_restored },
         Case { name: "what_cannot_be_adopted", run: adoption::what_cannot_be_adopted },
         Case { name: "shared_memory_moves_live", run: segments::shared_memory_moves_live },
         Case {

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::archive::{Frozen, Parcel, Unpacking};
+use crate::archive::header::Described;
+use crate::archive::{Foreign as ForeignArchive, Frozen, Parcel, Unpacking};
 use crate::methods::{Methods, Ways};
 use crate::pages::{PageReader, PageSet, PageWriter};
 pub use crate::protocol::manifest::{
@@ -301,6 +302,11 @@ pub trait Backend: Send + Sync {
         let _ = frozen;
         Err(WorkloadError::Unsupported("A checkpoint in a file").into())
     }
+    /// What other programs can do with a checkpoint of this kind in `file`, for people.
+    fn advice_for_file(&self, file: &Path) -> Option<String> {
+        let _ = file;
+        None
+    }
     /// What takes a workload of this kind out of a checkpoint, its files to `trees`.
     fn unpack(
         &self,
@@ -309,6 +315,28 @@ pub trait Backend: Send + Sync {
     ) -> crate::archive::Result<Box<dyn Unpacking>> {
         let _ = (manifest, trees);
         Err(WorkloadError::Unsupported("A checkpoint in a file").into())
+    }
+    /// Which parts of an archive that another program wrote have to be read to know what it is.
+    fn wants_of_foreign(&self, part: &str) -> bool {
+        let _ = part;
+        false
+    }
+    /// The workload in an archive that another program wrote, as a manifest of ours has it. What is in the
+    /// way is among what it needs.
+    fn describe_foreign(&self, found: &ForeignArchive) -> crate::archive::Result<Described> {
+        let _ = found;
+        Err(WorkloadError::Unsupported("A checkpoint that another program wrote").into())
+    }
+    /// What takes a workload of this kind out of a checkpoint that another program wrote; `found` is what
+    /// [`Backend::describe_foreign`] was shown.
+    fn unpack_foreign(
+        &self,
+        manifest: &Manifest,
+        trees: &[PlacedTree],
+        found: &ForeignArchive,
+    ) -> crate::archive::Result<Box<dyn Unpacking>> {
+        let _ = (manifest, trees, found);
+        Err(WorkloadError::Unsupported("A checkpoint that another program wrote").into())
     }
     /// Ends a running workload: asks it to, waits, then forces.
     fn stop(&self, spec: &serde_json::Value, place: &Place) -> Result<()>;

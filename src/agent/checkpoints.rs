@@ -274,6 +274,7 @@ impl Job {
             bytes: done.bytes,
             left_running: self.request.leave_running,
             stopped_ms: done.stopped_ms,
+            advice: self.backend.advice_for_file(&self.request.output),
         }
     }
 }

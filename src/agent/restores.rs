@@ -1,16 +1,17 @@
 //! A workload out of a file, as a new workload of this host: another identity each time, because a file
 //! can be restored as often as somebody likes. What speaks against it is what speaks against an arrival.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use axum::body::Body;
+use decamp_shared::archive::header::Described;
 use decamp_shared::archive::restore::{Step, fill, verify};
-use decamp_shared::archive::{Archive, ArchiveError, Unpacking};
+use decamp_shared::archive::{Archive, ArchiveError, Foreign, Unpacking};
 use decamp_shared::files::{Landing, free_bytes};
 use decamp_shared::session::DestinationHost;
 use decamp_shared::workload::{
-    Manifest, Place, PlacedTree, Refusal, RefusalCode, is_plain_absolute,
+    Backend, Kind, Manifest, Place, PlacedTree, Refusal, RefusalCode, is_plain_absolute,
 };
 use tokio::sync::mpsc;
 
@@ -92,11 +93,70 @@ fn with_landing(place: &Place, act: fn(&Landing)) {
     }
 }
 
+/// The file as it is found.
+enum Source {
+    /// One of decamp's.
+    Ours(Archive),
+    /// One that another program wrote, and what it is to us.
+    Foreign(Box<(Foreign, Described)>),
+}
+
+impl Source {
+    /// Only containers have such files.
+    fn foreign(agent: &Agent, file: &Path) -> Result<Self> {
+        let backend = agent.backends.of(Kind::Container)?;
+        let room = free_bytes(Path::new("/")).unwrap_or(u64::MAX);
+        let most = room.saturating_add(available_memory());
+        let found = Foreign::survey(file, most, &|part| backend.wants_of_foreign(part));
+        let found = found.map_err(refused)?;
+        let described = backend.describe_foreign(&found).map_err(|error| {
+            let (path, what) = (file.to_owned(), chain(&error));
+            refused(ArchiveError::Refused { path, what })
+        })?;
+        Ok(Self::Foreign(Box::new((found, described))))
+    }
+
+    fn manifest(&self) -> Manifest {
+        match self {
+            Self::Ours(archive) => archive.header().manifest(),
+            Self::Foreign(foreign) => foreign.1.manifest(),
+        }
+    }
+
+    /// Bytes of all its parts.
+    fn bytes(&self) -> u64 {
+        match self {
+            Self::Ours(archive) => archive.header().bytes(),
+            Self::Foreign(foreign) => foreign.0.parts().iter().map(|part| part.size).sum(),
+        }
+    }
+
+    fn unpacked_by(
+        self,
+        backend: &dyn Backend,
+        manifest: &Manifest,
+        trees: &[PlacedTree],
+    ) -> std::result::Result<(Archive, Box<dyn Unpacking>), ArchiveError> {
+        match self {
+            Self::Ours(archive) => Ok((archive, backend.unpack(manifest, trees)?)),
+            Self::Foreign(foreign) => {
+                let (found, described) = *foreign;
+                let unpacking = backend.unpack_foreign(manifest, trees, &found)?;
+                Ok((found.into_archive(described)?, unpacking))
+            }
+        }
+    }
+}
+
 impl Job {
     /// Looks at everything, and touches nothing.
     fn check(agent: Arc<Agent>, request: RestoreRequest, tell: &Teller) -> Result<Self> {
-        let mut archive = Archive::open(&request.file).map_err(refused)?;
-        let mut manifest = archive.header().manifest();
+        let foreign = Foreign::is_at(&request.file).map_err(refused)?;
+        let source = match foreign {
+            true => Source::foreign(&agent, &request.file)?,
+            false => Source::Ours(Archive::open(&request.file).map_err(refused)?),
+        };
+        let mut manifest = source.manifest();
         // Whatever the file says: it is another workload each time.
         manifest.uuid = uuid::Uuid::new_v4().to_string();
         manifest.name = request.name.unwrap_or(manifest.name);
@@ -110,11 +170,12 @@ impl Job {
         if !refusals.is_empty() {
             return Err(refuse(refusals));
         }
-        if let Some(refusal) = too_much(archive.header().bytes(), &trees) {
+        if let Some(refusal) = too_much(source.bytes(), &trees) {
             return Err(refuse(vec![refusal]));
         }
         let backend = agent.backends.of(manifest.kind())?;
-        let mut unpacking = backend.unpack(&manifest, &trees).map_err(refused)?;
+        let (mut archive, mut unpacking) =
+            source.unpacked_by(&*backend, &manifest, &trees).map_err(refused)?;
         let checked = verify(&mut archive, &mut *unpacking, &|step| say(tell, step));
         match checked {
             Err(ArchiveError::Unfit(refusals)) => return Err(refuse(refusals)),

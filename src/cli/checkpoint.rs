@@ -40,7 +40,12 @@ impl Checkpoint {
         let path = format!("/v1/workloads/{}/checkpoint", self.name);
         match follow(client, &path, &request, json).await? {
             Ended::Checkpointed(view) if json => output::json(&view),
-            Ended::Checkpointed(view) => output::line(told(&view)),
+            Ended::Checkpointed(view) => {
+                output::line(told(&view));
+                if let Some(advice) = &view.advice {
+                    output::line(advice);
+                }
+            }
             Ended::Restored(_) => return Err(Failure::other("The agent answered something else")),
         }
         Ok(0)

@@ -10,12 +10,16 @@ use super::failure::Failure;
 use super::{output, values};
 use crate::messages::RestoreRequest;
 
-/// Restore a workload from a file that `decamp checkpoint` wrote
+/// Restore a workload from a file that `decamp checkpoint`, or podman, wrote
 ///
 /// All of the file is checked before anything is touched. The workload gets its name of then, or --name,
 /// and an identity of its own; its files go where they stood then, or where --path says, and nothing may
 /// stand there. Restoring a file twice makes two copies, with the same addresses on the network: that
 /// nobody runs both is up to you. A name that is taken on this host is refused.
+///
+/// What `podman container checkpoint --export` wrote becomes a container of decamp's own, in
+/// /var/lib/containers/decamp/NAME unless --path says otherwise. This host's podman must have its image, and
+/// its network if it had one.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example: decamp restore /srv/web.tar.zst --name web-2 --path /srv/web=/srv/web-2"

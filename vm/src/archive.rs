@@ -182,7 +182,7 @@ impl Unpacking for VmUnpacking {
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<Vec<Section>> {
+    fn finish(&mut self, _: &Landing) -> Result<Vec<Section>> {
         self.complete()?;
         Ok(std::mem::take(&mut self.sections))
     }

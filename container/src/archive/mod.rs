@@ -3,11 +3,13 @@
 //! The layout is podman's, so that its tools can read it: `config.dump`, `spec.dump`, `network.status`,
 //! CRIU's images in `checkpoint/` with all of its memory in them, the root file system in
 //! `rootfs-diff.tar` (whole: it is the difference to nothing). What podman does not know is in `decamp/`.
-//! podman does not restore from it yet: runc looks for masked files by another name than our dumps have.
 //!
 //! Rooms: `pack` and `unpack` (the two ways), `pages` (memory between CRIU's images and the page engine),
-//! `podman` (what podman reads of it).
+//! `podman` (what podman reads of it), `foreign` and
+//! `foreign_unpack` (a checkpoint that podman made).
 
+mod foreign;
+mod foreign_unpack;
 mod pack;
 mod pages;
 mod podman;
@@ -18,7 +20,10 @@ use std::path::Component;
 use decamp_shared::archive::ArchiveError;
 use decamp_shared::workload::WorkloadError;
 
+pub(crate) use foreign::{describe, wants};
+pub(crate) use foreign_unpack::ForeignUnpacking;
 pub(crate) use pack::{pack, refusals};
+pub(crate) use podman::advice;
 pub(crate) use unpack::ContainerUnpacking;
 
 use crate::bundle::Bundle;
@@ -31,8 +36,13 @@ const ROOTFS: &str = "rootfs-diff.tar";
 /// The bundle without it; none for a bundle that is its own root.
 const REST: &str = "decamp/bundle.tar";
 /// For podman's tools; nothing here reads them.
-const FOR_PODMAN: [&str; 4] =
-    ["config.dump", "spec.dump", "network.status", "checkpoint/descriptors.json"];
+const FOR_PODMAN: [&str; 5] = [
+    "config.dump",
+    "spec.dump",
+    "network.status",
+    "checkpoint/descriptors.json",
+    podman::STATISTICS_PART,
+];
 
 /// Name of the root file system in the bundle; none when the bundle is its own root.
 fn root_name(bundle: &Bundle) -> Result<Option<String>> {

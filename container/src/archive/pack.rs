@@ -14,11 +14,31 @@ use decamp_shared::workload::{Manifest, Refusal, RefusalCode, Section, WorkloadE
 use super::pages::{Images, Piece};
 use super::{IMAGES, REST, ROOTFS, failed, podman, root_name};
 use crate::bundle::Bundle;
-use crate::dump::{ContainerState, STATE};
+use crate::dump::{ContainerState, STATE, STATISTICS};
 use crate::facts::Needs;
 use crate::images::{self, HIDDEN, HiddenPages, PREFIX, process_of};
+use crate::segments::message::Image;
 use crate::segments::{self, SEGMENTS};
 use crate::spec::ContainerSpec;
+
+/// CRIU's image of cgroups.
+const CGROUPS: &str = "cgroup.img";
+/// How the names of its images of tasks begin, and their second mark (CRIU's magic.h).
+const CORE: &str = "core-";
+const CORE_MAGIC: u32 = 0x5505_3847;
+/// In such an image: the task, the thread, and in which set of cgroups either is (CRIU's core.proto).
+const TASK: u32 = 3;
+const TASK_CGROUPS: u32 = 9;
+const THREAD: u32 = 5;
+const THREAD_CGROUPS: u32 = 16;
+
+/// CRIU's image of open files, and its second mark.
+const FILES: &str = "files.img";
+const FILES_MAGIC: u32 = 0x5630_3138;
+/// In it: a file with a path, the path and the mode (CRIU's fdinfo.proto and regfile.proto).
+const FILE: u32 = 3;
+const FILE_PATH: u32 = 6;
+const FILE_MODE: u32 = 10;
 
 /// Why the container of `manifest` cannot go into a checkpoint. Touches nothing.
 pub(crate) fn refusals(manifest: &Manifest) -> Vec<Refusal> {
@@ -53,6 +73,9 @@ pub(crate) fn pack(frozen: Frozen) -> Result<Vec<Parcel>> {
     let mut dumped = Dumped::sort(sections)?;
     let mut parts = podman::parcels(&manifest, &spec, &bundle, &needs, &dumped.state)?;
     let merged = dumped.merge(&pages)?;
+    let ours = merged.values().flat_map(|(_, images)| &images.pieces).filter(|piece| piece.ours);
+    let ours = ours.map(|piece| piece.pages.end - piece.pages.start).sum();
+    parts.push(podman::statistics(&dumped.statistics, ours)?);
     let mut list = SectionList::default();
     let mut others = Vec::new();
     // These stand first: whoever restores needs them for what follows.
@@ -118,6 +141,7 @@ fn trees(bundle: &Bundle, root: Option<&str>) -> Result<Vec<(&'static str, TarTr
 struct Dumped {
     state: ContainerState,
     state_section: Section,
+    statistics: Section,
     /// Pages that CRIU did not dump, by process.
     hidden: HiddenPages,
     /// Version and bytes of each image, by name.
@@ -127,16 +151,27 @@ struct Dumped {
 impl Dumped {
     fn sort(sections: Vec<Section>) -> Result<Self> {
         let (mut state, mut hidden, mut images) = (None, None, BTreeMap::new());
+        let mut statistics = None;
         for section in sections {
             match section.kind.strip_prefix(PREFIX) {
                 _ if section.kind == HIDDEN => {
                     let read = images::read_hidden(&section);
                     hidden = Some(read.map_err(failed)?);
                 }
+                // Whoever restores it has cgroups of its own for it.
+                Some(CGROUPS) => {}
                 Some(name) => {
-                    images.insert(name.to_owned(), (section.version, section.bytes));
+                    let changed = match name {
+                        FILES => without_mode_of_root(&section.bytes),
+                        _ if name.starts_with(CORE) => without_cgroup(&section.bytes),
+                        _ => Some(section.bytes),
+                    };
+                    let bad = || ArchiveError::part(&section.kind, "is no image of CRIU's");
+                    let bytes = changed.ok_or_else(bad)?;
+                    images.insert(name.to_owned(), (section.version, bytes));
                 }
                 None if section.kind == STATE => state = Some(section),
+                None if section.kind == STATISTICS => statistics = Some(section),
                 // Of a container that is written into a file CRIU has the shared memory.
                 None if section.kind == SEGMENTS => {
                     if !segments::read_section(&section).map_err(failed)?.is_empty() {
@@ -150,7 +185,9 @@ impl Dumped {
         let missing = |what| ArchiveError::part(what, "is missing");
         let state_section = state.ok_or_else(|| missing(STATE))?;
         let state = ContainerState::from_section(&state_section).map_err(failed)?;
-        Ok(Self { state, state_section, hidden: hidden.ok_or_else(|| missing(HIDDEN))?, images })
+        let statistics = statistics.ok_or_else(|| missing(STATISTICS))?;
+        let hidden = hidden.ok_or_else(|| missing(HIDDEN))?;
+        Ok(Self { state, state_section, statistics, hidden, images })
     }
 
     /// Enters those of the hidden pages that hold something into the pagemaps. Gives, by the name of a
@@ -184,6 +221,34 @@ impl Dumped {
             None => Ok(merged),
         }
     }
+}
+
+/// The image of a task without its cgroups: those of this host, which a runtime does not make there. CRIU
+/// leaves such a task in the cgroups that it is restored in. Nothing when it is no image.
+fn without_cgroup(bytes: &[u8]) -> Option<Vec<u8>> {
+    let mut image = Image::parse(bytes, CORE_MAGIC)?;
+    for message in &mut image.messages {
+        let parsed = message.change_each(TASK, |task| task.remove(TASK_CGROUPS))
+            && message.change_each(THREAD, |thread| thread.remove(THREAD_CGROUPS));
+        parsed.then_some(())?;
+    }
+    Some(image.to_bytes())
+}
+
+/// The image of open files without the mode of the root directory. podman gives that of an image one of its
+/// own, whatever is in an archive, and CRIU restores no file whose mode is another. Nothing when it is no
+/// image.
+fn without_mode_of_root(bytes: &[u8]) -> Option<Vec<u8>> {
+    let mut image = Image::parse(bytes, FILES_MAGIC)?;
+    for message in &mut image.messages {
+        let parsed = message.change_each(FILE, |file| {
+            if file.bytes(FILE_PATH) == Some(b"/") {
+                file.remove(FILE_MODE);
+            }
+        });
+        parsed.then_some(())?;
+    }
+    Some(image.to_bytes())
 }
 
 /// A pages image: CRIU's own pages and those that it did not see, in the order of the pagemap.
@@ -227,4 +292,49 @@ fn copy_pieces(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::segments::message::Message;
+
+    fn message(numbers: &[(u32, u64)]) -> Message {
+        let mut message = Message::default();
+        for (tag, number) in numbers {
+            message.set_number(*tag, *number);
+        }
+        message
+    }
+
+    #[test]
+    fn a_task_is_told_no_cgroups() {
+        let mut core = message(&[(1, 1)]);
+        core.set_bytes(TASK, message(&[(1, 1), (TASK_CGROUPS, 2)]).to_bytes());
+        core.set_bytes(THREAD, message(&[(11, 2), (THREAD_CGROUPS, 2)]).to_bytes());
+        let bytes = Image::of(CORE_MAGIC, vec![core]).to_bytes();
+        let image = Image::parse(&without_cgroup(&bytes).expect("an image"), CORE_MAGIC);
+        let core = &image.expect("an image").messages[0];
+        let inner = |tag| core.each(tag).next().flatten().expect("a message");
+        assert_eq!(inner(TASK), message(&[(1, 1)]));
+        assert_eq!(inner(THREAD), message(&[(11, 2)]));
+        assert_eq!(without_cgroup(&bytes[1..]), None);
+    }
+
+    #[test]
+    fn only_the_root_is_told_without_its_mode() {
+        let file = |path: &[u8]| {
+            let mut file = message(&[(1, 3), (FILE_MODE, 0o40755)]);
+            file.set_bytes(FILE_PATH, path.to_vec());
+            let mut entry = message(&[(1, 1)]);
+            entry.set_bytes(FILE, file.to_bytes());
+            entry
+        };
+        let bytes = Image::of(FILES_MAGIC, vec![file(b"/"), file(b"/data")]).to_bytes();
+        let image = Image::parse(&without_mode_of_root(&bytes).expect("an image"), FILES_MAGIC);
+        let messages = image.expect("an image").messages;
+        let modes =
+            messages.iter().map(|entry| entry.each(FILE).next().flatten()?.number(FILE_MODE));
+        assert_eq!(modes.collect::<Vec<_>>(), [None, Some(0o40755)]);
+    }
 }

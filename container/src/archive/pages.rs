@@ -50,6 +50,17 @@ impl Images {
         Ok(Self { pagemap: pagemap.to_bytes(), pages_id: pagemap.head.pages_id, pieces })
     }
 
+    /// All the pages that the pagemap image says are in its pages image.
+    pub(super) fn all(pagemap: &[u8]) -> Result<Vec<Range<u64>>, Fault> {
+        let mut all = Vec::new();
+        for entry in Pagemap::parse(pagemap)?.entries {
+            if holds_pages(entry.flags, entry.in_parent)? {
+                all.push(entry.range().ok_or("has an entry that leaves the address space")?);
+            }
+        }
+        Ok(all)
+    }
+
     /// Takes the pages `hidden` out of the pagemap image of an archive. Each range of them is an entry of
     /// it, as [`Images::hidden`] gave them.
     pub(super) fn split(pagemap: &[u8], hidden: &[Range<u64>]) -> Result<Self, Fault> {

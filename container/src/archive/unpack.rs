@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use decamp_shared::archive::memory::place_pages;
 use decamp_shared::archive::parcel::{SECTIONS, SectionList, cannot_read, read_whole};
@@ -25,7 +25,7 @@ use crate::images::{self, HIDDEN, HiddenPages, PAGE_LIMIT, PREFIX, is_image_name
 use crate::segments;
 
 /// Bytes of a pagemap, or of the list of hidden pages, at most.
-const LIST_MOST: u64 = 1 << 30;
+pub(super) const LIST_MOST: u64 = 1 << 30;
 
 /// A container that comes out of a checkpoint.
 pub(crate) struct ContainerUnpacking {
@@ -138,57 +138,6 @@ impl ContainerUnpacking {
             _ => None,
         }
     }
-
-    /// The pages of one process: those of the page engine to their space, CRIU's own into its image.
-    fn take_pages(
-        &self,
-        part: &PartInfo,
-        content: &mut dyn Read,
-        destination: &mut dyn DestinationWorkload,
-    ) -> Result<Option<Vec<u8>>> {
-        let Some((inner, images)) = self.processes.get(&part.name) else { return Ok(None) };
-        let writer = destination.writer(&self.spaces)?;
-        let mut own = Vec::new();
-        for Piece { pages, ours } in &images.pieces {
-            let count = pages.end - pages.start;
-            if *ours {
-                let range = PageRange::new(SpaceId(*inner as u32), pages.start, count);
-                place_pages(std::iter::once(range), content, &*writer, &part.name)?;
-            } else {
-                let bytes = count * PAGE_SIZE as u64;
-                let read = content.take(bytes).read_to_end(&mut own);
-                if read.map_err(|error| cannot_read(&part.name, &error))? as u64 != bytes {
-                    return Err(ArchiveError::part(&part.name, "is cut short"));
-                }
-            }
-        }
-        Ok(Some(own))
-    }
-
-    /// What is still in the way, when all was seen.
-    fn refusals(&self, archive: &Archive) -> Vec<Refusal> {
-        let mut found = Vec::new();
-        // CRIU's images are in the store and then in the processes; a part is never in both at once.
-        let state = archive.header().parts.iter().filter(|part| part.name.starts_with(IMAGES));
-        let state: u64 = state.map(|part| part.size).sum();
-        if let Some(free) = available_memory().filter(|free| *free < state) {
-            let text =
-                format!("Its memory is {} MiB, and {} MiB are available", state >> 20, free >> 20);
-            found.push(Refusal::new(RefusalCode::Memory, text));
-        }
-        let files = self.trees.values().map(TreeLander::bytes).fold(0u64, u64::saturating_add);
-        match free_bytes(&self.path) {
-            Ok(free) if free < files => found.push(Refusal::new(
-                RefusalCode::Disk,
-                format!(
-                    "Not enough room at {}: {files} bytes needed, {free} free",
-                    self.path.display()
-                ),
-            )),
-            _ => {}
-        }
-        found
-    }
 }
 
 impl Unpacking for ContainerUnpacking {
@@ -215,7 +164,8 @@ impl Unpacking for ContainerUnpacking {
             archive.header().part(name).ok_or_else(|| missing(name))?;
         }
         self.images_seen = false;
-        let refusals = self.refusals(archive);
+        let files = self.trees.values().map(TreeLander::bytes).fold(0u64, u64::saturating_add);
+        let refusals = refusals(archive, &self.path, files);
         if refusals.is_empty() { Ok(()) } else { Err(ArchiveError::Unfit(refusals)) }
     }
 
@@ -234,7 +184,8 @@ impl Unpacking for ContainerUnpacking {
         let Some(section) = read.or_else(|| self.list.section_of(&part.name)) else {
             return Ok(());
         };
-        let bytes = match self.take_pages(part, content, destination)? {
+        let own = take_pages(&self.processes, &self.spaces, part, content, destination)?;
+        let bytes = match own {
             Some(own) => own,
             None if section.bytes.is_empty() => read_whole(part, part.size, content)?,
             None => section.bytes,
@@ -243,7 +194,7 @@ impl Unpacking for ContainerUnpacking {
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<Vec<Section>> {
+    fn finish(&mut self, _: &Landing) -> Result<Vec<Section>> {
         let mut sections = std::mem::take(&mut self.sections);
         // Of a container in a file CRIU has the shared memory.
         sections.push(segments::section(&[]).map_err(failed)?);
@@ -251,8 +202,57 @@ impl Unpacking for ContainerUnpacking {
     }
 }
 
+/// The pages of one process: those of the page engine to their space, CRIU's own into its image. Nothing
+/// for a part that is none of `processes`.
+pub(super) fn take_pages(
+    processes: &BTreeMap<String, (i32, Images)>,
+    spaces: &[SpaceInfo],
+    part: &PartInfo,
+    content: &mut dyn Read,
+    destination: &mut dyn DestinationWorkload,
+) -> Result<Option<Vec<u8>>> {
+    let Some((inner, images)) = processes.get(&part.name) else { return Ok(None) };
+    let writer = destination.writer(spaces)?;
+    let mut own = Vec::new();
+    for Piece { pages, ours } in &images.pieces {
+        let count = pages.end - pages.start;
+        if *ours {
+            let range = PageRange::new(SpaceId(*inner as u32), pages.start, count);
+            place_pages(std::iter::once(range), content, &*writer, &part.name)?;
+        } else {
+            let bytes = count * PAGE_SIZE as u64;
+            let read = content.take(bytes).read_to_end(&mut own);
+            if read.map_err(|error| cannot_read(&part.name, &error))? as u64 != bytes {
+                return Err(ArchiveError::part(&part.name, "is cut short"));
+            }
+        }
+    }
+    Ok(Some(own))
+}
+
+/// What is still in the way of `archive` when all was seen, with so many bytes of `files` for `path`.
+pub(super) fn refusals(archive: &Archive, path: &Path, files: u64) -> Vec<Refusal> {
+    let mut found = Vec::new();
+    // CRIU's images are in the store and then in the processes; a part is never in both at once.
+    let state = archive.header().parts.iter().filter(|part| part.name.starts_with(IMAGES));
+    let state: u64 = state.map(|part| part.size).sum();
+    if let Some(free) = available_memory().filter(|free| *free < state) {
+        let text =
+            format!("Its memory is {} MiB, and {} MiB are available", state >> 20, free >> 20);
+        found.push(Refusal::new(RefusalCode::Memory, text));
+    }
+    match free_bytes(path) {
+        Ok(free) if free < files => found.push(Refusal::new(
+            RefusalCode::Disk,
+            format!("Not enough room at {}: {files} bytes needed, {free} free", path.display()),
+        )),
+        _ => {}
+    }
+    found
+}
+
 /// The memory of a process.
-fn space(inner: i32) -> SpaceInfo {
+pub(super) fn space(inner: i32) -> SpaceInfo {
     let label = format!("process {inner}");
     SpaceInfo { id: inner as u32, page_limit: PAGE_LIMIT, label, process: inner }
 }
@@ -371,7 +371,7 @@ mod tests {
         for (part, bytes) in parts {
             unpacking.take(part, &mut &bytes[..], &mut kept, &Landing::new())?;
         }
-        Ok((kept, unpacking.finish()?))
+        Ok((kept, unpacking.finish(&Landing::new())?))
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Containers of podman. podman keeps a record of each, mounts its root, makes its network, and has `conmon`
 //! be the parent of what an OCI runtime starts; below that it is a container like any other.
 //!
-//! Rooms: `found` (one that podman has), `made` (what another podman is told to make of it), `volumes` (what
-//! is mounted into it), `arrival` (how it comes to the charge of this host's podman), `exchanged` (the commands
-//! that podman gets for that), `kept` and `ending` (what its keeper does otherwise) and [`shim`] (what `conmon` there takes for the runtime).
+//! Rooms: `found` (one that podman has), `image` (images and networks, for a checkpoint of podman's), `made` (what
+//! another podman is told to make of it), `volumes` (what is mounted into it), `arrival` (how it comes to the
+//! charge of this host's podman), `exchanged` (the commands that podman gets for that), `kept` and `ending` (what
+//! its keeper does otherwise) and [`shim`] (what `conmon` there takes for the runtime).
 //! Here is how podman is spoken to: by its command, in the mount namespace of the host, for what it mounts
 //! is for all of the host to see.
 
@@ -12,6 +13,7 @@ mod config;
 mod ending;
 pub(crate) mod exchanged;
 pub(crate) mod found;
+pub(crate) mod image;
 mod kept;
 pub(crate) mod made;
 pub mod shim;

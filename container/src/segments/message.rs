@@ -142,14 +142,14 @@ impl Message {
 
 /// An image file: messages after a head.
 pub(crate) struct Image {
-    kind: u32,
+    marks: Vec<u32>,
     pub(crate) messages: Vec<Message>,
 }
 
 impl Image {
     #[cfg(test)]
     pub(crate) fn of(kind: u32, messages: Vec<Message>) -> Self {
-        Self { kind, messages }
+        Self { marks: vec![COMMON_MAGIC, kind], messages }
     }
 
     /// Reads an image whose second mark is `kind`; nothing when there is no such file.
@@ -165,17 +165,24 @@ impl Image {
         image.map(Some).ok_or_else(|| ContainerError::malformed(path, "is no image of CRIU's"))
     }
 
-    fn parse(mut bytes: &[u8], kind: u32) -> Option<Self> {
-        let mut mark = || take_array(&mut bytes).map(u32::from_le_bytes);
-        if (mark()?, mark()?) != (COMMON_MAGIC, kind) {
-            return None;
+    /// Nothing when these bytes are no image whose second mark is `kind`.
+    pub(crate) fn parse(bytes: &[u8], kind: u32) -> Option<Self> {
+        Self::parse_marked(bytes, &[COMMON_MAGIC, kind])
+    }
+
+    /// The same for those that have other marks at their head.
+    pub(crate) fn parse_marked(mut bytes: &[u8], marks: &[u32]) -> Option<Self> {
+        for mark in marks {
+            if take_array(&mut bytes).map(u32::from_le_bytes) != Some(*mark) {
+                return None;
+            }
         }
         let mut messages = Vec::new();
         while !bytes.is_empty() {
             let length = take_array(&mut bytes).map(u32::from_le_bytes)?;
             messages.push(Message::parse(take(&mut bytes, length as usize)?)?);
         }
-        Some(Self { kind, messages })
+        Some(Self { marks: marks.to_vec(), messages })
     }
 
     pub(crate) fn write(&self, path: &Path) -> Result<()> {
@@ -183,9 +190,8 @@ impl Image {
             .map_err(ContainerError::io(format!("write {}", path.display())))
     }
 
-    fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = COMMON_MAGIC.to_le_bytes().to_vec();
-        bytes.extend_from_slice(&self.kind.to_le_bytes());
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes: Vec<u8> = self.marks.iter().flat_map(|mark| mark.to_le_bytes()).collect();
         for message in &self.messages {
             let message = message.to_bytes();
             bytes.extend_from_slice(&(message.len() as u32).to_le_bytes());
@@ -244,7 +250,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_read(messages in prop::collection::vec(message(), 0..4), kind: u32) {
-            let image = Image { kind, messages };
+            let image = Image::of(kind, messages);
             let bytes = image.to_bytes();
             let read = Image::parse(&bytes, kind).expect("an image");
             prop_assert_eq!(&read.messages, &image.messages);

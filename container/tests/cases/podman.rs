@@ -1,6 +1,7 @@
 //! Containers of podman: adopted, moved into the charge of podman again, given back, and stopped.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,9 +32,43 @@ fn fixture(host: &Host, arguments: &[&str]) {
 }
 
 /// An image of what is in the bundle of `spot`, and more.
-fn import(host: &Host, name: &str, spot: &Spot<'_>, more: &[&str]) {
+pub(crate) fn import(host: &Host, name: &str, spot: &Spot<'_>, more: &[&str]) {
     let rootfs = spot.bundle().join("rootfs").display().to_string();
     fixture(host, &[more, &["--image", name, &rootfs]].concat());
+}
+
+/// An image that holds nothing, under the name that a file of ours has for it.
+pub(crate) fn import_empty() {
+    let import = "tar -cf - -T /dev/null | podman import - localhost/decamp/empty";
+    does("sh", &["-c", import]);
+}
+
+/// Does something that may fail.
+pub(crate) fn does_quietly(program: &str, arguments: &[&str]) {
+    let _ = Command::new(program).args(arguments).output();
+}
+
+/// A bridge for a network of podman's, which takes it away with the last container in it; `net` is the first
+/// three numbers of its addresses.
+pub(crate) fn make_bridge(host: &Host, bridge: &str, net: &str) {
+    does_quietly("ip", &["link", "delete", bridge]);
+    host.ip(&["link", "add", bridge, "address", "02:00:00:00:00:01", "type", "bridge"]);
+    host.ip(&["address", "add", &format!("{net}.1/24"), "dev", bridge]);
+    host.ip(&["link", "set", bridge, "up"]);
+}
+
+/// A network of podman's on it.
+pub(crate) fn write_network(number: usize, name: &str, bridge: &str, net: &str) {
+    let network = json!({
+        "name": name, "id": format!("{number:064x}"), "driver": "bridge",
+        "network_interface": bridge, "created": "2026-01-01T00:00:00Z",
+        "subnets": [{"subnet": format!("{net}.0/24"), "gateway": format!("{net}.1")}],
+        "ipv6_enabled": false, "internal": false, "dns_enabled": false,
+        "ipam_options": {"driver": "host-local"},
+    });
+    let directory = Path::new("/etc/containers/networks");
+    fs::create_dir_all(directory).expect("a directory");
+    fs::write(directory.join(format!("{name}.json")), network.to_string()).expect("a network");
 }
 
 /// A container that podman started. Deleted when dropped.
@@ -251,9 +286,7 @@ pub(crate) fn podman_has_it_back(host: &Host) {
 /// With an interface that podman made, its address, and a client that stays connected.
 pub(crate) fn podman_redis_keeps_its_connection(host: &Host) {
     set_up(host);
-    host.ip(&["link", "add", "br7", "address", "02:00:00:00:00:01", "type", "bridge"]);
-    host.ip(&["address", "add", "10.98.0.1/24", "dev", "br7"]);
-    host.ip(&["link", "set", "br7", "up"]);
+    make_bridge(host, "br7", "10.98.0");
     let spot = host.redis("pr", "10.98.0.9/24", &[]);
     let config = fs::read(spot.bundle().join("config.json")).expect("a config");
     let config: Value = serde_json::from_slice(&config).expect("JSON");

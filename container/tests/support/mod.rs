@@ -390,7 +390,7 @@ impl Host {
         bundle
     }
 
-    fn spot(&self, name: &str, spec: Value) -> Spot<'_> {
+    pub(crate) fn spot(&self, name: &str, spec: Value) -> Spot<'_> {
         let name = full(name);
         let dir = self.directory.path().join("workloads").join(&name);
         // Containers of one test share an identity, as they would on two hosts.

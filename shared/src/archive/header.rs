@@ -221,7 +221,8 @@ impl Described {
         })
     }
 
-    fn manifest(&self) -> Manifest {
+    /// As a destination is told of it.
+    pub fn manifest(&self) -> Manifest {
         let space = |space: &Space| SpaceInfo {
             id: space.id,
             page_limit: space.page_limit,

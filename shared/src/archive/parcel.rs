@@ -68,11 +68,11 @@ pub trait Unpacking: Send {
         destination: &mut dyn DestinationWorkload,
         landing: &Landing,
     ) -> Result<()>;
-    /// The state sections that were taken.
+    /// All parts were taken: places files that are in none of them, and gives the state sections.
     ///
     /// # Errors
-    /// When some are missing.
-    fn finish(&mut self) -> Result<Vec<Section>>;
+    /// When some are missing, or files cannot be placed.
+    fn finish(&mut self, landing: &Landing) -> Result<Vec<Section>>;
 }
 
 impl Parcel {

@@ -1,22 +1,15 @@
 //! The reading end: an archive is gone through from its first byte to its last, everything in it held to
 //! the header and to the sums. It is done twice: to find out that all is well, and then to restore.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, Read, Seek};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
 use super::error::{ArchiveError, Result};
 use super::header::{HEADER, Header, JSON_MOST, PartInfo, SUMS, Sums, hex};
-
-/// How every zstd frame begins.
-const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
-/// Memory that decompression may ask for, as a power of two.
-const WINDOW_LOG: u32 = 27;
-/// Zeros that may end a tar: two blocks, and what fills a record of the usual length.
-const TRAILER: u64 = 16 << 10;
+use super::tarred::{BLOCK, Counting, decoder, must_end, next_before, next_file, open, said};
 
 /// An archive whose header has been read.
 #[derive(Debug)]
@@ -24,9 +17,14 @@ pub struct Archive {
     file: File,
     path: PathBuf,
     header: Header,
+    /// Whether another program wrote it: then its header was made of its entries, and it has no sums.
+    foreign: bool,
     /// SHA-256 of each part, the header's first, in hexadecimal digits: once it was verified.
     sums: Vec<String>,
 }
+
+/// Names of parts, and their sums in hexadecimal digits.
+type NamedSums = Vec<(String, String)>;
 
 /// Takes a part; what it does not read is passed over.
 pub type Take<'a> = dyn FnMut(&PartInfo, &mut dyn Read) -> Result<()> + 'a;
@@ -37,30 +35,21 @@ impl Archive {
     /// # Errors
     /// When it is no checkpoint, or of another version, or its header lies.
     pub fn open(path: &Path) -> Result<Self> {
-        let failed = |source| ArchiveError::Io { what: "open", path: path.to_owned(), source };
-        let refused =
-            |what: &str| ArchiveError::Refused { path: path.to_owned(), what: what.to_owned() };
-        // What waits for a writer must not hold us up.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open(path)
-            .map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
-        if !metadata.is_file() {
-            return Err(refused("it is no file"));
-        }
-        if metadata.len() == 0 {
-            return Err(refused("it is empty"));
-        }
-        let mut magic = [0; 4];
-        let begins = (&file).read_exact(&mut magic).is_ok() && magic == ZSTD_MAGIC;
-        if !begins {
-            return Err(refused("it is not compressed by zstd, so it is no checkpoint"));
-        }
+        let file = open(path)?;
         let refused = |what: String| ArchiveError::Refused { path: path.to_owned(), what };
         let header = read_header(&file).map_err(refused)?;
-        Ok(Self { file, path: path.to_owned(), header, sums: Vec::new() })
+        Ok(Self { file, path: path.to_owned(), header, foreign: false, sums: Vec::new() })
+    }
+
+    /// An archive that another program wrote, whose entries make up `header`.
+    ///
+    /// # Errors
+    /// When a header of decamp's could not say what it says.
+    pub(super) fn foreign(file: File, path: PathBuf, header: Header) -> Result<Self> {
+        if let Err(what) = header.check() {
+            return Err(ArchiveError::Refused { path, what });
+        }
+        Ok(Self { file, path, header, foreign: true, sums: Vec::new() })
     }
 
     /// What it says of itself.
@@ -79,15 +68,17 @@ impl Archive {
     /// [`ArchiveError::Refused`] when not all of it is there as it was written.
     pub fn verify(&mut self, look: &mut Take<'_>) -> Result<()> {
         let (found, said) = self.walk(look)?;
-        let wrong = found
-            .iter()
-            .zip(&said.sha256)
-            .find(|((name, sum), said)| *name != said.name || *sum != said.sum);
-        if let Some(((name, _), _)) = wrong {
-            return Err(self.refused(format!("part {name} is damaged: its sum is another one")));
-        }
-        if said.sha256.len() != found.len() {
-            return Err(self.refused("its sums are not those of its parts"));
+        if let Some(said) = said {
+            let wrong = found
+                .iter()
+                .zip(&said.sha256)
+                .find(|((name, sum), said)| *name != said.name || *sum != said.sum);
+            if let Some(((name, _), _)) = wrong {
+                return Err(self.refused(format!("part {name} is damaged: its sum is another one")));
+            }
+            if said.sha256.len() != found.len() {
+                return Err(self.refused("its sums are not those of its parts"));
+            }
         }
         self.sums = found.into_iter().map(|(_, sum)| sum).collect();
         Ok(())
@@ -106,27 +97,34 @@ impl Archive {
     /// SHA-256 of a part, in hexadecimal digits; nothing before [`Archive::verify`].
     pub fn sum_of(&self, name: &str) -> Option<&str> {
         let at = self.header.parts.iter().position(|part| part.name == name)?;
-        self.sums.get(at + 1).map(String::as_str)
+        self.sums.get(at + usize::from(!self.foreign)).map(String::as_str)
     }
 
     fn refused(&self, what: impl Into<String>) -> ArchiveError {
         ArchiveError::Refused { path: self.path.clone(), what: what.into() }
     }
 
-    /// Gives the sums that the parts have, and those that the archive says they have.
-    fn walk(&self, take: &mut Take<'_>) -> Result<(Vec<(String, String)>, Sums)> {
+    /// Gives the sums that the parts have, and those that the archive says they have, if it says any.
+    fn walk(&self, take: &mut Take<'_>) -> Result<(NamedSums, Option<Sums>)> {
         let damaged = |error: io::Error| self.refused(said(&error));
-        let mut tar = tar::Archive::new(decoder(&self.file).map_err(damaged)?);
+        let mut tar = tar::Archive::new(Counting::new(decoder(&self.file).map_err(damaged)?));
         let mut entries = tar.entries().map_err(damaged)?.raw(true);
         let mut found = Vec::new();
         let mut sums = Vec::new();
         let header = PartInfo { name: HEADER.to_owned(), size: JSON_MOST };
         let last = PartInfo { name: SUMS.to_owned(), size: JSON_MOST };
-        let promised = std::iter::once(&header).chain(&self.header.parts).chain([&last]);
+        let ours = |part| (!self.foreign).then_some(part);
+        let promised = ours(&header).into_iter().chain(&self.header.parts).chain(ours(&last));
+        let mut end = 0;
         for part in promised {
             let missing = || self.refused(format!("it ends before part {}", part.name));
-            let entry = entries.next().ok_or_else(missing)?.map_err(damaged)?;
+            let entry = match self.foreign {
+                true => next_file(&mut entries).map_err(|what| self.refused(what))?,
+                false => next_before(&mut entries, &part.name).map_err(damaged)?,
+            };
+            let entry = entry.ok_or_else(missing)?;
             let size = self.expect(&entry, part)?;
+            end = entry.raw_file_position() + size.next_multiple_of(BLOCK);
             let mut content = Content { from: entry, sum: Sha256::new(), left: size, fault: None };
             let taken = match part.name.as_str() {
                 HEADER => self.same_header(&mut content),
@@ -145,13 +143,20 @@ impl Archive {
                 found.push((part.name.clone(), sum));
             }
         }
-        if entries.next().is_some() {
+        let more = match self.foreign {
+            true => next_file(&mut entries).map_err(|what| self.refused(what))?.is_some(),
+            false => entries.next().is_some(),
+        };
+        if more {
             return Err(self.refused("it has more parts than its header says"));
         }
-        self.must_end(tar.into_inner())?;
+        must_end(tar.into_inner(), end).map_err(|what| self.refused(what))?;
+        if self.foreign {
+            return Ok((found, None));
+        }
         let sums = serde_json::from_slice(&sums)
             .map_err(|error| self.refused(format!("its sums cannot be read: {error}")))?;
-        Ok((found, sums))
+        Ok((found, Some(sums)))
     }
 
     /// Whether the next entry is the one that was promised; gives its size.
@@ -184,26 +189,6 @@ impl Archive {
             Err(what) => Err(self.refused(what)),
         }
     }
-
-    fn must_end(&self, mut rest: impl Read) -> Result<()> {
-        let mut left = Vec::new();
-        let read = rest.by_ref().take(TRAILER + 1).read_to_end(&mut left);
-        read.map_err(|error| self.refused(said(&error)))?;
-        if left.len() as u64 > TRAILER || left.iter().any(|byte| *byte != 0) {
-            return Err(self.refused("it has data after its end"));
-        }
-        Ok(())
-    }
-}
-
-type Decoder<'a> = zstd::Decoder<'static, BufReader<&'a File>>;
-
-/// From the beginning of `file`.
-fn decoder(mut file: &File) -> io::Result<Decoder<'_>> {
-    file.rewind()?;
-    let mut decoder = zstd::Decoder::new(file)?;
-    decoder.window_log_max(WINDOW_LOG)?;
-    Ok(decoder)
 }
 
 fn read_header(file: &File) -> std::result::Result<Header, String> {
@@ -226,13 +211,6 @@ fn read_header(file: &File) -> std::result::Result<Header, String> {
         return Err("it ends within its header".to_owned());
     }
     Header::parse(&bytes)
-}
-
-fn said(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof => "it is cut short".to_owned(),
-        _ => format!("it is damaged ({error})"),
-    }
 }
 
 /// What a part is read through.

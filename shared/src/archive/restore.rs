@@ -72,7 +72,7 @@ pub fn fill(
         Ok(())
     })?;
     tell(Step::Loading);
-    let sections = unpacking.finish()?;
+    let sections = unpacking.finish(landing)?;
     Ok(destination.load(sections)?)
 }
 

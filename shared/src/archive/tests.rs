@@ -11,7 +11,7 @@ use super::memory::{SpaceParts, parcels, place_pages, without_zeros};
 use super::output::Output;
 use super::parcel::{SECTIONS, SectionList};
 use super::write::ArchiveWriter;
-use super::{Archive, ArchiveError, Header, PartInfo};
+use super::{Archive, ArchiveError, Foreign, Header, PartInfo};
 use crate::pages::{PAGE_SIZE, PageRange, PageReader, PageSet, PageWriter, SpaceId};
 use crate::workload::{Kind, Result as WorkloadResult, SpaceInfo};
 
@@ -158,8 +158,9 @@ fn any_tar_reads_it() {
         .expect("a tar")
         .map(|entry| entry.expect("an entry").path().expect("a path").into_owned())
         .collect();
-    let wanted = [HEADER, "a", "memory/0.pages", "empty", "z/last", SUMS].map(PathBuf::from);
-    assert_eq!(names, wanted);
+    // Each directory but ours stands before what is in it.
+    let wanted = [HEADER, "a", "memory/", "memory/0.pages", "empty", "z/", "z/last", SUMS];
+    assert_eq!(names, wanted.map(PathBuf::from));
 }
 
 #[test]
@@ -496,4 +497,79 @@ proptest! {
             if wanted { prop_assert!(placed[&page].iter().all(|byte| *byte == page as u8 | 1)); }
         }
     }
+}
+
+/// A plain tar of these entries.
+fn tar_of(entries: &[(&str, tar::EntryType, &[u8])]) -> Vec<u8> {
+    let liar = Liar(tar::Builder::new(Vec::new()));
+    let add = |liar: Liar, (name, kind, bytes): &(&str, tar::EntryType, &[u8])| {
+        liar.with(name, *kind, bytes)
+    };
+    entries.iter().fold(liar, add).0.into_inner().expect("finished")
+}
+
+/// What is in an archive of another program's: its names, and what was kept.
+fn surveyed(bytes: &[u8], most: u64) -> Result<Parts, ArchiveError> {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("archive");
+    std::fs::write(&path, bytes).expect("written");
+    if !Foreign::is_at(&path)? {
+        return Archive::open(&path).map(|_| Parts::new());
+    }
+    let found = Foreign::survey(&path, most, &|name| name.ends_with(".dump"))?;
+    let kept: Parts =
+        found.all_kept().map(|(name, kept)| (name.to_owned(), kept.to_vec())).collect();
+    let mut archive = found.into_archive(header(&[]).workload)?;
+    archive.verify(&mut |_, _| Ok(()))?;
+    let mut names = Vec::new();
+    archive.unpack(&mut |part, _| {
+        names.push((part.name.clone(), Vec::new()));
+        Ok(())
+    })?;
+    Ok([names, kept].concat())
+}
+
+#[test]
+fn what_others_wrote_is_read_compressed_or_not() {
+    use tar::EntryType::{Directory, Regular};
+    let tar = tar_of(&[
+        ("checkpoint/", Directory, b""),
+        ("checkpoint/core-1.img", Regular, b"core"),
+        ("config.dump", Regular, b"{}"),
+    ]);
+    let zstd = zstd::encode_all(&tar[..], 1).expect("compressed");
+    for bytes in [&tar, &zstd] {
+        let found = surveyed(bytes, 100).expect("honest");
+        let names: Vec<_> = found.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["checkpoint/core-1.img", "config.dump", "config.dump"]);
+        assert_eq!(found[2].1, b"{}");
+        for length in 1..bytes.len() {
+            assert!(surveyed(&bytes[..length], 100).is_err(), "cut at {length}");
+        }
+    }
+}
+
+#[test]
+fn what_others_wrote_may_lie() {
+    use tar::EntryType::{Block, GNULongName, Link, Regular, Symlink, XHeader};
+    let refused = |entries: &[(&str, tar::EntryType, &[u8])], says: &str| {
+        let error = surveyed(&tar_of(entries), 100).map(drop).expect_err(says).to_string();
+        assert!(error.contains(says), "{error}");
+    };
+    refused(&[("../x", Regular, b"")], "a part of the name");
+    refused(&[("/etc/x", Regular, b"")], "a part of the name");
+    refused(&[("a/./x", Regular, b"")], "a part of the name");
+    refused(&[("x", Regular, b""), ("x", Regular, b"")], "twice");
+    refused(&[("x.dump", Regular, b""), ("x.dump", Regular, b"")], "twice");
+    refused(&[("x", Symlink, b"")], "is no file");
+    refused(&[("x", Link, b"")], "is no file");
+    refused(&[("x", Block, b"")], "is no file");
+    refused(&[("x", GNULongName, b"y")], "is no file");
+    refused(&[("x", XHeader, b"9 path=y\n"), ("x", Regular, b"")], "in two places");
+    refused(&[("x", Regular, &[0; 60]), ("y", Regular, &[0; 60])], "have room for 100");
+    let whole = tar_of(&[("x", Regular, b"x")]);
+    let more = [&whole[..], b"x"].concat();
+    assert!(surveyed(&more, 100).expect_err("more").to_string().contains("after its end"));
+    let gzip = [&[0x1f, 0x8b, 8][..], &[0; 600]].concat();
+    assert!(surveyed(&gzip, 100).expect_err("gzip").to_string().contains("compressed by gzip"));
 }

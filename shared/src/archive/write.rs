@@ -10,6 +10,8 @@ use super::header::{HEADER, Header, SUMS, Sum, Sums, hex};
 
 /// Compression level: what a disk takes.
 const LEVEL: i32 = 1;
+/// Where the header is, and all that only we read.
+const OURS: &str = "decamp";
 /// Bytes of a tar block.
 const BLOCK: u64 = 512;
 
@@ -17,6 +19,8 @@ const BLOCK: u64 = 512;
 pub struct ArchiveWriter<W: Write> {
     out: zstd::Encoder<'static, W>,
     sums: Sums,
+    /// The directory that the last part was in.
+    directory: String,
 }
 
 impl<W: Write> ArchiveWriter<W> {
@@ -28,7 +32,8 @@ impl<W: Write> ArchiveWriter<W> {
         let failed = |source| ArchiveError::Io { what: "begin", path: HEADER.into(), source };
         let mut out = zstd::Encoder::new(to, LEVEL).map_err(failed)?;
         out.include_checksum(true).map_err(failed)?;
-        let mut writer = Self { out, sums: Sums::default() };
+        let directory = OURS.to_owned();
+        let mut writer = Self { out, sums: Sums::default(), directory };
         let bytes = serde_json::to_vec_pretty(header).map_err(|error| failed(error.into()))?;
         writer.part(HEADER, bytes.len() as u64, |to| to.write_all(&bytes).map_err(failed))?;
         Ok(writer)
@@ -45,7 +50,16 @@ impl<W: Write> ArchiveWriter<W> {
         fill: impl FnOnce(&mut dyn Write) -> Result<()>,
     ) -> Result<()> {
         let failed = |source| ArchiveError::Io { what: "write part", path: name.into(), source };
-        self.out.write_all(&head(name, size).map_err(failed)?).map_err(failed)?;
+        // Some tools look for a directory before what is in it. None of them looks for ours.
+        if let Some((directory, _)) = name.rsplit_once('/')
+            && ![OURS, self.directory.as_str()].contains(&directory)
+        {
+            directory.clone_into(&mut self.directory);
+            let head = head(&format!("{directory}/"), tar::EntryType::Directory, 0);
+            self.out.write_all(&head.map_err(failed)?).map_err(failed)?;
+        }
+        let head = head(name, tar::EntryType::Regular, size).map_err(failed)?;
+        self.out.write_all(&head).map_err(failed)?;
         let mut content =
             Content { out: &mut self.out, sum: Sha256::new(), left: size, fault: None };
         let filled = fill(&mut content);
@@ -78,11 +92,11 @@ impl<W: Write> ArchiveWriter<W> {
 }
 
 /// The block that stands before a part.
-fn head(name: &str, size: u64) -> io::Result<Vec<u8>> {
+fn head(name: &str, kind: tar::EntryType, size: u64) -> io::Result<Vec<u8>> {
     let mut header = tar::Header::new_ustar();
     header.set_path(name)?;
-    header.set_entry_type(tar::EntryType::Regular);
-    header.set_mode(0o600);
+    header.set_entry_type(kind);
+    header.set_mode(if kind == tar::EntryType::Directory { 0o700 } else { 0o600 });
     header.set_uid(0);
     header.set_gid(0);
     header.set_mtime(0);

@@ -172,7 +172,7 @@ pub(super) fn travels(name: &[u8]) -> bool {
 }
 
 /// Why `path` is no path below a root.
-fn path_fault(path: &[u8]) -> Option<&'static str> {
+pub(super) fn path_fault(path: &[u8]) -> Option<&'static str> {
     match path {
         [b'/', ..] => return Some("an absolute path"),
         [] => return Some("an empty path"),

@@ -18,6 +18,7 @@ mod error;
 mod frame;
 mod index;
 mod landing;
+mod layers;
 mod pack;
 mod place;
 mod placing;
@@ -32,6 +33,7 @@ mod tests;
 pub use channel::FileChannel;
 pub use error::{FileError, Result, StreamError};
 pub use landing::Landing;
+pub use layers::{Changes, LayeredLander};
 pub use place::{
     Probe, check_place, free_bytes, has_probe, is_same_place, is_within_probed, look_of,
     looks_the_same, settle, tree_bytes,

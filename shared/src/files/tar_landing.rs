@@ -161,16 +161,17 @@ fn now() -> i64 {
 }
 
 /// One entry of a tar.
-struct Raw {
-    entry: Entry,
+pub(super) struct Raw {
+    pub(super) entry: Entry,
     /// Path of the file that it is another name of.
-    link: Option<Vec<u8>>,
+    pub(super) link: Option<Vec<u8>>,
 }
 
 /// Takes an entry, and reads its content if it has any.
-type Take<'a> = dyn FnMut(Raw, &mut dyn Read) -> Result<()> + 'a;
+pub(super) type Take<'a> = dyn FnMut(Raw, &mut dyn Read) -> Result<()> + 'a;
 
-fn each(from: &mut dyn Read, take: &mut Take<'_>) -> Result<()> {
+/// Shows `take` each entry of a tar.
+pub(super) fn each(from: &mut dyn Read, take: &mut Take<'_>) -> Result<()> {
     let mut archive = tar::Archive::new(from);
     // Raw: what stands before an entry is read here, and no more of it than makes sense.
     let entries = archive.entries().map_err(|error| spoiled(&error))?.raw(true);

@@ -30,8 +30,8 @@ const HARMLESS: [(u32, u32); 9] =
 /// A tree that nobody writes, and what a tar of it consists of.
 #[derive(Debug)]
 pub struct TarTree {
-    root: Root,
-    entries: Vec<Entry>,
+    pub(super) root: Root,
+    pub(super) entries: Vec<Entry>,
     bytes: u64,
 }
 
