@@ -2,7 +2,7 @@
 //!
 //! Pure arithmetic on address ranges: what tasks do to their memory meanwhile is told to it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use decamp_shared::pages::PAGE_SIZE;
@@ -28,6 +28,9 @@ struct Piece {
     offset: u64,
 }
 
+/// Somewhere in the store: whose part of it, and offsets there.
+pub(super) type Place = (i32, Range<u64>);
+
 /// A range of addresses and where its contents are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Span {
@@ -41,6 +44,10 @@ impl Piece {
     fn span(&self, start: u64, skip: u64) -> Span {
         let addresses = start + skip..start + self.length;
         Span { addresses, of: self.of, offset: self.offset + skip }
+    }
+
+    fn place(&self) -> Place {
+        (self.of, self.offset..self.offset + self.length)
     }
 }
 
@@ -63,9 +70,9 @@ impl Missing {
         missing
     }
 
-    /// In whose parts of the store it is.
-    pub(super) fn owners(&self) -> BTreeSet<i32> {
-        self.pieces.values().map(|piece| piece.of).collect()
+    /// All of it, by address.
+    pub(super) fn places(&self) -> impl Iterator<Item = Place> {
+        self.pieces.values().map(Piece::place)
     }
 
     /// How many pages have still to come.
@@ -96,22 +103,26 @@ impl Missing {
         (skip < piece.length).then(|| piece.span(*start, skip))
     }
 
-    /// These addresses have come, or are not wanted any more.
-    pub(super) fn remove(&mut self, addresses: &Range<u64>) {
-        drop(self.cut(addresses));
+    /// These addresses have come, or are not wanted any more. Gives where they were in the store.
+    #[must_use]
+    pub(super) fn remove(&mut self, addresses: &Range<u64>) -> Vec<Place> {
+        self.cut(addresses).iter().map(|(_, piece)| piece.place()).collect()
     }
 
-    /// The task moved `length` bytes `from` one address `to` another, and what was there is gone.
-    pub(super) fn moved(&mut self, from: u64, to: u64, length: u64) {
+    /// The task moved `length` bytes `from` one address `to` another, and what was there is gone: gives
+    /// where that was in the store.
+    #[must_use]
+    pub(super) fn moved(&mut self, from: u64, to: u64, length: u64) -> Vec<Place> {
         let (Some(from_end), Some(to_end)) = (from.checked_add(length), to.checked_add(length))
         else {
-            return;
+            return Vec::new();
         };
         let cut = self.cut(&(from..from_end));
-        self.remove(&(to..to_end));
+        let gone = self.remove(&(to..to_end));
         for (start, piece) in cut {
             self.put(start - from + to, piece);
         }
+        gone
     }
 
     fn put(&mut self, start: u64, piece: Piece) {
@@ -154,6 +165,8 @@ impl Missing {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -192,14 +205,16 @@ mod tests {
             let mut model: BTreeMap<u64, (i32, u64)> = ranges.iter()
                 .flat_map(|one| one.pages.clone().map(|page| (page, (one.of, page))))
                 .collect();
+            let mut gone = Vec::new();
+            let all: BTreeSet<_> = model.values().copied().collect();
             for step in steps {
                 match step {
                     Step::Remove(first, count) => {
-                        missing.remove(&(first * PAGE..(first + count) * PAGE));
+                        gone.extend(missing.remove(&(first * PAGE..(first + count) * PAGE)));
                         model.retain(|page, _| !(first..first + count).contains(page));
                     }
                     Step::Move(from, to, count) => {
-                        missing.moved(from * PAGE, to * PAGE, count * PAGE);
+                        gone.extend(missing.moved(from * PAGE, to * PAGE, count * PAGE));
                         let held: Vec<_> = model.range(from..from + count).map(|(page, place)| (*page, *place)).collect();
                         model.retain(|page, _| {
                             !(from..from + count).contains(page) && !(to..to + count).contains(page)
@@ -213,8 +228,12 @@ mod tests {
                 let found = missing.at(page * PAGE).map(|span| (span.of, span.offset / PAGE));
                 prop_assert_eq!(found, model.get(&page).copied());
             }
-            let owners: BTreeSet<i32> = model.values().map(|(of, _)| *of).collect();
-            prop_assert_eq!(missing.owners(), owners);
+            // Each page of the store is told once: it is gone, or has still to come.
+            let told: Vec<_> = gone.into_iter().chain(missing.places())
+                .flat_map(|(of, at)| (at.start / PAGE..at.end / PAGE).map(move |page| (of, page)))
+                .collect();
+            prop_assert_eq!(told.len(), all.len());
+            prop_assert_eq!(told.into_iter().collect::<BTreeSet<_>>(), all);
             // Walked on from anywhere, it is all found.
             let mut at = from * PAGE;
             let mut walked = BTreeMap::new();
@@ -225,7 +244,8 @@ mod tests {
                     walked.insert(span.addresses.start / PAGE + index, place);
                 }
                 at = span.addresses.end;
-                missing.remove(&span.addresses);
+                let come = missing.remove(&span.addresses);
+                prop_assert_eq!(come, vec![(span.of, span.offset..span.offset + span.length())]);
             }
             prop_assert_eq!(walked, model);
             prop_assert_eq!(missing.pages(), 0);

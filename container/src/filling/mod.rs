@@ -12,11 +12,12 @@
 mod holder;
 mod missing;
 mod space;
+mod wanted;
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, IoSliceMut};
-use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -30,7 +31,6 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 use crate::error::{ContainerError, Result};
 use crate::forked::Alias;
-use crate::forked::sharing::united;
 use crate::store::Store;
 use crate::sys;
 use crate::sys::userfault;
@@ -118,8 +118,9 @@ pub(crate) fn is_for_all() -> bool {
 }
 
 impl Filling {
-    /// Waits for a CRIU that restores from `images`, to give it the `late` pages that `store` has. What is
-    /// `spent` of the store is given back when CRIU is done.
+    /// Waits for a CRIU that restores from `images`, to give it the `late` pages that `store` has. What it
+    /// reads of the store itself is `spent` when it is done. Each page is given back when the last one that
+    /// wants it has it.
     pub(crate) fn begin(
         images: &Path,
         store: &Store,
@@ -139,20 +140,14 @@ impl Filling {
         let failed = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
             .map_err(ContainerError::errno("make an event"))?;
         let failed = Arc::new(failed);
-        let mut wanted_by_others: BTreeMap<i32, Vec<Range<u64>>> = BTreeMap::new();
         let mut sources = Sources::new();
-        for (inner, Alias { pages, of }) in each(&late) {
-            let others = wanted_by_others.entry(*of).or_default();
-            if inner != of {
-                others.push(pages.clone());
-            }
-        }
-        for Alias { of, .. } in &spent {
-            wanted_by_others.entry(*of).or_default();
-        }
-        for (of, others) in wanted_by_others {
-            let file = File::from(store.memory_of(of)?);
-            sources.insert(of, Source::new(file, &united(others)));
+        // Of what CRIU reads nothing is given back before it has: what nobody waits for is late.
+        for Alias { pages, of } in late.values().flatten().chain(&spent) {
+            let source = match sources.entry(*of) {
+                Entry::Occupied(entry) => entry.into_mut(),
+                Entry::Vacant(entry) => entry.insert(Source::new(store.memory_of(*of)?.into())),
+            };
+            source.keep_pages(pages);
         }
         let shared = Arc::new(Shared {
             status: Mutex::new(Status::Under),
@@ -263,10 +258,6 @@ impl Drop for Filling {
 /// to.
 pub(crate) type LatePages = BTreeMap<i32, Vec<Alias>>;
 
-fn each(late: &LatePages) -> impl Iterator<Item = (&i32, &Alias)> {
-    late.iter().flat_map(|(inner, pages)| pages.iter().map(move |one| (inner, one)))
-}
-
 /// The thread that does it.
 struct Daemon {
     shared: Arc<Shared>,
@@ -276,7 +267,7 @@ struct Daemon {
     criu: Option<UnixStream>,
     sources: Arc<Sources>,
     late: LatePages,
-    /// What of the store nobody needs once CRIU is done, and whose part of it that is.
+    /// What CRIU reads of the store, and whose part of it that is.
     spent: Vec<Alias>,
     spaces: Vec<Space>,
     /// Through which pages go.
@@ -380,7 +371,7 @@ impl Daemon {
             self.sources
                 .get(&of)
                 .into_iter()
-                .for_each(|source| source.give_back_pages(first..pages.end));
+                .for_each(|source| source.release_pages(&(first..pages.end)));
             if pages.start < first {
                 self.spent.push(Alias { pages: pages.start..first, of });
             }
@@ -469,8 +460,9 @@ impl Daemon {
             inner => {
                 let uffd = receive_descriptor(criu)?;
                 self.shared.hold(&uffd)?;
-                let pages = self.late.get(&inner).map_or(&[][..], Vec::as_slice);
-                self.spaces.push(Space::new(uffd, self.sources.clone(), pages));
+                // Named again it would have what is kept for others given back.
+                let pages = self.late.remove(&inner).unwrap_or_default();
+                self.spaces.push(Space::new(uffd, self.sources.clone(), &pages));
             }
         }
         Ok(())

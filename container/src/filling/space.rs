@@ -6,15 +6,15 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use decamp_shared::pages::PAGE_SIZE;
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::missing::{Missing, Span};
+use super::missing::{Missing, Place, Span};
+use super::wanted::Wanted;
 use crate::error::{ContainerError, Result};
 use crate::forked::Alias;
 use crate::sys::userfault::{self, Event};
@@ -35,10 +35,8 @@ const NO_MEMORY: Duration = Duration::from_millis(20);
 /// it had when it came.
 pub(super) struct Source {
     file: File,
-    /// A child was forked that may want what is here: nothing is given back before the end.
-    shared: AtomicBool,
-    /// What other processes want of it (offsets, ascending): not given back before the end.
-    others: Vec<Range<u64>>,
+    /// Of which each piece is given back when the last one that wants it has it.
+    wanted: Mutex<Wanted>,
 }
 
 /// The store by whose memory it is: a process's number in the container.
@@ -54,9 +52,6 @@ pub(super) struct Space {
     waiting: VecDeque<u64>,
     /// Where the pages that nobody waits for go on.
     at: u64,
-    /// What of the store is installed and not given back yet, and whose part of it that is.
-    installed: Range<u64>,
-    installed_of: i32,
     /// Of a child that was forked meanwhile.
     forked: bool,
     /// What it told could not be heard for want of a descriptor or of memory: it is told again.
@@ -80,10 +75,9 @@ fn is_want(error: &io::Error) -> bool {
 }
 
 impl Source {
-    /// The part that is in `file`, of which `others` (page numbers, ascending) is what other processes want.
-    pub(super) fn new(file: File, others: &[Range<u64>]) -> Self {
-        let others = others.iter().map(|pages| pages.start * PAGE..pages.end * PAGE).collect();
-        Self { file, shared: AtomicBool::new(false), others }
+    /// The part that is in `file`.
+    pub(super) fn new(file: File) -> Self {
+        Self { file, wanted: Mutex::default() }
     }
 
     /// Gives all of it back.
@@ -93,22 +87,29 @@ impl Source {
         }
     }
 
-    /// Gives back pages, by number.
-    pub(super) fn give_back_pages(&self, pages: Range<u64>) {
-        self.give_back(&(pages.start * PAGE..pages.end * PAGE));
+    /// One more wants these pages, by number.
+    pub(super) fn keep_pages(&self, pages: &Range<u64>) {
+        self.wanted().add(&(pages.start * PAGE..pages.end * PAGE));
     }
 
-    fn give_back(&self, range: &Range<u64>) {
-        if self.shared.load(Ordering::Relaxed) {
-            return;
+    /// One of those that want these pages, by number, has them.
+    pub(super) fn release_pages(&self, pages: &Range<u64>) {
+        self.release(&(pages.start * PAGE..pages.end * PAGE));
+    }
+
+    /// Gives back what nobody wants any more now, in whole pieces.
+    fn release(&self, range: &Range<u64>) {
+        let around = range.start / GIVEN_BACK * GIVEN_BACK..range.end.next_multiple_of(GIVEN_BACK);
+        let mut wanted = self.wanted();
+        wanted.remove(range);
+        for gap in wanted.nobodys(&around) {
+            let start = gap.start.next_multiple_of(GIVEN_BACK);
+            self.punch(start..gap.end / GIVEN_BACK * GIVEN_BACK);
         }
-        let first = self.others.partition_point(|other| other.end <= range.start);
-        let mut at = range.start;
-        for other in self.others[first..].iter().take_while(|other| other.start < range.end) {
-            self.punch(at..other.start);
-            at = other.end;
-        }
-        self.punch(at..range.end);
+    }
+
+    fn wanted(&self) -> MutexGuard<'_, Wanted> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn punch(&self, range: Range<u64>) {
@@ -124,7 +125,7 @@ impl Source {
 }
 
 impl Space {
-    /// The memory behind `uffd`, which lacks `pages` (ascending).
+    /// The memory behind `uffd`, which lacks `pages` (ascending) and has them kept for it.
     pub(super) fn new(uffd: OwnedFd, sources: Arc<Sources>, pages: &[Alias]) -> Self {
         Self::lacking(uffd, sources, Arc::new(Missing::of_pages(pages)))
     }
@@ -136,8 +137,6 @@ impl Space {
             missing,
             waiting: VecDeque::new(),
             at: 0,
-            installed: 0..0,
-            installed_of: 0,
             forked: false,
             unheard: false,
             gone: false,
@@ -191,7 +190,7 @@ impl Space {
         if let Some(span) = self.missing.next(self.at, CHUNK) {
             self.at = span.addresses.end;
             match self.install(&span, buffer)? {
-                Outcome::Fine => self.note_installed(&span),
+                Outcome::Fine => {}
                 Outcome::Changing => {
                     self.at = span.addresses.start;
                     self.hear(&mut forked)?;
@@ -234,18 +233,23 @@ impl Space {
                 None => return Ok(()),
                 Some(Event::Fault(address)) => self.waiting.push_back(address & !(PAGE - 1)),
                 Some(Event::Remove(range) | Event::Unmap(range)) => {
-                    Arc::make_mut(&mut self.missing).remove(&range);
+                    let gone = Arc::make_mut(&mut self.missing).remove(&range);
+                    self.release(gone);
                 }
                 Some(Event::Remap { from, to, len }) => {
-                    Arc::make_mut(&mut self.missing).moved(from, to, len);
+                    let gone = Arc::make_mut(&mut self.missing).moved(from, to, len);
+                    self.release(gone);
                 }
                 Some(Event::Fork(uffd)) => {
-                    for source in self.missing.owners().iter().filter_map(|of| self.sources.get(of))
-                    {
-                        source.shared.store(true, Ordering::Relaxed);
+                    for (of, range) in self.missing.places() {
+                        if let Some(source) = self.sources.get(&of) {
+                            source.wanted().add(&range);
+                        }
                     }
-                    let child = Self::lacking(uffd, self.sources.clone(), self.missing.clone());
-                    forked.push(Self { forked: true, ..child });
+                    let missing = self.missing.clone();
+                    let mut child = Self::lacking(uffd, self.sources.clone(), missing);
+                    child.forked = true;
+                    forked.push(child);
                 }
             }
         }
@@ -358,37 +362,31 @@ impl Space {
 
     fn has_come(&mut self, addresses: &Range<u64>) {
         if !addresses.is_empty() {
-            Arc::make_mut(&mut self.missing).remove(addresses);
+            let come = Arc::make_mut(&mut self.missing).remove(addresses);
+            self.release(come);
         }
     }
 
-    /// The store gives back what is not needed any more.
-    fn note_installed(&mut self, span: &Span) {
-        let range = span.offset..span.offset + span.length();
-        if (span.of, range.start) == (self.installed_of, self.installed.end) {
-            self.installed.end = range.end;
-        } else {
-            self.give_back();
-            (self.installed_of, self.installed) = (span.of, range);
-        }
-        if self.installed.end - self.installed.start >= GIVEN_BACK
-            || self.installed.end.is_multiple_of(GIVEN_BACK)
-        {
-            self.give_back();
+    fn release(&self, places: Vec<Place>) {
+        for (of, range) in places {
+            if let Some(source) = self.sources.get(&of) {
+                source.release(&range);
+            }
         }
     }
+}
 
-    fn give_back(&mut self) {
-        if let Some(source) = self.sources.get(&self.installed_of) {
-            source.give_back(&self.installed);
-        }
-        self.installed.start = self.installed.end;
+impl Drop for Space {
+    /// It wants nothing any more.
+    fn drop(&mut self) {
+        self.release(self.missing.places().collect());
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
+    use std::os::unix::fs::MetadataExt;
     use std::process::{Command, Stdio};
     use std::time::Instant;
 
@@ -402,6 +400,27 @@ mod tests {
         let of = |number| is_want(&io::Error::from_raw_os_error(number));
         assert!(of(libc::EMFILE) && of(libc::ENFILE) && of(libc::ENOMEM));
         assert!(!of(libc::EINVAL) && !of(libc::EBADF));
+    }
+
+    #[test]
+    fn what_several_want_is_given_back_when_the_last_one_has_it() {
+        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+        let file = File::from(nix::sys::memfd::memfd_create("pages", flags).expect("a file"));
+        let piece = GIVEN_BACK / PAGE;
+        file.write_all_at(&vec![1; 3 * GIVEN_BACK as usize], 0).expect("memory");
+        let source = Source::new(file.try_clone().expect("a descriptor"));
+        let holds = || file.metadata().expect("a file").blocks() * 512 / GIVEN_BACK;
+        // Two want the first piece and a half, one of them the rest too.
+        source.keep_pages(&(0..piece * 3 / 2));
+        source.keep_pages(&(0..piece * 3));
+        source.release_pages(&(0..piece * 3 / 2));
+        assert_eq!(holds(), 3);
+        source.release_pages(&(0..piece / 2));
+        assert_eq!(holds(), 3, "half a piece is not worth it");
+        source.release_pages(&(piece / 2..piece * 2));
+        assert_eq!(holds(), 1);
+        source.release_pages(&(piece * 2..piece * 3));
+        assert_eq!(holds(), 0);
     }
 
     /// A shell that forks while its heap is filled: its child is heard of, and its end is noticed.
@@ -425,7 +444,9 @@ mod tests {
         let file = File::from(file);
         file.write_all_at(&[0], heap.end - 1).expect("a sparse file");
         let pages = heap.start / PAGE..heap.end / PAGE;
-        let sources = Arc::new(Sources::from([(1, Source::new(file, &[]))]));
+        let source = Source::new(file);
+        source.keep_pages(&pages);
+        let sources = Arc::new(Sources::from([(1, source)]));
         let mut space = Space::new(uffd, sources, &[Alias { pages, of: 1 }]);
         let mut buffer = vec![0; CHUNK as usize];
         say.write_all(b"\n").expect("it listens");

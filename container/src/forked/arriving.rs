@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use decamp_shared::methods::ForkedChoice;
-use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet, SpaceId};
+use decamp_shared::pages::PAGE_SIZE;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::sharing::{Kin, Plan, Room, united};
@@ -48,7 +48,8 @@ pub(crate) struct Arriving<'a> {
 /// How memory comes that comes late.
 pub(crate) struct Late {
     pub(crate) pages: LatePages,
-    /// What of the store nobody needs any more once CRIU has restored: page numbers, and whose part it is.
+    /// What CRIU reads of the store, and does not need any more once it has restored: page numbers, and
+    /// whose part it is.
     pub(crate) spent: Vec<Alias>,
     /// What became of pages that forked processes shared, where that is worth a word.
     pub(crate) note: Option<String>,
@@ -100,7 +101,7 @@ impl Arriving<'_> {
         if self.linked || !eager.is_empty() || pages.values().all(Vec::is_empty) {
             self.link()?;
         }
-        let spent = spent(&eager, &pages);
+        let spent = spent(&eager);
         Ok(Late { pages, spent, note })
     }
 
@@ -240,21 +241,16 @@ fn without(inner: i32, ranges: &[Range<u64>], others: &[Range<u64>]) -> Vec<Rang
     parts.filter(|part| part.of == inner).map(|part| part.pages).collect()
 }
 
-/// What is read by CRIU and comes late to nobody.
-fn spent(eager: &BTreeMap<i32, (i32, Vec<Range<u64>>)>, late: &LatePages) -> Vec<Alias> {
-    let range = |of: i32, pages: &Range<u64>| {
-        PageRange::new(SpaceId(of as u32), pages.start, pages.end - pages.start)
-    };
-    let mut set = PageSet::new();
+/// What CRIU reads, each page once.
+fn spent(eager: &BTreeMap<i32, (i32, Vec<Range<u64>>)>) -> Vec<Alias> {
+    let mut by_owner: BTreeMap<i32, Vec<Range<u64>>> = BTreeMap::new();
     for (of, pages) in eager.values() {
-        pages.iter().for_each(|pages| set.insert(range(*of, pages)));
+        by_owner.entry(*of).or_default().extend(pages.iter().cloned());
     }
-    for Alias { pages, of } in late.values().flatten() {
-        set.remove(range(*of, pages));
-    }
-    set.ranges()
-        .map(|range| Alias { pages: range.first..range.end(), of: range.space.0 as i32 })
-        .collect()
+    let each = by_owner
+        .into_iter()
+        .flat_map(|(of, pages)| united(pages).into_iter().map(move |pages| Alias { pages, of }));
+    each.collect()
 }
 
 /// Parents and mappings of all processes, as the images have them.
