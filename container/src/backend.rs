@@ -65,18 +65,21 @@ impl ContainerBackend {
 
     /// Tells a keeper what this host's configuration says now: it may have been started under another.
     fn configure(&self, client: &mut KeeperClient, methods: &Methods) -> Result<()> {
-        match client.configure(methods) {
-            // It is stopped already, or older than the question, and knows no other than this.
-            Err(error) if self.tools.methods == Methods::default() => {
-                tracing::debug!(%error, "The keeper takes no configuration");
-                Ok(())
-            }
-            Err(error) => Err(WorkloadError::new(
-                "Its keeper does not take what the configuration says under [containers]",
-                error,
-            )),
-            Ok(()) => Ok(()),
+        let Err(error) = client.configure(methods) else { return Ok(()) };
+        tracing::debug!(%error, ?methods, "The keeper does not take these methods");
+        // One that is older than the choice of what is shared sends each process's own in any case.
+        let without = Methods { forked: ForkedChoice::default(), ..*methods };
+        if without != *methods && client.configure(&without).is_ok() {
+            return Ok(());
         }
+        // It is stopped already, or older than the question, and knows no other than this.
+        if without == Methods::default() {
+            return Ok(());
+        }
+        Err(WorkloadError::new(
+            "Its keeper does not take what the configuration says under [containers]",
+            error,
+        ))
     }
 
     fn leaving(&self, spec: &Value, place: &Place, methods: &Methods) -> Result<ContainerSource> {
