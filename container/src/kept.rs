@@ -572,6 +572,10 @@ impl Kept for Container {
     }
 
     fn configure(&mut self, methods: Methods) -> WorkloadResult<()> {
+        if self.tracker.is_some() {
+            // What is held back would be forgotten, and never sent.
+            return Err(WorkloadError::plain("The container is being moved: try again after that"));
+        }
         self.methods = methods;
         // One that has no processes has none under a filter.
         let pids = self.cgroups.processes().unwrap_or_default();

@@ -244,6 +244,24 @@ pub(crate) fn hideable_mappings(pid: i32) -> Result<Vec<Range<u64>>> {
         .ok_or_else(|| ContainerError::malformed(path, "has a line of no known form"))
 }
 
+/// All mappings of a process: addresses, ascending. None of one that has no memory any more.
+///
+/// # Errors
+/// That it is gone, too.
+pub(crate) fn mappings(pid: i32) -> Result<Vec<Range<u64>>> {
+    let path = format!("/proc/{pid}/maps");
+    let text = fs::read_to_string(&path).map_err(ContainerError::io(format!("read {path}")))?;
+    let ranges = text.lines().map(|line| parse_range(line.split(' ').next()?));
+    let ranges: Option<Vec<_>> = ranges.collect();
+    ranges.ok_or_else(|| ContainerError::malformed(path, "has a line of no known form"))
+}
+
+/// Bytes of a process's memory that is locked, and never swapped; none of one that is gone.
+pub(crate) fn locked(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status_number(&status, "VmLck:").unwrap_or(0) * 1024
+}
+
 /// Hideable mappings in the text of maps or smaps; none when a line makes no sense.
 fn parse_mappings(text: &str) -> Option<Vec<Range<u64>>> {
     let mut found: Vec<Range<u64>> = Vec::new();

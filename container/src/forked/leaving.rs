@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use decamp_shared::methods::ForkedChoice;
-use decamp_shared::pages::{PAGE_SIZE, PageSet};
+use decamp_shared::pages::{PAGE_SIZE, PageSet, SpaceId};
 
 use super::places::{self, PageTables};
 use super::sharing::{Kin, Plan, Room};
@@ -23,6 +23,8 @@ pub(crate) struct Forked {
     unsent: Option<Unsent>,
     /// There was a round.
     looked: bool,
+    /// Whose pages are held back, and which processes they were then.
+    pids: BTreeMap<SpaceId, i32>,
     choice: ForkedChoice,
 }
 
@@ -45,6 +47,16 @@ impl Forked {
             let mappings = hideable_mappings(process.pid).unwrap_or_default();
             memories.push(Memory::of(process, &mappings));
         }
+        // One that is not listed just now may live all the same.
+        self.pids.extend(processes.iter().map(|process| (process.space(), process.pid)));
+        let pids = &self.pids;
+        unsent.forget_unmapped(|space| {
+            match pids.get(&space).map(|pid| memory::mappings(*pid)) {
+                None => Ok(Vec::new()),
+                Some(Err(error)) if error.is_gone() => Ok(Vec::new()),
+                Some(mappings) => Ok(mappings?.iter().map(page_numbers).collect()),
+            }
+        })?;
         unsent.round(&memories, &mut PageTables::of(processes.iter())?, dirty)?;
         tracing::debug!(
             ms = ms(begun),
@@ -83,7 +95,8 @@ impl Forked {
             look.round(processes, &mut all_pages(processes))?;
             aliases = look.aliases();
         }
-        let again = plan(&aliases, processes).again;
+        let shareable = plan(&aliases, processes).again;
+        let again = if self.choice == ForkedChoice::Apart { 0 } else { shareable };
         let growth = (count(&aliases) - again) * PAGE_SIZE as u64;
         tracing::debug!(
             ms = ms(begun),
@@ -95,11 +108,20 @@ impl Forked {
         if used.saturating_add(growth) <= limit {
             return Ok(());
         }
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let hint = match used.saturating_add(growth - (shareable - again) * PAGE_SIZE as u64) {
+            fits if again < shareable && fits <= limit => {
+                ", say forked = \"shared\" under [containers] on both hosts"
+            }
+            _ => "",
+        };
         Err(ContainerError::State(format!(
-            "Its processes share {} MiB since they forked that cannot be shared again elsewhere: with what              they have now, {} MiB, they would take {} MiB there, and its memory limit is {} MiB. It runs on              here: raise the limit, or end some of them, and move it again",
-            growth.div_ceil(1 << 20),
-            used.div_ceil(1 << 20),
-            (used + growth).div_ceil(1 << 20),
+            "Its processes share {} MiB since they forked that are not shared again elsewhere: with what they \
+             have now, {} MiB, they would take {} MiB there, and its memory limit is {} MiB. It runs on here: \
+             raise the limit, end some of them{hint}, and move it again",
+            mib(growth),
+            mib(used),
+            mib(used + growth),
             limit >> 20,
         )))
     }
@@ -155,7 +177,8 @@ fn all_pages(processes: &[Process]) -> PageSet {
 
 /// What of `aliases` can be shared again, as far as that can be seen here.
 fn plan(aliases: &Aliases, processes: &[Process]) -> Plan {
-    Plan::of(aliases, &kin_of(processes), &Default::default())
+    let bound = processes.iter().filter(|process| memory::locked(process.pid) > 0);
+    Plan::of(aliases, &kin_of(processes), &bound.map(|process| process.inner).collect())
 }
 
 /// Parents and mappings of processes that run.
@@ -175,8 +198,10 @@ fn kin_of(processes: &[Process]) -> BTreeMap<i32, Kin> {
 
 impl Memory {
     fn of(process: &Process, addresses: &[Range<u64>]) -> Self {
-        let pages =
-            |range: &Range<u64>| range.start / PAGE_SIZE as u64..range.end / PAGE_SIZE as u64;
-        Self { space: process.space(), pages: addresses.iter().map(pages).collect() }
+        Self { space: process.space(), pages: addresses.iter().map(page_numbers).collect() }
     }
+}
+
+fn page_numbers(addresses: &Range<u64>) -> Range<u64> {
+    addresses.start / PAGE_SIZE as u64..addresses.end / PAGE_SIZE as u64
 }

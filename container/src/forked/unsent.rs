@@ -45,22 +45,50 @@ pub(crate) struct Unsent {
 }
 
 impl Unsent {
+    /// Forgets what was held back and is in no mapping any more: `mapped` gives the page numbers of all
+    /// mappings of a process, none of one that is gone. What comes there anew the tracker tells.
+    ///
+    /// # Errors
+    /// The first one of `mapped`. What that process has is held back as before.
+    pub(crate) fn forget_unmapped(
+        &mut self,
+        mut mapped: impl FnMut(SpaceId) -> Result<Vec<Range<u64>>>,
+    ) -> Result<()> {
+        let mut last: Option<(SpaceId, PageSet)> = None;
+        for ((space, _), set) in &mut self.held {
+            let there = match last.take() {
+                Some((of, there)) if of == *space => there,
+                _ => Memory { space: *space, pages: mapped(*space)? }.set(),
+            };
+            set.intersect(&there);
+            last = Some((*space, there));
+        }
+        self.held.retain(|_, set| !set.is_empty());
+        Ok(())
+    }
+
     /// A round of running processes, in which the tracker told of `dirty`: takes out what need not be sent,
     /// and puts in what was held back and is not the same any more.
+    ///
+    /// # Errors
+    /// Those of `places`. Then as much is held back as before.
     pub(crate) fn round(
         &mut self,
         memories: &[Memory],
         places: &mut impl Places,
         dirty: &mut PageSet,
     ) -> Result<()> {
-        for set in std::mem::take(&mut self.held).values() {
-            dirty.union(set);
-        }
-        self.hold_back(memories, places, dirty)
+        let before = std::mem::take(&mut self.held);
+        before.values().for_each(|set| dirty.union(set));
+        self.hold_back(memories, places, dirty).inspect_err(|_| self.held = before)
     }
 
     /// The same for processes that stand still: all pages that exist are `memories`, of which `dirty` were
     /// written since the last round.
+    ///
+    /// # Errors
+    /// Those of `places`. Then as much is held back as before, and it can be asked again with the same
+    /// `dirty`.
     pub(crate) fn last(
         &mut self,
         memories: &[Memory],
@@ -70,7 +98,9 @@ impl Unsent {
         let exists: BTreeMap<SpaceId, PageSet> =
             memories.iter().map(|memory| (memory.space, memory.set())).collect();
         let written = dirty.clone();
-        for ((space, of), mut set) in std::mem::take(&mut self.held) {
+        let before = std::mem::take(&mut self.held);
+        for ((space, of), set) in &before {
+            let (space, of, mut set) = (*space, *of, set.clone());
             let Some(there) = exists.get(&space) else { continue };
             // What is gone need not be known any more; what it wrote itself is in `dirty`.
             set.intersect(there);
@@ -88,7 +118,7 @@ impl Unsent {
                 self.held.insert((space, of), sound);
             }
         }
-        self.hold_back(memories, places, dirty)
+        self.hold_back(memories, places, dirty).inspect_err(|_| self.held = before)
     }
 
     /// Takes what need not be sent out of `dirty`.
@@ -115,8 +145,16 @@ impl Unsent {
             let mut members: Vec<_> =
                 there.into_iter().map(|memory| Member::of(memory, block, dirty, &held)).collect();
             // Twice: the kernel moves pages, and what lay in one place at the same moment is found there
-            // by both looks.
-            for member in &mut members {
+            // by both looks. Most of what has to be sent is nobody else's, and then the others need not
+            // be looked at.
+            for member in members.iter_mut().filter(|member| member.wants_any()) {
+                places.read(member.space, block, &mut member.places)?;
+                member.want_what_has_a_place();
+            }
+            if !members.iter().any(Member::wants_any) {
+                continue;
+            }
+            for member in members.iter_mut().filter(|member| !member.is_read) {
                 places.read(member.space, block, &mut member.places)?;
             }
             let mut again = Box::new([0; BLOCK]);
@@ -178,8 +216,10 @@ struct Member {
     places: Box<[u64; BLOCK]>,
     /// Those that may be another's.
     within: [u64; WORDS],
-    /// Those of them that have to be sent.
+    /// Those that have to be sent, and may be another's.
     wanted: [u64; WORDS],
+    /// `places` was read.
+    is_read: bool,
 }
 
 impl Member {
@@ -204,7 +244,22 @@ impl Member {
         let mut wanted = [0; WORDS];
         each_run(dirty, &mut wanted, true);
         each_run(held, &mut within, false);
-        Self { space: memory.space, places: Box::new([0; BLOCK]), within, wanted }
+        let places = Box::new([0; BLOCK]);
+        Self { space: memory.space, places, within, wanted, is_read: false }
+    }
+
+    fn wants_any(&self) -> bool {
+        self.wanted != [0; WORDS]
+    }
+
+    /// What may be nobody else's has to be sent in any case.
+    fn want_what_has_a_place(&mut self) {
+        self.is_read = true;
+        for index in 0..BLOCK {
+            if self.wants(index) && self.place(index).is_none() {
+                self.wanted[index / 64] &= !(1 << (index % 64));
+            }
+        }
     }
 
     fn forget_moved(&mut self, again: &[u64; BLOCK]) {
@@ -343,6 +398,15 @@ mod tests {
         sent: u64,
     }
 
+    /// Where pages lie cannot be read.
+    struct Failing;
+
+    impl Places for Failing {
+        fn read(&mut self, _: SpaceId, _: u64, _: &mut [u64; BLOCK]) -> Result<()> {
+            Err(crate::error::ContainerError::State("no".to_owned()))
+        }
+    }
+
     impl Places for &Model {
         fn read(&mut self, space: SpaceId, block: u64, into: &mut [u64; BLOCK]) -> Result<()> {
             into.fill(0);
@@ -459,8 +523,21 @@ mod tests {
             self.send();
             let mut dirty = self.harvest();
             meanwhile.iter().for_each(|event| self.happen(event));
-            unsent.round(&self.memories(false), &mut &*self, &mut dirty).expect("told");
-            self.pending = dirty;
+            let mapped = |space| {
+                let one = self.running.get(&space);
+                Ok(one.map_or_else(Vec::new, |one| {
+                    one.pages.keys().map(|page| *page..page + 1).collect()
+                }))
+            };
+            unsent.forget_unmapped(mapped).expect("told");
+            let memories = self.memories(false);
+            // One that fails takes nothing away.
+            let mut told = dirty.clone();
+            if unsent.round(&memories, &mut Failing, &mut told).is_err() {
+                unsent.round(&memories, &mut &*self, &mut dirty).expect("told");
+                told = dirty;
+            }
+            self.pending = told;
         }
 
         /// The stop; gives what the destination has to know.
@@ -469,9 +546,13 @@ mod tests {
             let memories = self.memories(true);
             let mut exists = PageSet::new();
             memories.iter().for_each(|memory| exists.union(&memory.set()));
-            unsent.last(&memories, &mut &*self, &mut dirty).expect("told");
+            let mut told = dirty.clone();
+            if unsent.last(&memories, &mut Failing, &mut told).is_err() {
+                unsent.last(&memories, &mut &*self, &mut dirty).expect("told");
+                told = dirty;
+            }
             exists.subtract(&unsent.set());
-            self.pending.union(&dirty);
+            self.pending.union(&told);
             self.pending.intersect(&exists);
             self.send();
             unsent.aliases()
@@ -568,6 +649,19 @@ mod tests {
         let mut unsent = Unsent::default();
         unsent.round(&memories, &mut Moving::default(), &mut dirty).expect("told");
         assert_eq!((dirty.len(), unsent.set().len()), (2, 0));
+    }
+
+    #[test]
+    fn what_is_gone_is_not_sent() {
+        let (mut model, mut unsent) = (Model::begun(), Unsent::default());
+        (0..2).for_each(|_| model.happen(&Event::Fork(0, false)));
+        model.round(&mut unsent, &[]);
+        model.send();
+        model.happen(&Event::Unmap(1, 3));
+        model.happen(&Event::Exit(2));
+        model.round(&mut unsent, &[]);
+        model.send();
+        assert_eq!((model.sent, unsent.set().len()), (PAGES, PAGES - 1));
     }
 
     #[test]
