@@ -316,6 +316,23 @@ impl Cgroups {
         (limit < 1 << 60).then_some(limit)
     }
 
+    /// Bytes that its members may have in swap beside their memory, as far as the host has that.
+    pub(crate) fn swap_allowance(&self) -> u64 {
+        let host = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let free = host.lines().find_map(|line| line.strip_prefix("SwapFree:"));
+        let free = free.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+        let number = |directory: &Path, file| -> Option<u64> {
+            fs::read_to_string(directory.join(file)).ok()?.trim().parse().ok()
+        };
+        let allowed = match self.paths.get("memory") {
+            // Memory and swap together.
+            Some(directory) => number(directory, "memory.memsw.limit_in_bytes")
+                .map(|both| both.saturating_sub(self.memory_limit().unwrap_or(0))),
+            None => self.paths.get("").and_then(|directory| number(directory, "memory.swap.max")),
+        };
+        (free.unwrap_or(0) * 1024).min(allowed.unwrap_or(u64::MAX))
+    }
+
     /// Anonymous memory of its members in bytes, each page once; nothing when nobody counts it.
     pub(crate) fn anonymous_memory(&self) -> Option<u64> {
         let (directory, name) = match self.paths.get("memory") {

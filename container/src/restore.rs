@@ -163,6 +163,7 @@ impl Restore<'_> {
             store: self.store,
             linked: moved.iter().any(|segment| segment.system_v),
             limit: self.cgroups.memory_limit(),
+            swap: self.cgroups.swap_allowance(),
             choice: self.forked,
         };
         let (filling, forked) = match holder {

@@ -10,7 +10,9 @@ use std::time::Instant;
 
 use decamp_shared::methods::ForkedChoice;
 use decamp_shared::pages::PAGE_SIZE;
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
 
 use super::sharing::{Kin, Plan, Room, united};
 use super::{Alias, Aliases, count, owners};
@@ -42,6 +44,8 @@ pub(crate) struct Arriving<'a> {
     pub(crate) linked: bool,
     /// Bytes of memory that the container may have.
     pub(crate) limit: Option<u64>,
+    /// Bytes that it may have in swap beside that.
+    pub(crate) swap: u64,
     pub(crate) choice: ForkedChoice,
 }
 
@@ -59,6 +63,7 @@ impl Arriving<'_> {
     /// Has everything in its place before anything runs.
     pub(crate) fn eager(self, hidden: &HiddenPages, aliases: &Aliases) -> Result<Option<String>> {
         self.check_stored(hidden)?;
+        check_room(aliases.values().flatten())?;
         for (inner, ranges) in aliases {
             self.copy(*inner, ranges)?;
         }
@@ -80,7 +85,9 @@ impl Arriving<'_> {
         for (inner, pages) in locked {
             let ours = aliases.get(&inner).map_or(&[][..], Vec::as_slice);
             let others = owners(inner, &pages, ours).into_iter().filter(|one| one.of != inner);
-            self.copy(inner, &others.collect::<Vec<_>>())?;
+            let others: Vec<_> = others.collect();
+            check_room(others.iter())?;
+            self.copy(inner, &others)?;
             let entry = eager.entry(inner).or_insert((inner, Vec::new()));
             entry.1 = united([std::mem::take(&mut entry.1), pages].concat());
         }
@@ -132,13 +139,15 @@ impl Arriving<'_> {
             "Looked at what forked processes share"
         );
         let again = if wanted { plan.again } else { 0 };
-        if let Some(limit) = limit.filter(|limit| total - again > *limit) {
+        let most = limit.map(|limit| limit + pages(self.swap));
+        // What came may have been in swap there, and was as much.
+        if let Some(most) = most.filter(|most| unsent > again && total - again > *most) {
             return Err(ContainerError::State(format!(
                 "Its processes share memory since they forked, of which {} MiB are not shared again here: \
-                 they would take {} MiB, and its memory limit is {} MiB",
+                 they would take {} MiB, and its memory limit and the swap that there is come to {} MiB",
                 mib(unsent - again),
                 mib(total - again),
-                mib(limit)
+                mib(most)
             )));
         }
         let note = note(&plan, again, &room);
@@ -182,19 +191,50 @@ impl Arriving<'_> {
             let (offset, length) = (pages.start * PAGE_SIZE as u64, (pages.end - pages.start));
             fallocate(&to, hole, offset as i64, length as i64 * PAGE_SIZE as i64)
                 .map_err(|error| failed()(error.into()))?;
-            for first in pages.clone().step_by(PIECE as usize) {
-                let count = PIECE.min(pages.end - first) as usize;
-                let bytes = &mut bytes[..count * PAGE_SIZE];
-                from.read_exact_at(bytes, first * PAGE_SIZE as u64).map_err(failed())?;
-                for (page, bytes) in (first..).zip(bytes.chunks_exact(PAGE_SIZE)) {
-                    if bytes.iter().any(|byte| *byte != 0) {
-                        to.write_all_at(bytes, page * PAGE_SIZE as u64).map_err(failed())?;
+            // What the other part has nothing of is zeros in both.
+            let mut at = pages.start;
+            while let Some(data) = seek(&from, at, Whence::SeekData)?.filter(|at| *at < pages.end) {
+                let end = seek(&from, data, Whence::SeekHole)?.unwrap_or(pages.end).min(pages.end);
+                for first in (data..end).step_by(PIECE as usize) {
+                    let count = PIECE.min(end - first) as usize;
+                    let bytes = &mut bytes[..count * PAGE_SIZE];
+                    from.read_exact_at(bytes, first * PAGE_SIZE as u64).map_err(failed())?;
+                    for (page, bytes) in (first..).zip(bytes.chunks_exact(PAGE_SIZE)) {
+                        if bytes.iter().any(|byte| *byte != 0) {
+                            to.write_all_at(bytes, page * PAGE_SIZE as u64).map_err(failed())?;
+                        }
                     }
                 }
+                at = end;
             }
         }
         Ok(())
     }
+}
+
+/// The first page from page `at` on that `file`, a part of the store, has or lacks; nothing where there is
+/// none.
+fn seek(file: &fs::File, at: u64, whence: Whence) -> Result<Option<u64>> {
+    match lseek(file, at as i64 * PAGE_SIZE as i64, whence) {
+        Ok(offset) => Ok(Some(offset as u64 / PAGE_SIZE as u64)),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(error) => Err(ContainerError::errno("look for memory in the store")(error)),
+    }
+}
+
+/// That there is memory to copy `aliases` with.
+fn check_room<'a>(aliases: impl Iterator<Item = &'a Alias>) -> Result<()> {
+    let wanted: u64 = aliases.map(Alias::count).sum();
+    let free = available_memory().map_or(u64::MAX, |free| free / PAGE_SIZE as u64);
+    if wanted <= free {
+        return Ok(());
+    }
+    Err(ContainerError::State(format!(
+        "Its processes share {} MiB since they forked that each must have for itself before it runs, and {} \
+         MiB are available: free memory here, or say restore = \"auto\" under [containers] here",
+        mib(wanted),
+        mib(free)
+    )))
 }
 
 /// What the report says where `again` pages of all that `plan` could have are shared again.
