@@ -8,6 +8,7 @@
 use std::fs;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet, SpaceId};
@@ -135,6 +136,20 @@ pub(crate) fn resident(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let kib = |name| status_number(&status, name).unwrap_or(0);
     (kib("VmRSS:") + kib("VmSwap:")) * 1024
+}
+
+/// Number of a process's session in the namespace that it is in itself; nothing when it is gone, or the
+/// leader is outside.
+pub(crate) fn session(pid: i32) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("NSsid:"))?;
+    line.split_ascii_whitespace().next_back()?.parse().ok()
+}
+
+/// Device and inode of the file that a process runs; nothing when it is gone.
+pub(crate) fn program(pid: i32) -> Option<(u64, u64)> {
+    let file = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
+    Some((file.dev(), file.ino()))
 }
 
 /// Number here of the parent of a process; nothing when it is gone.

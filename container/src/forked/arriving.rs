@@ -301,19 +301,21 @@ fn kin(images: &Path) -> Result<BTreeMap<i32, Kin>> {
     for message in Image::read(&path, PSTREE_MAGIC)?.into_iter().flat_map(|image| image.messages) {
         let number =
             |tag| message.number(tag).and_then(|number| i32::try_from(number).ok()).ok_or_else(bad);
-        let (inner, parent) = (number(1)?, number(2)?);
-        found.insert(inner, Kin { parent, mappings: mappings(images, inner)? });
+        let (inner, parent, session) = (number(1)?, number(2)?, number(4)?);
+        let (program, mappings) = memory_of(images, inner)?;
+        found.insert(inner, Kin { parent, session, program: (0, program), mappings });
     }
     Ok(found)
 }
 
-/// Page numbers of the private anonymous mappings of process `inner`, ascending; none of one that has no
-/// memory.
-fn mappings(images: &Path, inner: i32) -> Result<Vec<Range<u64>>> {
+/// What process `inner` runs, by the number of the file in the images, and page numbers of its private
+/// anonymous mappings, ascending; none of one that has no memory.
+fn memory_of(images: &Path, inner: i32) -> Result<(u64, Vec<Range<u64>>)> {
     let path = images.join(format!("mm-{inner}.img"));
     let bad = || ContainerError::malformed(&path, "has a mapping that makes no sense");
-    let mut found: Vec<Range<u64>> = Vec::new();
+    let (mut program, mut found) = (0, Vec::<Range<u64>>::new());
     for message in Image::read(&path, MM_MAGIC)?.into_iter().flat_map(|image| image.messages) {
+        program = message.number(12).ok_or_else(bad)?;
         for mapping in message.each(14) {
             let mapping = mapping.ok_or_else(bad)?;
             let number = |tag| Message::number(&mapping, tag).ok_or_else(bad);
@@ -329,5 +331,5 @@ fn mappings(images: &Path, inner: i32) -> Result<Vec<Range<u64>>> {
             found.push(start..end);
         }
     }
-    Ok(found)
+    Ok((program, found))
 }

@@ -189,8 +189,12 @@ fn kin_of(processes: &[Process]) -> BTreeMap<i32, Kin> {
     for process in processes {
         let parent = memory::parent(process.pid).and_then(|parent| inner.get(&parent).copied());
         let mappings = hideable_mappings(process.pid).unwrap_or_default();
-        let kin =
-            Kin { parent: parent.unwrap_or(0), mappings: Memory::of(process, &mappings).pages };
+        let kin = Kin {
+            parent: parent.unwrap_or(0),
+            session: memory::session(process.pid).unwrap_or(0),
+            program: memory::program(process.pid).unwrap_or_default(),
+            mappings: Memory::of(process, &mappings).pages,
+        };
         found.insert(process.inner, kin);
     }
     found

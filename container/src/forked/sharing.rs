@@ -4,7 +4,9 @@
 //! compares each page of a child with the one that it has from its parent. Equal ones stay shared. So a page
 //! can be shared again by a process and its parent, where both have it in mappings of the same bounds and
 //! both have it in their images, instead of having it come late. What is equal only among siblings cannot,
-//! nor what a mapping has that was split or grown since the fork.
+//! nor what a mapping has that was split or grown since the fork, nor what the child of a process has that
+//! runs another program, nor what a child of the first process has that is in the session of neither: CRIU
+//! forks it from a helper.
 //!
 //! Those pages are read from the page store by way of a parent image, and of one process that names one file
 //! of pages ([`crate::images`]). So of each process the pages of one owner can be shared again, those of
@@ -35,8 +37,21 @@ const BUDGET: Duration = Duration::from_millis(100);
 pub(crate) struct Kin {
     /// Its parent's number in the container.
     pub(crate) parent: i32,
+    /// The number of its session in the container.
+    pub(crate) session: i32,
+    /// The same for two processes that run the same file.
+    pub(crate) program: (u64, u64),
     /// Page numbers of its private anonymous mappings, ascending.
     pub(crate) mappings: Vec<Range<u64>>,
+}
+
+impl Kin {
+    /// Whether CRIU forks it, process `inner`, from `parent` and compares their pages.
+    fn is_forked_from(&self, inner: i32, parent: &Self) -> bool {
+        let is_first = parent.parent == 0;
+        let by_helper = is_first && self.session != parent.session && self.session != inner;
+        self.parent != inner && self.program == parent.program && !by_helper
+    }
 }
 
 /// What is shared again.
@@ -147,7 +162,8 @@ impl Room {
 /// What of a child's `ranges` is its parent's too.
 fn edges(child: i32, ranges: &[Alias], aliases: &Aliases, kin: &BTreeMap<i32, Kin>) -> Vec<Edge> {
     let Some(own) = kin.get(&child) else { return Vec::new() };
-    let Some(parent) = kin.get(&own.parent).filter(|_| own.parent != child) else {
+    let Some(parent) = kin.get(&own.parent).filter(|parent| own.is_forked_from(child, parent))
+    else {
         return Vec::new();
     };
     let theirs = aliases.get(&own.parent).map_or(&[][..], Vec::as_slice);
@@ -213,7 +229,7 @@ mod tests {
     }
 
     fn kin(parent: i32, mappings: &[Range<u64>]) -> Kin {
-        Kin { parent, mappings: mappings.to_vec() }
+        Kin { parent, mappings: mappings.to_vec(), ..Kin::default() }
     }
 
     #[test]
@@ -264,6 +280,30 @@ mod tests {
         // One that has pages of its own to be there before it runs can have no others so.
         let plan = Plan::of(&aliases, &kin, &BTreeSet::from([3]));
         assert_eq!((plan.eager, plan.again), (BTreeMap::new(), 0));
+    }
+
+    #[test]
+    fn what_criu_does_not_fork_from_its_parent_is_not_shared_again() {
+        let mappings = only(0..100);
+        let again = |session: [i32; 3], program: [u64; 3]| {
+            let of = |which: usize, parent| Kin {
+                session: session[which],
+                program: (0, program[which]),
+                ..kin(parent, &mappings)
+            };
+            let kin = BTreeMap::from([(1, of(0, 0)), (2, of(1, 1)), (3, of(2, 2))]);
+            [(2, alias(0..10, 1)), (3, alias(0..20, 2))].map(|(child, alias)| {
+                Plan::of(&Aliases::from([(child, vec![alias])]), &kin, &BTreeSet::new()).again
+            })
+        };
+        assert_eq!(again([1, 1, 1], [7, 7, 7]), [10, 20]);
+        // One that leads its own, and its child in that or another.
+        assert_eq!(again([1, 2, 2], [7, 7, 7]), [10, 20]);
+        assert_eq!(again([1, 2, 9], [7, 7, 7]), [10, 20]);
+        // The first one's child in a session of one that is gone.
+        assert_eq!(again([1, 9, 9], [7, 7, 7]), [0, 20]);
+        assert_eq!(again([1, 1, 1], [7, 8, 8]), [0, 20]);
+        assert_eq!(again([1, 1, 1], [7, 7, 8]), [10, 0]);
     }
 
     #[test]
