@@ -114,6 +114,12 @@ pub(crate) fn is_podmans(spec: &Value) -> bool {
     spec.get("podman").is_some_and(|podman| !podman.is_null())
 }
 
+/// Takes away what containers of podman's left that it has no more, but for what `is_used`. Gives what is still to
+/// be removed and that nobody can find.
+pub(crate) fn clear_podmans(is_used: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
+    decamp_container::podman::leftover::clear(is_used)
+}
+
 /// Whether a workload of this spec is the container that somebody calls `what`, as in `runc:web`.
 pub(crate) fn is_adopted_as(spec: &Value, what: &str) -> bool {
     let Some((manager, id)) = what.split_once(':') else { return false };

@@ -6,12 +6,19 @@ use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use decamp_shared::workload::is_plain_absolute;
 
+use super::Agent;
 use super::registry::Workload;
+use super::workloads::blocking;
+use crate::backend;
 use crate::messages::{FileEntry, LeftFile, RemoveAnswer};
 
+/// What podman has removed is looked for after this.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// Directories of the system: whatever of them a workload used is not ours to delete.
 const SYSTEM: [&str; 12] =
     ["bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "sys", "usr"];
@@ -39,6 +46,32 @@ pub(crate) fn remove(files: &[FileEntry], others: &[Workload], state_dir: &Path)
         }
     }
     answer
+}
+
+/// Takes away what containers of podman's left here that neither podman nor anything of this agent's needs now.
+pub(crate) fn clear_podmans(agent: &Agent) {
+    let going = {
+        // Nothing comes to use one meanwhile.
+        let _one_at_a_time = agent.entering.lock().unwrap_or_else(PoisonError::into_inner);
+        let Ok(workloads) = agent.registry.list() else { return };
+        backend::clear_podmans(|path| user_of(path, &workloads).is_some())
+    };
+    for path in going {
+        if let Err(error) = fs::remove_dir_all(&path) {
+            tracing::warn!(%error, path = %path.display(), "Cannot remove what podman had");
+        }
+    }
+}
+
+/// Does that from time to time, for nobody says when podman removes a container.
+pub(crate) async fn watch(agent: Arc<Agent>) {
+    loop {
+        let looked = Arc::clone(&agent);
+        if let Err(answer) = blocking(move || clear_podmans(&looked)).await {
+            tracing::warn!("Cannot look for what podman has left: {answer}");
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
 }
 
 /// The workload among `others` that uses `path`, something in it, or something that it is in.

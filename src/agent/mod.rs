@@ -158,6 +158,7 @@ async fn live(config: Config) -> Result<(), AgentError> {
     );
     let mut doors = JoinSet::new();
     doors.spawn(supervise::watch(Arc::clone(&agent)));
+    doors.spawn(leftovers::watch(Arc::clone(&agent)));
     doors.spawn(peers::serve(peers, acceptor, sessions));
     systemd::notify("READY=1");
     let ended = serve_until_told(&agent, socket).await;

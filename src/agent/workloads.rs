@@ -27,6 +27,9 @@ use crate::messages::{
 const FACTS_WITHIN: Duration = Duration::from_secs(3);
 /// How long whoever removes a workload waits for what a checkpoint left of it.
 const RELEASED_WITHIN: Duration = Duration::from_secs(5);
+/// Why files of a container of podman's are not removed when it is.
+const PODMANS: &str = "it is podman's or yours: a root file system that came here goes once podman has its \
+                       container no more (podman rm)";
 /// How long it may take to note that a workload ended.
 const ENDED_WITHIN: Duration = Duration::from_secs(10);
 
@@ -148,6 +151,7 @@ impl Agent {
             )));
         }
         let answer = match workload.state {
+            State::Stopped if is_podmans(&workload.spec) => stays(&workload, PODMANS),
             State::Stopped => stays(&workload, "files of a stopped workload are never removed"),
             State::Running if is_adopted(&workload.spec) => {
                 self.let_go(&workload, &place).await?;
@@ -165,16 +169,17 @@ impl Agent {
         };
         self.state_dir.remove_place(&place)?;
         self.registry.remove(name)?;
+        if is_podmans(&workload.spec) {
+            let agent = Arc::clone(self);
+            blocking(move || leftovers::clear_podmans(&agent)).await?;
+        }
         Ok(answer)
     }
 
     /// Removes the files that `workload` left here.
     pub(crate) async fn remove_files(&self, workload: &Workload) -> Result<RemoveAnswer> {
         if is_podmans(&workload.spec) {
-            return Ok(stays(
-                workload,
-                "it is podman's, which removes it with the container (podman rm)",
-            ));
+            return Ok(stays(workload, PODMANS));
         }
         let mut others = self.registry.list()?;
         others.retain(|other| other.uuid != workload.uuid);

@@ -24,7 +24,7 @@ use super::exchanged::{CLOSED, OPENED, directory, prepare, remove, write};
 use super::made::{Made, own_files};
 use super::shim::{Call, Order, own_namespace};
 use super::volumes::{self, Attributes, StandIns};
-use super::{on_host, podman, run, talk};
+use super::{leftover, on_host, podman, run, talk};
 use crate::bundle::Bundle;
 use crate::error::{ContainerError, Result};
 use crate::interfaces;
@@ -82,6 +82,7 @@ impl Arrival {
     ) -> Result<Self> {
         let kind = spec.kind()?;
         let directory = directory(place);
+        leftover::supersede(&spec.bundle, &directory)?;
         prepare(&directory, tools, kind)?;
         let socket = directory.join("keeper.sock");
         let listener = UnixListener::bind(&socket)
@@ -105,6 +106,10 @@ impl Arrival {
         }
         let cgroups_path = format!("/libpod_parent/libpod-{id}");
         tracing::info!(id, "podman made the container");
+        if let Err(error) = leftover::note(&id, &spec.bundle, &directory) {
+            forget(&id, &directory, &spec.bundle, &volumes);
+            return Err(error);
+        }
         Ok(Self {
             id,
             cgroups_path,
@@ -304,6 +309,7 @@ pub(crate) fn forget(id: &str, directory: &Path, rootfs: &Path, volumes: &[Strin
     let _ = fs::remove_dir_all(directory);
     // Files that have come are taken back by whoever took them; an empty directory is ours.
     let _ = fs::remove_dir(rootfs);
+    leftover::forget(id);
 }
 
 fn answer_start(listener: &UnixListener, runs: &mpsc::Receiver<bool>) -> Result<()> {

@@ -9,6 +9,9 @@ use super::made::{Made, Named};
 use super::volumes::{self, NamedVolume};
 use crate::runtime::RuntimeKind;
 
+/// Where root file systems stand that came here.
+pub(super) const HOME: &str = "/var/lib/containers/decamp";
+
 /// What podman says of one.
 #[derive(Debug)]
 pub(crate) struct Found {
@@ -146,5 +149,5 @@ pub(crate) fn is_mounted(rootfs: &Path) -> bool {
 
 /// Where the root file system of a container called `name` goes by default on the next host.
 pub(crate) fn place_of(name: &str) -> PathBuf {
-    Path::new("/var/lib/containers/decamp").join(name)
+    Path::new(HOME).join(name)
 }

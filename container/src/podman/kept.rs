@@ -99,7 +99,13 @@ pub(crate) fn settle(container: &mut Container, arrival: Arrival) -> Result<()> 
         let members = container.cgroups.processes()?;
         let streams = ForeignStreams::find(&members, init)?.unwrap_or_default();
         let started = start_time(init)?;
-        let conmon = Some(Conmon::of(init, super::exchanged::directory(&container.config.place))?);
+        let conmon = Conmon::of(init, super::exchanged::directory(&container.config.place))?;
+        let noted = parent(init)
+            .and_then(|conmon| super::leftover::note_conmon(container.runtime.id(), conmon));
+        if let Err(error) = noted {
+            tracing::warn!(%error, "What podman was given stays until podman has forgotten it");
+        }
+        let conmon = Some(conmon);
         Ok(Foreign { _lock: lock, streams, init, started, podman: true, _conmon: conmon })
     };
     let foreign = foreign()?;

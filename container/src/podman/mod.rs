@@ -4,7 +4,8 @@
 //! Rooms: `found` (one that podman has), `image` (images and networks, for a checkpoint of podman's), `made` (what
 //! another podman is told to make of it), `volumes` (what is mounted into it), `arrival` (how it comes to the
 //! charge of this host's podman), `exchanged` (the commands that podman gets for that), `kept` and `ending` (what
-//! its keeper does otherwise) and [`shim`] (what `conmon` there takes for the runtime).
+//! its keeper does otherwise), [`leftover`] (what stays until podman has forgotten it) and [`shim`] (what `conmon`
+//! there takes for the runtime).
 //! Here is how podman is spoken to: by its command, in the mount namespace of the host, for what it mounts
 //! is for all of the host to see.
 
@@ -15,6 +16,7 @@ pub(crate) mod exchanged;
 pub(crate) mod found;
 pub(crate) mod image;
 mod kept;
+pub mod leftover;
 pub(crate) mod made;
 pub mod shim;
 mod talk;
