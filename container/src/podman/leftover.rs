@@ -3,6 +3,7 @@
 //! nobody needs it any more: the one when podman has no such container, the other when its `conmon` has ended.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -105,7 +106,8 @@ fn clear_in(
         if !has || left.conmon.is_some_and(ended) {
             let _ = fs::remove_dir_all(&left.directory);
         }
-        if has || is_used(&left.rootfs) {
+        // Another configuration may have podman look for its containers elsewhere.
+        if has || is_used(&left.rootfs) || is_lived_in(&left.rootfs) {
             continue;
         }
         // One that people gave a place is theirs.
@@ -120,6 +122,15 @@ fn clear_in(
         let _ = fs::remove_file(&note);
     }
     going
+}
+
+/// Whether the root of any process is the directory at `rootfs`.
+fn is_lived_in(rootfs: &Path) -> bool {
+    let identity = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+    let Some(wanted) = identity(rootfs) else { return false };
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    // A link to where its root is, which is followed there.
+    processes.map(|entry| entry.path().join("root/.")).any(|root| identity(&root) == Some(wanted))
 }
 
 /// Whether podman has the container `id`; nothing if it does not say.
@@ -188,6 +199,13 @@ mod tests {
         }
         // What could not be removed is tried again.
         assert_eq!(clear_in(home, |_| None, |_| false), [path(home, "7", GOING)]);
+    }
+
+    #[test]
+    fn a_root_of_a_process_is_lived_in() {
+        let room = tempfile::tempdir().expect("a directory");
+        assert!(is_lived_in(Path::new("/")) && !is_lived_in(room.path()));
+        assert!(!is_lived_in(&room.path().join("nothing")));
     }
 
     #[test]
