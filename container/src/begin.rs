@@ -11,7 +11,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::bundle::Bundle;
 use crate::cgroup::{Cgroups, cgroups_path};
-use crate::claim::{self, Arriving, Claim};
+use crate::claim::{self, Claim};
 use crate::dump::ms;
 use crate::error::{ContainerError, Result};
 use crate::filling::Holder;
@@ -128,9 +128,7 @@ impl Container {
             }
         }
         if let Some(arrival) = arrival {
-            let (id, rootfs) = (arrival.id().to_owned(), spec.bundle.clone());
-            let volumes = arrival.volumes().to_owned();
-            let arriving = Arriving { id, cgroups: container.cgroups.clone(), rootfs, volumes };
+            let arriving = arrival.noted(container.cgroups.clone());
             container.arrival = Some(arrival);
             undo.claim = None;
             claim::note_arriving(place, spec.kind()?, arriving)?;

@@ -741,6 +741,8 @@ impl Kept for Container {
         if let Some(filling) = &self.filling {
             filling.check()?;
         }
+        // Whatever may fail comes first: once it has run here it must not run elsewhere.
+        let settling = podman::about_to_run(self)?;
         self.network.connect()?;
         self.network.forget_neighbours();
         if let Err(error) = self.cgroups.thaw() {
@@ -749,8 +751,8 @@ impl Kept for Container {
         }
         self.network.announce();
         self.arrived = None;
-        if let Some(arrival) = self.arrival.take() {
-            podman::settle(self, arrival)?;
+        if let Some(settling) = settling {
+            settling.runs(self);
         }
         tracing::debug!(ms = ms(begun), "Activated");
         // What is still to be filled is read through descriptors.

@@ -26,6 +26,8 @@ use super::shim::{Call, Order, own_namespace};
 use super::volumes::{self, Attributes, StandIns};
 use super::{leftover, on_host, podman, run, talk};
 use crate::bundle::Bundle;
+use crate::cgroup::Cgroups;
+use crate::claim::Arriving;
 use crate::error::{ContainerError, Result};
 use crate::interfaces;
 use crate::network::Network;
@@ -132,9 +134,10 @@ impl Arrival {
         &self.id
     }
 
-    /// Volumes that podman has made for it alone.
-    pub(crate) fn volumes(&self) -> &[String] {
-        &self.volumes
+    /// What a sweep needs to know of it, which is in `cgroups`.
+    pub(crate) fn noted(&self, cgroups: Cgroups) -> Arriving {
+        let (id, rootfs) = (self.id.clone(), self.rootfs.clone());
+        Arriving { id, cgroups, rootfs, volumes: self.volumes.clone() }
     }
 
     /// Where its cgroups are.
@@ -241,6 +244,10 @@ impl Arrival {
         let shim = self.creating.take().ok_or_else(gone)?;
         let with: Vec<_> = terminal.iter().filter(|_| self.terminal).map(AsFd::as_fd).collect();
         talk::say(&shim, &Order::Restored(init), &with)?;
+        // Only then is it `conmon`'s child, and `conmon` has all that it waits for.
+        if let (Some(why), _) = talk::hear::<Option<String>>(&shim)? {
+            return Err(ContainerError::State(format!("podman's runtime failed: {why}")));
+        }
         let listener =
             self.listener.try_clone().map_err(ContainerError::io("hold a container's socket"))?;
         let (sender, receiver) = mpsc::channel();
@@ -252,6 +259,22 @@ impl Arrival {
         waiting.map_err(ContainerError::io("start a thread"))?;
         self.started = Some(sender);
         Ok(())
+    }
+
+    /// Whether podman still waits to hear that it runs.
+    ///
+    /// # Errors
+    /// When it does not, and why.
+    pub(crate) fn still_starts(&mut self) -> Result<()> {
+        if self.starting.as_ref().is_some_and(|starting| !starting.is_finished()) {
+            return Ok(());
+        }
+        if let Some(Ok(ended)) = self.starting.take().map(JoinHandle::join) {
+            ended?;
+        }
+        Err(ContainerError::State(
+            "podman was done with its start before the container ran".to_owned(),
+        ))
     }
 
     /// It runs: podman may know. Gives what waits until it does.
@@ -296,16 +319,18 @@ impl Drop for Arrival {
         if let Some(starting) = self.starting.take() {
             let _ = starting.join();
         }
-        forget(&self.id, &self.directory, &self.rootfs, &self.volumes);
+        forget(&self.id, &self.directory, &self.rootfs, &[]);
+        // It never ran: what is in them is a copy, whose files somebody else may be about to take back.
+        volumes::remove(&self.volumes);
     }
 }
 
-/// Takes away what podman has of a container that never ran here.
+/// Takes away what podman has of a container that never ran here, and those of its `volumes` that hold nothing.
 pub(crate) fn forget(id: &str, directory: &Path, rootfs: &Path, volumes: &[String]) {
     if let Err(error) = run(&mut podman(&["rm", "--force", "--ignore", "--time", "0", "--", id])) {
         tracing::warn!(%error, "podman keeps a container that did not come");
     }
-    volumes::remove(volumes);
+    volumes::remove_empty(volumes);
     let _ = fs::remove_dir_all(directory);
     // Files that have come are taken back by whoever took them; an empty directory is ours.
     let _ = fs::remove_dir(rootfs);

@@ -4,15 +4,16 @@
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::thread;
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use decamp_shared::keeper::ExitSignal;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::arrival::Arrival;
 use super::{podman, run};
 use crate::adopt::lock;
+use crate::claim::{self, Arriving};
 use crate::error::{ContainerError, Result};
 use crate::filling::End;
 use crate::foreign::{Foreign, ForeignStreams};
@@ -88,47 +89,74 @@ pub(crate) fn watch(init: i32, exit: &ExitSignal) -> Result<Init> {
     Init::watch_foreign(init, process, exit)
 }
 
-/// `container` runs, and becomes one that podman has started: beside it, for it takes podman's time, and its
-/// memory may be still to come, without which it cannot be podman's alone.
-pub(crate) fn settle(container: &mut Container, arrival: Arrival) -> Result<()> {
-    let noted = arrival.runs();
+/// What waits until podman has noted that a container runs.
+type Noted = Box<dyn FnOnce() -> Result<()> + Send>;
+
+/// A container that is about to run, and then becomes one that podman has started: beside it, for it takes
+/// podman's time, and its memory may be still to come, without which it cannot be podman's alone.
+pub(crate) struct Settling {
+    foreign: Foreign,
+    go: mpsc::Sender<Noted>,
+    thread: JoinHandle<()>,
+}
+
+/// Makes all ready for `container` to run, if it came to podman.
+///
+/// # Errors
+/// When any of it cannot be made, or podman has given its start up. Nothing of it has run then.
+pub(crate) fn about_to_run(container: &mut Container) -> Result<Option<Settling>> {
+    let Some(arrival) = &mut container.arrival else { return Ok(None) };
+    arrival.still_starts()?;
+    let (place, runtime) = (container.config.place.clone(), container.runtime.clone());
+    // From now on what is in its volumes may be newer than anywhere else, and nobody removes it.
+    let arriving = Arriving { volumes: Vec::new(), ..arrival.noted(container.cgroups.clone()) };
+    claim::note_arriving(&place, runtime.kind(), arriving)?;
     let none = || ContainerError::State("The container has no process".to_owned());
     let init = container.init.as_ref().ok_or_else(none)?.pid();
-    let foreign = || -> Result<Foreign> {
-        let lock = lock(&container.runtime.directory(), container.runtime.id())?;
-        let members = container.cgroups.processes()?;
-        let streams = ForeignStreams::find(&members, init)?.unwrap_or_default();
-        let started = start_time(init)?;
-        let conmon = Conmon::of(init, super::exchanged::directory(&container.config.place))?;
-        let noted = parent(init)
-            .and_then(|conmon| super::leftover::note_conmon(container.runtime.id(), conmon));
-        if let Err(error) = noted {
+    let lock = lock(&runtime.directory(), runtime.id())?;
+    let streams = ForeignStreams::find(&container.cgroups.processes()?, init)?.unwrap_or_default();
+    let started = start_time(init)?;
+    let conmon = Some(Conmon::of(init, super::exchanged::directory(&place))?);
+    let foreign = Foreign { _lock: lock, streams, init, started, podman: true, _conmon: conmon };
+    let mark = foreign.mark(&runtime, &container.cgroups);
+    let filled = container.filling.as_ref().map(|filling| filling.end());
+    let settle = move |noted: Noted| -> Result<()> {
+        let conmon =
+            parent(init).and_then(|conmon| super::leftover::note_conmon(runtime.id(), conmon));
+        if let Err(error) = conmon {
             tracing::warn!(%error, "What podman was given stays until podman has forgotten it");
         }
-        let conmon = Some(conmon);
-        Ok(Foreign { _lock: lock, streams, init, started, podman: true, _conmon: conmon })
-    };
-    let foreign = foreign()?;
-    let (place, runtime) = (container.config.place.clone(), container.runtime.clone());
-    let mark = foreign.mark(&runtime, &container.cgroups);
-    container.foreign = Some(foreign);
-    // CRIU is gone, and podman knows nothing of where it was.
-    container.cgroups.remove_aside();
-    let filled = container.filling.as_ref().map(|filling| filling.end());
-    let settle = move || -> Result<()> {
         if let Err(error) = noted() {
             tracing::error!(%error, "The container runs, and podman does not know it");
         }
         filled.map_or(Ok(()), |end: End| end.wait(FILLED_WITHIN))?;
-        crate::claim::note_adopted(&place, runtime.kind(), mark)
+        claim::note_adopted(&place, runtime.kind(), mark)
     };
-    let settling = thread::Builder::new().name("settle".to_owned()).spawn(move || {
-        if let Err(error) = settle() {
+    let (go, begins) = mpsc::channel::<Noted>();
+    let thread = thread::Builder::new().name("settle".to_owned()).spawn(move || {
+        // Nobody says so when it does not come to run.
+        if let Ok(noted) = begins.recv()
+            && let Err(error) = settle(noted)
+        {
             tracing::error!(%error, "The container is not podman's alone yet");
         }
     });
-    container.settling = Some(settling.map_err(ContainerError::io("start a thread"))?);
-    Ok(())
+    let thread = thread.map_err(ContainerError::io("start a thread"))?;
+    Ok(Some(Settling { foreign, go, thread }))
+}
+
+impl Settling {
+    /// It runs. Nothing in here can fail.
+    pub(crate) fn runs(self, container: &mut Container) {
+        container.foreign = Some(self.foreign);
+        if let Some(arrival) = container.arrival.take() {
+            // It waits for nothing else.
+            let _ = self.go.send(Box::new(arrival.runs()));
+        }
+        container.settling = Some(self.thread);
+        // CRIU is gone, and podman knows nothing of where it was.
+        container.cgroups.remove_aside();
+    }
 }
 
 /// Ends `container`, which runs elsewhere, if it is one of podman's; says whether it was.

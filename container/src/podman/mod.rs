@@ -34,7 +34,7 @@ use serde_json::Value;
 use crate::error::{ContainerError, Result};
 
 pub(crate) use ending::end_for_good;
-pub(crate) use kept::{Conmon, criu, leaves, settle, stop, watch};
+pub(crate) use kept::{Conmon, about_to_run, criu, leaves, stop, watch};
 
 /// Its command.
 const PROGRAM: &str = "podman";

@@ -68,19 +68,29 @@ pub fn shim_main(socket: &Path, arguments: &[String]) -> Result<()> {
     }
     let pid_file = option(arguments, &["--pid-file"])
         .ok_or_else(|| ContainerError::State("No file for the process number is named".into()))?;
+    let console = option(arguments, &["--console-socket"]);
     let (output, error) = (io::stdout(), io::stderr());
     talk::say(&keeper, &Call { verb, bundle }, &[output.as_fd(), error.as_fd()])?;
     let mut criu = begin(&keeper)?;
     // Without a keeper CRIU is left to whoever sweeps: killed here, it would let go of tasks that run then.
-    let init = match talk::hear(&keeper)? {
-        (Order::Restored(init), terminal) => match option(arguments, &["--console-socket"]) {
-            Some(console) => hand_over(Path::new(console), &terminal).map(|()| init),
-            None => Ok(init),
-        },
-        (other, _) => Err(unexpected(other)),
+    let (init, terminal) = match talk::hear(&keeper)? {
+        (Order::Restored(init), terminal) => (Ok(init), terminal),
+        (other, _) => (Err(unexpected(other)), Vec::new()),
     };
     criu.wait().map_err(ContainerError::io("wait for CRIU"))?;
-    fs::write(pid_file, init?.to_string()).map_err(ContainerError::io(format!("write {pid_file}")))
+    let created = created(init?, Path::new(pid_file), console, &terminal);
+    // The keeper waits to hear whether all is done; one that is gone sees it end.
+    let _ = talk::say(&keeper, &created.as_ref().err().map(ToString::to_string), &[]);
+    created
+}
+
+/// Tells `conmon` of the first process that was restored, and gives it the terminal that it waits for.
+fn created(init: i32, pid_file: &Path, console: Option<&str>, terminal: &[OwnedFd]) -> Result<()> {
+    if let Some(console) = console {
+        hand_over(Path::new(console), terminal)?;
+    }
+    fs::write(pid_file, init.to_string())
+        .map_err(ContainerError::io(format!("write {}", pid_file.display())))
 }
 
 /// Gives `conmon`, which listens on `console`, the master of a terminal, as a runtime does.

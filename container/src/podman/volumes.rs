@@ -11,7 +11,7 @@ use decamp_shared::workload::{PlacedTree, Storage};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{ask, podman, run};
+use super::{ask, on_host, podman, run};
 use crate::bundle::{Bind, Bundle, is_host_file};
 use crate::error::{ContainerError, Result};
 use crate::volumes::Volume;
@@ -229,6 +229,17 @@ pub(super) fn remove(names: &[String]) {
             tracing::warn!(%error, "podman keeps a volume of a container that did not come");
         }
     }
+}
+
+/// Has podman remove those of these volumes that hold nothing: whoever died knew more of the others.
+pub(super) fn remove_empty(names: &[String]) {
+    let is_empty = |name: &&String| {
+        let Ok(known) = ask(&["volume", "inspect", "--", name]) else { return false };
+        let Some(place) = known[0]["Mountpoint"].as_str() else { return false };
+        on_host(|| fs::read_dir(place)).is_ok_and(|mut entries| entries.next().is_none())
+    };
+    let empty: Vec<_> = names.iter().filter(is_empty).cloned().collect();
+    remove(&empty);
 }
 
 /// Stands where files will come: podman makes no record of a container whose sources are not there. Gone

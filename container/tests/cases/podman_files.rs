@@ -55,10 +55,16 @@ pub(crate) fn podman_volumes_go_along(host: &Host) {
         let exists = Command::new("podman").args(["volume", "exists", "pw-data"]).status();
         exists.expect("podman").success()
     };
+    // What a sweep goes by.
+    let would_go = || {
+        let mark = fs::read_to_string(there.place.dir.join("container.claim")).expect("a mark");
+        mark.contains("pw-data")
+    };
     for comes in [false, true] {
         let mut source = pod.spot.source();
         let mut destination = there.prepare_at(&mut *source, place);
         assert!(has_volume(), "podman made none");
+        assert!(would_go(), "nobody knows of the volume");
         assert!(!moved.join("one").exists() && !moved.join("conf").exists(), "something stands in");
         if !comes {
             destination.discard().expect("discard");
@@ -78,6 +84,7 @@ pub(crate) fn podman_volumes_go_along(host: &Host) {
         destination.load(source.save().expect("save")).expect("load");
         source.fence(1).expect("fence");
         destination.activate(1).expect("activate");
+        assert!(!would_go(), "what it writes would be removed if its keeper died");
         source.release().expect("release");
     }
     await_status(pod.name(), "exited");
