@@ -78,7 +78,9 @@ pub(crate) fn for_move(
         Some(Err(error)) => refuse(RefusalCode::Request, error.to_string()),
         Some(Ok(None)) | None => {}
     }
-    if spec.as_ref().is_ok_and(|spec| spec.podman.is_some()) && podman::has(&manifest.name) {
+    if spec.as_ref().is_ok_and(|spec| spec.podman.is_some())
+        && podman::has(&manifest.name) == Some(true)
+    {
         refuse(
             RefusalCode::NameTaken,
             format!(

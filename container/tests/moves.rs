@@ -113,6 +113,10 @@ fn main() {
             name: "podman_shared_memory_moves_live",
             run: podman::podman_shared_memory_moves_live,
         },
+        Case {
+            name: "podman_that_gave_up_is_asked_for_nothing",
+            run: podman::podman_that_gave_up_is_asked_for_nothing,
+        },
         Case { name: "podman_volumes_go_along", run: podman_files::podman_volumes_go_along },
         Case { name: "podman_terminal_goes_along", run: podman_files::podman_terminal_goes_along },
         Case { name: "podman_has_it_back", run: podman::podman_has_it_back },

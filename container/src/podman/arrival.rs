@@ -12,7 +12,7 @@ use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -20,11 +20,12 @@ use decamp_shared::workload::{HostTools, Place};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 
+use super::command::{LONG, run_until, run_within};
 use super::exchanged::{CLOSED, OPENED, directory, prepare, remove, write};
 use super::made::{Made, own_files};
 use super::shim::{Call, Order, own_namespace};
 use super::volumes::{self, Attributes, StandIns};
-use super::{leftover, on_host, podman, run, talk};
+use super::{leftover, on_host, podman, talk};
 use crate::bundle::Bundle;
 use crate::cgroup::Cgroups;
 use crate::claim::Arriving;
@@ -46,6 +47,8 @@ pub(crate) struct Arrival {
     directory: PathBuf,
     listener: UnixListener,
     starting: Option<JoinHandle<Result<String>>>,
+    /// When that is to be over: once it is known how it went.
+    due: Arc<OnceLock<Instant>>,
     /// Who waits for the first process.
     creating: Option<UnixStream>,
     /// Whom to tell that it runs, or that it does not.
@@ -100,7 +103,7 @@ impl Arrival {
         let volumes = volumes::make(&made.volumes, bundle)?;
         let stand_ins = StandIns::make(&made.volumes, bundle);
         let mut command = podman(&["--cgroup-manager", "cgroupfs", "--runtime", kind.word()]);
-        let said = stand_ins.and_then(|_stand_ins| run(command.args(&arguments)));
+        let said = stand_ins.and_then(|_stand_ins| run_within(command.args(&arguments), LONG));
         let said = said.inspect_err(|_| volumes::remove(&volumes))?;
         let id = said.lines().last().unwrap_or_default().trim().to_owned();
         if id.len() != 64 || !id.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -118,6 +121,7 @@ impl Arrival {
             directory,
             listener,
             starting: None,
+            due: Arc::default(),
             creating: None,
             started: None,
             rootfs: spec.bundle.clone(),
@@ -158,7 +162,9 @@ impl Arrival {
         let mut command = podman(&["start", "--", &self.id]);
         command.env("CONTAINERS_CONF", self.directory.join("containers.conf"));
         let starting = thread::Builder::new().name("podman".to_owned());
-        let starting = starting.spawn(move || run(&mut command));
+        let due = self.due.clone();
+        let is_over = move || due.get().is_some_and(|due| Instant::now() > *due);
+        let starting = starting.spawn(move || run_until(&mut command, is_over));
         self.starting = Some(starting.map_err(ContainerError::io("start a thread"))?);
         let shim = self.accept(CALLED_WITHIN)?;
         let (call, descriptors): (Call, _) = talk::hear(&shim)?;
@@ -283,6 +289,7 @@ impl Arrival {
         if let Some(started) = self.started.take() {
             let _ = started.send(true);
         }
+        let _ = self.due.set(Instant::now() + LONG);
         let starting = self.starting.take();
         let socket = self.directory.join("keeper.sock");
         move || {
@@ -316,6 +323,7 @@ impl Drop for Arrival {
             let _ = talk::say(&shim, &order, &[]);
         }
         remove(&self.directory.join("keeper.sock"));
+        let _ = self.due.set(Instant::now() + LONG);
         if let Some(starting) = self.starting.take() {
             let _ = starting.join();
         }
@@ -327,7 +335,8 @@ impl Drop for Arrival {
 
 /// Takes away what podman has of a container that never ran here, and those of its `volumes` that hold nothing.
 pub(crate) fn forget(id: &str, directory: &Path, rootfs: &Path, volumes: &[String]) {
-    if let Err(error) = run(&mut podman(&["rm", "--force", "--ignore", "--time", "0", "--", id])) {
+    let mut command = podman(&["rm", "--force", "--ignore", "--time", "0", "--", id]);
+    if let Err(error) = run_within(&mut command, LONG) {
         tracing::warn!(%error, "podman keeps a container that did not come");
     }
     volumes::remove_empty(volumes);

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use super::{podman, run};
+use super::command::{LONG, run_within};
+use super::podman;
 use crate::cgroup::Cgroups;
 use crate::error::Result;
 use crate::sys;
@@ -30,8 +31,10 @@ pub(crate) fn end_for_good(id: &str, cgroups: &Cgroups, init: i32) -> Result<()>
         }
     }
     thread::scope(|scope| {
-        let stopping =
-            scope.spawn(|| run(&mut podman(&["stop", "--time", "0", "--", id])).map(|_| ()));
+        let stopping = scope.spawn(|| {
+            let mut command = podman(&["stop", "--time", "0", "--", id]);
+            run_within(&mut command, LONG).map(|_| ())
+        });
         let begun = Instant::now();
         while !stopping.is_finished() && begun.elapsed() < KILLED_WITHIN {
             if is_killed(init) {

@@ -11,7 +11,8 @@ use std::time::Duration;
 use decamp_shared::keeper::ExitSignal;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::{podman, run};
+use super::command::{LONG, run_within};
+use super::podman;
 use crate::adopt::lock;
 use crate::claim::{self, Arriving};
 use crate::error::{ContainerError, Result};
@@ -189,7 +190,8 @@ pub(crate) fn stop(container: &mut Container, grace: Duration) -> Result<bool> {
     }
     container.cgroups.thaw()?;
     let seconds = grace.as_secs().to_string();
-    run(&mut podman(&["stop", "--time", &seconds, "--", container.runtime.id()]))?;
+    let mut command = podman(&["stop", "--time", &seconds, "--", container.runtime.id()]);
+    run_within(&mut command, grace + LONG)?;
     container.leave_foreign()?;
     Ok(true)
 }

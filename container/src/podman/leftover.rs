@@ -10,7 +10,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::found::HOME;
-use super::{on_host, podman};
+use super::has;
 use crate::error::{ContainerError, Result};
 use crate::runtime::start_time;
 
@@ -67,7 +67,7 @@ pub(super) fn forget(id: &str) {
 pub fn clear(is_used: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
     let home = Path::new(HOME);
     match alone(home) {
-        Ok(_alone) => clear_in(home, podman_has, is_used),
+        Ok(_alone) => clear_in(home, has, is_used),
         // Nothing came here yet.
         Err(_) => Vec::new(),
     }
@@ -131,16 +131,6 @@ fn is_lived_in(rootfs: &Path) -> bool {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     // A link to where its root is, which is followed there.
     processes.map(|entry| entry.path().join("root/.")).any(|root| identity(&root) == Some(wanted))
-}
-
-/// Whether podman has the container `id`; nothing if it does not say.
-fn podman_has(id: &str) -> Option<bool> {
-    let how = on_host(|| podman(&["container", "exists", "--", id]).status()).ok()?;
-    match how.code() {
-        Some(0) => Some(true),
-        Some(1) => Some(false),
-        _ => None,
-    }
 }
 
 /// Hidden, so that it is no container's.

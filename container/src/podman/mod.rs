@@ -6,10 +6,11 @@
 //! charge of this host's podman), `exchanged` (the commands that podman gets for that), `kept` and `ending` (what
 //! its keeper does otherwise), [`leftover`] (what stays until podman has forgotten it) and [`shim`] (what `conmon`
 //! there takes for the runtime).
-//! Here is how podman is spoken to: by its command, in the mount namespace of the host, for what it mounts
-//! is for all of the host to see.
+//! podman is spoken to by its command (`command`), in the mount namespace of the host, for what it mounts is for
+//! all of the host to see.
 
 pub(crate) mod arrival;
+mod command;
 mod config;
 mod ending;
 pub(crate) mod exchanged;
@@ -24,7 +25,7 @@ pub(crate) mod volumes;
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::thread;
 
@@ -33,6 +34,7 @@ use serde_json::Value;
 
 use crate::error::{ContainerError, Result};
 
+pub(crate) use command::{has, podman, run};
 pub(crate) use ending::end_for_good;
 pub(crate) use kept::{Conmon, about_to_run, criu, leaves, stop, watch};
 
@@ -48,27 +50,6 @@ pub(crate) fn remember_host_mounts() -> Result<()> {
     let file = File::open(path).map_err(ContainerError::io(format!("open {path}")))?;
     let _ = HOST_MOUNTS.set(file.into());
     Ok(())
-}
-
-/// A command of podman with these arguments.
-pub(crate) fn podman(arguments: &[&str]) -> Command {
-    let mut command = Command::new(PROGRAM);
-    command.args(arguments).current_dir("/").stdin(Stdio::null());
-    command
-}
-
-/// Has podman do something, in the mount namespace of the host.
-///
-/// # Errors
-/// When it cannot be started, or says that it failed, and why.
-pub(crate) fn run(command: &mut Command) -> Result<String> {
-    let what = || {
-        let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy()).collect();
-        words.iter().take(2).map(ToString::to_string).collect::<Vec<_>>().join(" ")
-    };
-    let what = what();
-    let said = on_host(|| command.output())?;
-    told(what, said)
 }
 
 /// Does `work` on a thread that is in the mount namespace of the host: a child that it starts is there too,
@@ -89,16 +70,6 @@ pub(crate) fn on_host<T: Send>(work: impl FnOnce() -> std::io::Result<T> + Send)
     })
 }
 
-fn told(what: String, said: Output) -> Result<String> {
-    if said.status.success() {
-        return Ok(String::from_utf8_lossy(&said.stdout).into_owned());
-    }
-    let text = String::from_utf8_lossy(&said.stderr);
-    let last = text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it did not say why");
-    let said = last.strip_prefix("Error: ").unwrap_or(last).to_owned();
-    Err(ContainerError::Tool { tool: PROGRAM, what, said })
-}
-
 /// Has podman answer in JSON.
 fn ask(arguments: &[&str]) -> Result<Value> {
     let text = run(&mut podman(arguments))?;
@@ -107,11 +78,6 @@ fn ask(arguments: &[&str]) -> Result<Value> {
         what: arguments.join(" "),
         said: format!("no JSON: {error}"),
     })
-}
-
-/// Whether this host's podman has a container of that name.
-pub(crate) fn has(name: &str) -> bool {
-    on_host(|| podman(&["container", "exists", "--", name]).status()).is_ok_and(|how| how.success())
 }
 
 /// Why this host's podman cannot take a container of that record.

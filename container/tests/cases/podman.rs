@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::runtimes::{crun_starts, does, says};
 use crate::segments::{MOVED, names};
 use crate::support::redis::Redis;
-use crate::support::{Host, Spot};
+use crate::support::{Host, Spot, await_that};
 
 const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo $i; echo $i >/data/count; sleep 0.1; done";
 
@@ -370,4 +370,44 @@ pub(crate) fn podman_forgets_what_did_not_come(host: &Host) {
         no_commands_left();
         await_count(pod.name(), last_count(pod.name()) + 2);
     }
+}
+
+/// A podman that gives its start up does so before anything runs: the container goes on where it was.
+pub(crate) fn podman_that_gave_up_is_asked_for_nothing(host: &Host) {
+    let mut pod = Pod::start(host, "pi", &["--security-opt=seccomp=unconfined"], COUNTER);
+    await_count(pod.name(), 2);
+    pod.adopt();
+    let there = pod.spot.twin("pj");
+    let mut source = pod.spot.source();
+    let mut destination = there.prepare(&mut *source);
+    let id = inspect(&there.place.name)["Id"].as_str().expect("an id").to_owned();
+    source.pause().expect("pause");
+    crate::support::copy_pages(&mut *source, &mut *destination);
+    destination.load(source.save().expect("save")).expect("load");
+    let line = ["podman", "start", "--", &id, ""].join("\0");
+    let entries = fs::read_dir("/proc").expect("processes").flatten();
+    let mut starting =
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).filter(|pid| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|it| it == line.as_bytes())
+        });
+    let pid = starting.next().expect("podman waits to hear that it runs").to_string();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it lives");
+    let keeper = status.lines().find_map(|line| line.strip_prefix("PPid:")).expect("a parent");
+    let threads = format!("/proc/{}/task", keeper.trim());
+    let waits = |entry: fs::DirEntry| {
+        fs::read_to_string(entry.path().join("comm")).is_ok_and(|name| name.trim() == "podman")
+    };
+    let somebody_waits = || fs::read_dir(&threads).expect("threads").flatten().any(waits);
+    assert!(somebody_waits());
+    does("kill", &["-KILL", &pid]);
+    await_that("its keeper to know", || !somebody_waits());
+    let error = destination.activate(1).expect_err("podman knows nothing of it");
+    assert!(error.to_string().contains("podman"), "{error}");
+    destination.discard().expect("discard");
+    drop(destination);
+    source.resume().expect("resume");
+    drop(source);
+    await_count(pod.name(), last_count(pod.name()) + 2);
+    host.assert_nothing_left("pj");
+    no_commands_left();
 }
