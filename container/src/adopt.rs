@@ -66,10 +66,15 @@ pub(crate) fn survey(tools: &HostTools, what: &str) -> std::result::Result<Found
         None => {
             let found = found::find(id)
                 .map_err(|against| against.into_iter().map(refusal).collect::<Vec<_>>())?;
-            (found.kind, found.id, Some(found.made))
+            (found.kind, found.id.clone(), Some(found))
         }
     };
     let survey = Survey::make(Runtime::new(kind, tools, &id), podman.is_some())?;
+    let own = podman.as_ref().map(|found| found.own_mounts(&survey.bundle)).unwrap_or_default();
+    if !own.is_empty() {
+        return Err(own.into_iter().map(refusal).collect());
+    }
+    let podman = podman.map(|found| found.made);
     let name = podman.as_ref().map_or(&id, |made| &made.name).clone();
     let spec = ContainerSpec {
         bundle: survey.bundle.directory().to_owned(),

@@ -98,6 +98,10 @@ impl Container {
             .as_ref()
             .map(|made| Arrival::make(&config.tools, place, &spec, made, &bundle));
         let arrival = arrival.transpose()?;
+        if let Some(arrival) = &arrival {
+            let cgroups = Cgroups::at(arrival.cgroups_path())?;
+            claim::note_arriving(place, spec.kind()?, arrival.noted(cgroups))?;
+        }
         // podman makes that of its own.
         let interface = if arrival.is_none() { interface(&spec, place) } else { None };
         let network = Network::make(interface, &veth_name(place), false)?;

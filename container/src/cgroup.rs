@@ -88,10 +88,14 @@ impl Cgroups {
     /// Wherever a container of this place would have its directories on this host: for a sweep, which
     /// does not know what the runtime made of them.
     pub(crate) fn of_place(place: &Place) -> Result<Self> {
-        let id = runtime_id(place)?;
+        Self::at(&format!("/{PARENT}/{}", runtime_id(place)?))
+    }
+
+    /// Those whose path is `path` in any hierarchy, whether they are there or not.
+    pub(crate) fn at(path: &str) -> Result<Self> {
         let mountinfo = fs::read_to_string("/proc/self/mountinfo")
             .map_err(ContainerError::io("read /proc/self/mountinfo"))?;
-        let below = |mount_point: &str| Path::new(mount_point).join(PARENT).join(id);
+        let below = |mount_point: &str| Path::new(mount_point).join(path.trim_start_matches('/'));
         let mounts = cgroup_mounts(&mountinfo).into_iter();
         Ok(Self {
             paths: mounts.map(|mount_point| (mount_point.to_owned(), below(mount_point))).collect(),

@@ -25,7 +25,7 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const LOCKED_WITHIN: Duration = Duration::from_secs(20);
 
 /// What stands in the mark of a claim.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Mark {
     /// The boot in which it was claimed.
     boot: String,
@@ -37,6 +37,21 @@ struct Mark {
     /// What podman has made and does not know to run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     arriving: Option<Arriving>,
+    /// What podman is about to make.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    coming: Option<Coming>,
+}
+
+/// What a sweep knows by what podman is told to make of a container that comes. Before that podman had none
+/// of these.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Coming {
+    /// Its name for podman.
+    pub(crate) name: String,
+    /// Its root file system.
+    pub(crate) rootfs: PathBuf,
+    /// Volumes for it alone.
+    pub(crate) volumes: Vec<String>,
 }
 
 /// What a sweep needs to know of a container that comes to podman.
@@ -108,8 +123,7 @@ impl Claim {
         }
         let runtime = Runtime::new(kind, tools, runtime_id(place)?);
         let runtime_word = kind.word().to_owned();
-        Mark { boot: boot_id()?, runtime: runtime_word, adopted: None, arriving: None }
-            .write(place)?;
+        Mark { boot: boot_id()?, runtime: runtime_word, ..Mark::default() }.write(place)?;
         Ok(Self { runtime, _lock: lock })
     }
 
@@ -172,7 +186,7 @@ impl Mark {
         };
         // An earlier decamp wrote the boot alone, and knew runc alone.
         let runc = RuntimeKind::Runc.word().to_owned();
-        let earlier = |_| Self { boot: text.clone(), runtime: runc, adopted: None, arriving: None };
+        let earlier = |_| Self { boot: text.clone(), runtime: runc, ..Self::default() };
         let mark: Self = serde_json::from_str(&text).unwrap_or_else(earlier);
         Ok(if mark.boot == boot_id()? { Some(mark) } else { None })
     }
@@ -230,13 +244,19 @@ fn remove(path: &Path) -> Result<()> {
 /// it, so that whoever sweeps after a keeper knows.
 pub(crate) fn note_adopted(place: &Place, kind: RuntimeKind, adopted: Adopted) -> Result<()> {
     let runtime = kind.word().to_owned();
-    Mark { boot: boot_id()?, runtime, adopted: Some(adopted), arriving: None }.write(place)
+    Mark { boot: boot_id()?, runtime, adopted: Some(adopted), ..Mark::default() }.write(place)
 }
 
 /// Notes in `place` what podman has made for it: ours to take away, until podman knows that it runs.
 pub(crate) fn note_arriving(place: &Place, kind: RuntimeKind, arriving: Arriving) -> Result<()> {
     let runtime = kind.word().to_owned();
-    Mark { boot: boot_id()?, runtime, adopted: None, arriving: Some(arriving) }.write(place)
+    Mark { boot: boot_id()?, runtime, arriving: Some(arriving), ..Mark::default() }.write(place)
+}
+
+/// Notes in `place` what podman is about to be told to make for it.
+pub(crate) fn note_coming(place: &Place, kind: RuntimeKind, coming: Coming) -> Result<()> {
+    let runtime = kind.word().to_owned();
+    Mark { boot: boot_id()?, runtime, coming: Some(coming), ..Mark::default() }.write(place)
 }
 
 /// Takes away all that has the name of `place`, if it is ours. An adopted container goes on under its
@@ -247,6 +267,10 @@ pub(crate) fn sweep(tools: &HostTools, place: &Place) -> Result<()> {
         if let Some(Arriving { id, cgroups, rootfs, volumes }) = mark.arriving {
             cgroups.sweep().and_then(|()| runtime.forget())?;
             arrival::forget(&id, &exchanged::directory(place), &rootfs, &volumes);
+            return give_back(place);
+        }
+        if let Some(Coming { name, rootfs, volumes }) = mark.coming {
+            arrival::forget_unknown(&name, &exchanged::directory(place), &rootfs, &volumes);
             return give_back(place);
         }
         match mark.adopted {
@@ -289,8 +313,7 @@ mod tests {
         let runtime = || Mark::read(&place).expect("read").map(|mark| mark.runtime);
         assert_eq!(runtime(), None);
         let boot = boot_id().expect("a boot");
-        let mut ours =
-            Mark { boot: boot.clone(), runtime: "crun".into(), adopted: None, arriving: None };
+        let mut ours = Mark { boot: boot.clone(), runtime: "crun".into(), ..Mark::default() };
         ours.write(&place).expect("written");
         assert_eq!(runtime().as_deref(), Some("crun"));
         ours.boot = "another boot".into();

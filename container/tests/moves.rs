@@ -117,6 +117,14 @@ fn main() {
             name: "podman_that_gave_up_is_asked_for_nothing",
             run: podman::podman_that_gave_up_is_asked_for_nothing,
         },
+        Case {
+            name: "podman_forgets_what_was_not_noted",
+            run: podman::podman_forgets_what_was_not_noted,
+        },
+        Case {
+            name: "podman_says_what_does_not_go_along",
+            run: podman::podman_says_what_does_not_go_along,
+        },
         Case { name: "podman_volumes_go_along", run: podman_files::podman_volumes_go_along },
         Case { name: "podman_terminal_goes_along", run: podman_files::podman_terminal_goes_along },
         Case { name: "podman_has_it_back", run: podman::podman_has_it_back },

@@ -25,10 +25,10 @@ use super::exchanged::{CLOSED, OPENED, directory, prepare, remove, write};
 use super::made::{Made, own_files};
 use super::shim::{Call, Order, own_namespace};
 use super::volumes::{self, Attributes, StandIns};
-use super::{leftover, on_host, podman, talk};
+use super::{ask, has, leftover, on_host, podman, talk};
 use crate::bundle::Bundle;
 use crate::cgroup::Cgroups;
-use crate::claim::Arriving;
+use crate::claim::{self, Arriving, Coming};
 use crate::error::{ContainerError, Result};
 use crate::interfaces;
 use crate::network::Network;
@@ -60,6 +60,8 @@ pub(crate) struct Arrival {
     terminal: bool,
     /// The directories of volumes that are in it.
     directories: Vec<PathBuf>,
+    /// What those were like before podman started it.
+    attributes: Option<Attributes>,
     /// Volumes that podman made for it, and that are nobody's else.
     volumes: Vec<String>,
     /// Whether it runs: then it is podman's.
@@ -87,6 +89,16 @@ impl Arrival {
     ) -> Result<Self> {
         let kind = spec.kind()?;
         let directory = directory(place);
+        let lacking = volumes::lacking(&made.volumes)?;
+        let volumes = volumes::nobodys(&lacking, bundle);
+        if has(&place.name) != Some(false) {
+            return Err(ContainerError::State(format!(
+                "podman has a container {0} already, or does not say: podman rm {0} removes it",
+                place.name
+            )));
+        }
+        let (name, rootfs) = (place.name.clone(), spec.bundle.clone());
+        claim::note_coming(place, kind, Coming { name, rootfs, volumes: volumes.clone() })?;
         leftover::supersede(&spec.bundle, &directory)?;
         prepare(&directory, tools, kind)?;
         let socket = directory.join("keeper.sock");
@@ -100,11 +112,14 @@ impl Arrival {
         let mounted = volumes::arguments(&made.volumes, bundle);
         let arguments =
             made.arguments(&place.name, bundle.config(), &mounted, &spec.bundle, &profile);
-        let volumes = volumes::make(&made.volumes, bundle)?;
-        let stand_ins = StandIns::make(&made.volumes, bundle);
         let mut command = podman(&["--cgroup-manager", "cgroupfs", "--runtime", kind.word()]);
-        let said = stand_ins.and_then(|_stand_ins| run_within(command.args(&arguments), LONG));
-        let said = said.inspect_err(|_| volumes::remove(&volumes))?;
+        let said = volumes::make(&lacking).and_then(|()| {
+            let _stand_ins = StandIns::make(&made.volumes, bundle)?;
+            run_within(command.args(&arguments), LONG)
+        });
+        // Where podman did not end in time, there may be one all the same.
+        let failed = |_: &_| forget_unknown(&place.name, &directory, &spec.bundle, &volumes);
+        let said = said.inspect_err(failed)?;
         let id = said.lines().last().unwrap_or_default().trim().to_owned();
         if id.len() != 64 || !id.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             return Err(ContainerError::State(format!("podman called a container {id:?}")));
@@ -128,6 +143,7 @@ impl Arrival {
             config: Value::Null,
             terminal: made.tty,
             directories: volumes::directories(&made.volumes, bundle),
+            attributes: None,
             volumes,
             runs: false,
         })
@@ -157,7 +173,8 @@ impl Arrival {
     /// Has podman start it, as far as the runtime's part.
     pub(crate) fn begin(&mut self, spec: &ContainerSpec) -> Result<Ready> {
         let begun = Instant::now();
-        let attributes = Attributes::of(&self.directories)?;
+        // Kept until podman has done what it does to them, or has given up.
+        self.attributes = Some(Attributes::of(&self.directories)?);
         write(&self.directory.join("closed.nft"), CLOSED, 0o600)?;
         let mut command = podman(&["start", "--", &self.id]);
         command.env("CONTAINERS_CONF", self.directory.join("containers.conf"));
@@ -170,8 +187,8 @@ impl Arrival {
         let (call, descriptors): (Call, _) = talk::hear(&shim)?;
         let [output, error] = <[OwnedFd; 2]>::try_from(descriptors)
             .map_err(|_| ContainerError::State("The shim came without its output".to_owned()))?;
+        self.attributes.take().map_or(Ok(()), Attributes::put_back)?;
         self.creating = Some(shim);
-        attributes.put_back()?;
         let bundle = call.bundle.filter(|_| call.verb == "create").ok_or_else(|| {
             ContainerError::State(format!("podman asked to {} before to create", call.verb))
         })?;
@@ -327,6 +344,7 @@ impl Drop for Arrival {
         if let Some(starting) = self.starting.take() {
             let _ = starting.join();
         }
+        self.attributes = None;
         forget(&self.id, &self.directory, &self.rootfs, &[]);
         // It never ran: what is in them is a copy, whose files somebody else may be about to take back.
         volumes::remove(&self.volumes);
@@ -339,11 +357,31 @@ pub(crate) fn forget(id: &str, directory: &Path, rootfs: &Path, volumes: &[Strin
     if let Err(error) = run_within(&mut command, LONG) {
         tracing::warn!(%error, "podman keeps a container that did not come");
     }
+    take_back(directory, rootfs, volumes);
+    leftover::forget(id);
+}
+
+/// Like [`forget`], of one that podman was told to make, and perhaps has made, by the name `name`.
+pub(crate) fn forget_unknown(name: &str, directory: &Path, rootfs: &Path, volumes: &[String]) {
+    let known = ask(&["container", "inspect", "--", name]).ok();
+    let id = known.as_ref().and_then(|known| {
+        let text = |pointer: &str| known.pointer(pointer).and_then(Value::as_str);
+        // One that has run is somebody's.
+        let is_new = matches!(text("/0/State/Status")?, "configured" | "created" | "initialized");
+        if is_new && Path::new(text("/0/Rootfs")?) == rootfs { text("/0/Id") } else { None }
+    });
+    match id {
+        Some(id) => forget(id, directory, rootfs, volumes),
+        None => take_back(directory, rootfs, volumes),
+    }
+}
+
+/// Takes away what was made for one that podman does not have.
+fn take_back(directory: &Path, rootfs: &Path, volumes: &[String]) {
     volumes::remove_empty(volumes);
     let _ = fs::remove_dir_all(directory);
     // Files that have come are taken back by whoever took them; an empty directory is ours.
     let _ = fs::remove_dir(rootfs);
-    leftover::forget(id);
 }
 
 fn answer_start(listener: &UnixListener, runs: &mpsc::Receiver<bool>) -> Result<()> {

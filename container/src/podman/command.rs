@@ -67,7 +67,12 @@ pub(crate) fn run_until(
 
 /// Whether this host's podman has a container of that name; nothing if it does not say.
 pub(crate) fn has(name: &str) -> Option<bool> {
-    let mut command = podman(&["container", "exists", "--", name]);
+    exists("container", name)
+}
+
+/// Whether it has a container, or a volume, of that name.
+pub(super) fn exists(kind: &str, name: &str) -> Option<bool> {
+    let mut command = podman(&[kind, "exists", "--", name]);
     match on_host(|| output(&mut command, is_later(WITHIN))).ok()??.status.code() {
         Some(0) => Some(true),
         Some(1) => Some(false),

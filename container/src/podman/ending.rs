@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use super::command::{LONG, run_within};
-use super::podman;
+use super::{has, podman};
 use crate::cgroup::Cgroups;
 use crate::error::Result;
 use crate::sys;
@@ -22,8 +22,16 @@ const KILLED_WITHIN: Duration = Duration::from_secs(20);
 /// record stays, as exited.
 ///
 /// # Errors
-/// When podman does not do that. What is left of the container stands still.
+/// When podman does not do that. What is left of the container stands still. One of which nothing is left has
+/// ended: podman removes some by itself.
 pub(crate) fn end_for_good(id: &str, cgroups: &Cgroups, init: i32) -> Result<()> {
+    end(id, cgroups, init).or_else(|error| {
+        let is_gone = has(id) == Some(false) && cgroups.peopled()?.is_none();
+        if is_gone { Ok(()) } else { Err(error) }
+    })
+}
+
+fn end(id: &str, cgroups: &Cgroups, init: i32) -> Result<()> {
     for pid in cgroups.processes()?.into_iter().filter(|pid| *pid != init) {
         // One that is gone is dead already.
         if let Ok(process) = sys::pidfd_open(pid) {

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::ask;
 use super::made::{Made, Named};
 use super::volumes::{self, NamedVolume};
+use crate::bundle::{Bind, Bundle, is_host_file};
 use crate::runtime::RuntimeKind;
 
 /// Where root file systems stand that came here.
@@ -20,6 +21,28 @@ pub(crate) struct Found {
     pub(crate) kind: RuntimeKind,
     /// What another podman is told to make of it.
     pub(crate) made: Made,
+    /// Where people, or its image, have something mounted in it.
+    mounted: Vec<String>,
+}
+
+impl Found {
+    /// Why what podman itself mounts in it from this host, by the configuration in `bundle`, speaks against
+    /// a move. Files that it makes anew for any container do not.
+    pub(crate) fn own_mounts(&self, bundle: &Bundle) -> Vec<String> {
+        let is_own = |bind: &Bind| {
+            let at = bind.destination.trim_end_matches('/');
+            !is_host_file(&bind.source) && !self.mounted.iter().any(|known| known == at)
+        };
+        let reason = |bind: Bind| {
+            format!(
+                "podman itself mounts {} at {}, which does not go along: start it without --secret and \
+                 --init, and with --passwd=false",
+                bind.source.display(),
+                bind.destination
+            )
+        };
+        bundle.binds().into_iter().filter(is_own).map(reason).collect()
+    }
 }
 
 /// The container that podman knows under `name`, or every reason why it cannot be adopted.
@@ -71,7 +94,10 @@ fn read(said: &Value) -> std::result::Result<Found, Vec<String>> {
     let id = text("/Id").to_owned();
     match kind {
         Some(kind) if against.is_empty() => {
-            Ok(Found { id, kind, made: made(said, network, volumes) })
+            let mounts = said.pointer("/Mounts").and_then(Value::as_array).into_iter().flatten();
+            let mounted = mounts.filter_map(|mount| mount["Destination"].as_str());
+            let mounted = mounted.map(|at| at.trim_end_matches('/').to_owned()).collect();
+            Ok(Found { id, kind, made: made(said, network, volumes), mounted })
         }
         _ => Err(against),
     }
@@ -150,4 +176,27 @@ pub(crate) fn is_mounted(rootfs: &Path) -> bool {
 /// Where the root file system of a container called `name` goes by default on the next host.
 pub(crate) fn place_of(name: &str) -> PathBuf {
     Path::new(HOME).join(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_podman_mounts_by_itself_stays() {
+        let config = json!({"mounts": [
+            {"destination": "/data", "type": "bind", "source": "/srv/data"},
+            {"destination": "/etc/hosts", "type": "bind", "source": "/etc/hosts"},
+            {"destination": "/run/secrets/key", "type": "bind", "source": "/run/x/key"},
+            {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
+        ]});
+        let bundle = Bundle::parse(Path::new("/r"), config.to_string().as_bytes());
+        let (id, mounted) = (String::new(), vec!["/data".to_owned()]);
+        let found = Found { id, kind: RuntimeKind::Runc, made: Made::default(), mounted };
+        let against = found.own_mounts(&bundle.expect("a bundle"));
+        assert_eq!(against.len(), 1, "{against:?}");
+        assert!(against[0].contains("/run/x/key at /run/secrets/key"), "{against:?}");
+    }
 }

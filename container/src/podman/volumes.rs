@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
@@ -11,6 +12,7 @@ use decamp_shared::workload::{PlacedTree, Storage};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::command::exists;
 use super::{ask, on_host, podman, run};
 use crate::bundle::{Bind, Bundle, is_host_file};
 use crate::error::{ContainerError, Result};
@@ -72,10 +74,11 @@ pub(super) fn of_container(said: &Value, against: &mut Vec<String>) -> Vec<Named
             ));
             continue;
         };
-        if is_mount(&known[0]) || !["", "local"].contains(&text("Driver").as_str()) {
+        let is_plain = known[0]["Options"].as_object().is_none_or(|options| options.is_empty());
+        if !is_plain || !["", "local"].contains(&text("Driver").as_str()) {
             against.push(format!(
-                "The volume {name} is mounted by podman or a driver from elsewhere, and not a directory \
-                 of this host's"
+                "The volume {name} has a driver or options of its own (podman volume inspect {name}), which \
+                 do not go along"
             ));
         }
         if removed && known[0]["Anonymous"] == true {
@@ -155,14 +158,32 @@ pub(crate) fn refusals(volumes: &[NamedVolume], bundle: &Bundle) -> Vec<String> 
             Some(known) if is_mount(&known[0]) => found.push(format!(
                 "podman mounts something else at its volume {name} there: podman volume rm {name}"
             )),
+            Some(_) if !volume.shared => found.extend(used(name)),
             None if volume.shared => found.push(format!(
                 "podman has no volume {name} there, whose storage is to be shared: podman volume create \
-                 {name}"
+                 {name}, while that storage is not mounted there, for podman changes the owner of what it \
+                 makes a volume"
             )),
             _ => {}
         }
     }
     found
+}
+
+/// Why a volume that podman has already cannot be that of one that comes.
+fn used(name: &str) -> Option<String> {
+    let filter = format!("volume={name}");
+    let arguments = ["ps", "--all", "--filter", &filter, "--format", "{{.Names}}"];
+    let users = match run(&mut podman(&arguments)) {
+        Ok(said) => said.lines().collect::<Vec<_>>().join(", "),
+        Err(error) => return Some(error.to_string()),
+    };
+    (!users.is_empty()).then(|| {
+        format!(
+            "podman's volume {name} is that of another container there ({users}): podman rm removes one \
+             that is not needed any more"
+        )
+    })
 }
 
 fn is_same(one: &Path, other: &Path) -> bool {
@@ -195,31 +216,43 @@ pub(super) fn directories(volumes: &[NamedVolume], bundle: &Bundle) -> Vec<PathB
     placed.map(|placed| placed.path.clone()).collect()
 }
 
-/// Has podman make those of `volumes` that it lacks. Gives the names of those which are nobody's else, to be
-/// removed when nothing comes.
-pub(super) fn make(volumes: &[NamedVolume], bundle: &Bundle) -> Result<Vec<String>> {
-    let mut made = Vec::new();
+/// Those of `volumes` that podman is to make.
+///
+/// # Errors
+/// When podman does not say which it has.
+pub(super) fn lacking(volumes: &[NamedVolume]) -> Result<Vec<&NamedVolume>> {
+    let mut lacking = Vec::new();
     for volume in volumes.iter().filter(|volume| !volume.shared) {
-        if ask(&["volume", "inspect", "--", &volume.name]).is_ok() {
-            continue;
+        let name = &volume.name;
+        let has = exists("volume", name).ok_or_else(|| {
+            ContainerError::State(format!("podman does not say whether it has the volume {name}"))
+        })?;
+        if !has {
+            lacking.push(volume);
         }
+    }
+    Ok(lacking)
+}
+
+/// The names of those of `volumes`, which podman lacks, that are nobody's: nothing is where they are to be.
+pub(super) fn nobodys(volumes: &[&NamedVolume], bundle: &Bundle) -> Vec<String> {
+    let is_nobodys = |volume: &&&NamedVolume| {
         let place = bundle.volume(&volume.source).map(|placed| &placed.path);
         let entries = place.and_then(|place| fs::read_dir(place).ok());
-        let was_there = entries.is_some_and(|mut entries| entries.next().is_some());
+        entries.is_none_or(|mut entries| entries.next().is_none())
+    };
+    volumes.iter().filter(is_nobodys).map(|volume| volume.name.clone()).collect()
+}
+
+/// Has podman make `volumes`.
+pub(super) fn make(volumes: &[&NamedVolume]) -> Result<()> {
+    for volume in volumes {
         let labels: Vec<_> =
             volume.labels.iter().map(|(key, value)| format!("--label={key}={value}")).collect();
         let mut command = podman(&["volume", "create"]);
-        let done = run(command.args(labels).args(["--", &volume.name]));
-        match done {
-            Ok(_) if !was_there => made.push(volume.name.clone()),
-            Ok(_) => {}
-            Err(error) => {
-                remove(&made);
-                return Err(error);
-            }
-        }
+        run(command.args(labels).args(["--", &volume.name]))?;
     }
-    Ok(made)
+    Ok(())
 }
 
 /// Has podman remove volumes that it made for what did not come.
@@ -278,7 +311,8 @@ impl Drop for StandIns {
     }
 }
 
-/// Owner, mode and time of directories of volumes: podman changes them when a container first uses one.
+/// Owner, mode and time of directories of volumes: podman changes them when a container first uses one. They
+/// are put back when this is dropped: somebody may use them who has nothing to do with that container.
 pub(super) struct Attributes(Vec<(PathBuf, fs::Metadata)>);
 
 impl Attributes {
@@ -291,20 +325,46 @@ impl Attributes {
         volumes.iter().map(look).collect::<Result<_>>().map(Self)
     }
 
-    pub(super) fn put_back(self) -> Result<()> {
-        for (path, was) in self.0 {
-            let put = || {
-                chown(&path, Some(was.uid()), Some(was.gid()))?;
-                fs::set_permissions(&path, fs::Permissions::from_mode(was.mode()))?;
-                File::open(&path)?.set_modified(was.modified()?)
-            };
-            put().map_err(ContainerError::io(format!(
+    /// Puts them back now.
+    ///
+    /// # Errors
+    /// When one cannot be put back.
+    pub(super) fn put_back(mut self) -> Result<()> {
+        for (path, was) in &self.0 {
+            put_back(path, was).map_err(ContainerError::io(format!(
                 "give {} its owner, mode and time back",
                 path.display()
             )))?;
         }
+        self.0.clear();
         Ok(())
     }
+}
+
+impl Drop for Attributes {
+    fn drop(&mut self) {
+        for (path, was) in &self.0 {
+            if let Err(error) = put_back(path, was) {
+                tracing::error!(%error, path = %path.display(), "Cannot give a volume its owner, mode and time back");
+            }
+        }
+    }
+}
+
+fn put_back(path: &Path, was: &fs::Metadata) -> io::Result<()> {
+    let look = |found: &fs::Metadata| {
+        Ok::<_, io::Error>((found.uid(), found.gid(), found.mode(), found.modified()?))
+    };
+    let now = match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found?,
+    };
+    if look(&now)? == look(was)? {
+        return Ok(());
+    }
+    chown(path, Some(was.uid()), Some(was.gid()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(was.mode()))?;
+    File::open(path)?.set_modified(was.modified()?)
 }
 
 #[cfg(test)]
@@ -373,11 +433,18 @@ mod tests {
         let path = room.path().join("volume");
         fs::create_dir(&path).expect("made");
         let was = fs::metadata(&path).expect("it");
-        let attributes = Attributes::of(std::slice::from_ref(&path)).expect("looked");
+        let look = || Attributes::of(std::slice::from_ref(&path)).expect("looked");
+        let (attributes, again) = (look(), look());
         fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).expect("changed");
         fs::write(path.join("file"), "").expect("written");
+        let is_as_it_was = || {
+            let now = fs::metadata(&path).expect("it");
+            (was.mode(), was.modified().ok()) == (now.mode(), now.modified().ok())
+        };
         attributes.put_back().expect("put back");
-        let now = fs::metadata(&path).expect("it");
-        assert_eq!((was.mode(), was.modified().ok()), (now.mode(), now.modified().ok()));
+        assert!(is_as_it_was());
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o711)).expect("changed");
+        drop(again);
+        assert!(is_as_it_was(), "whatever went wrong");
     }
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use decamp_shared::workload::Backend;
+use decamp_shared::workload::{Backend, FileTree, PlacedTree};
 use serde_json::{Value, json};
 
 use crate::runtimes::{crun_starts, does, says};
@@ -410,4 +410,75 @@ pub(crate) fn podman_that_gave_up_is_asked_for_nothing(host: &Host) {
     await_count(pod.name(), last_count(pod.name()) + 2);
     host.assert_nothing_left("pj");
     no_commands_left();
+}
+
+/// A keeper that died before it knew what podman called the container leaves nothing of it either; and what has
+/// run is never taken for that.
+pub(crate) fn podman_forgets_what_was_not_noted(host: &Host) {
+    let mut pod = Pod::start(host, "pk", &["--security-opt=seccomp=unconfined"], COUNTER);
+    await_count(pod.name(), 2);
+    pod.adopt();
+    let there = pod.spot.twin("pl");
+    let mut source = pod.spot.source();
+    let destination = there.prepare(&mut *source);
+    let name = there.place.name.clone();
+    let rootfs = inspect(&name)["Rootfs"].clone();
+    let mark = there.place.dir.join("container.claim");
+    let text = fs::read(&mark).expect("a mark");
+    let mut said: Value = serde_json::from_slice(&text).expect("JSON");
+    assert_eq!(said["arriving"]["rootfs"], rootfs);
+    there.kill_keeper();
+    drop((destination, source));
+    said.as_object_mut().expect("a mark").remove("arriving");
+    for (name, goes) in [(pod.name(), false), (&name, true)] {
+        said["coming"] = json!({"name": name, "rootfs": rootfs, "volumes": []});
+        fs::write(&mark, said.to_string()).expect("written");
+        let swept = there.backend().sweep(&there.spec, &there.place);
+        swept.expect("swept");
+        let exists = Command::new("podman").args(["container", "exists", name]).status();
+        assert_eq!(exists.expect("podman").success(), !goes, "{name}");
+    }
+    no_commands_left();
+    await_count(pod.name(), last_count(pod.name()) + 2);
+}
+
+/// What podman mounts by itself, and a volume that others have there, are refused.
+pub(crate) fn podman_says_what_does_not_go_along(host: &Host) {
+    set_up(host);
+    let secret = host.directory().join("secret");
+    fs::write(&secret, "word").expect("written");
+    does("podman", &["secret", "create", "ps-key", secret.to_str().expect("UTF-8")]);
+    does("podman", &["volume", "create", "--opt=o=uid=5", "ps-own"]);
+    let mut pod = Pod::start(host, "ps", &["--secret=ps-key"], COUNTER);
+    await_count(pod.name(), 1);
+    let against = pod.reasons();
+    // A directory and the file in it.
+    let all = against.iter().all(|text| text.contains("at /run/secrets"));
+    assert!(!against.is_empty() && all, "{against:?}");
+    remove(pod.name());
+    pod = Pod::start(host, "pq", &["--volume=ps-own:/vol"], COUNTER);
+    await_count(pod.name(), 1);
+    let against = pod.reasons();
+    assert!(against.len() == 1 && against[0].contains("options of its own"), "{against:?}");
+    remove(pod.name());
+    pod = Pod::start(host, "pp", &["--volume=ps-data:/vol"], COUNTER);
+    await_count(pod.name(), 1);
+    pod.adopt();
+    let mut source = pod.spot.source();
+    let manifest = source.manifest().expect("a manifest");
+    let data = Path::new("/var/lib/containers/storage/volumes/ps-data/_data");
+    let placed = |tree: &FileTree| {
+        let path =
+            if tree.role().is_volume() { data.to_owned() } else { host.directory().join("pp") };
+        PlacedTree { tree: tree.clone(), path }
+    };
+    let trees: Vec<_> = manifest.files.iter().map(placed).collect();
+    let against = pod.spot.backend().preflight(&manifest, &trees);
+    let said = |text: &str| against.iter().any(|refusal| refusal.text.contains(text));
+    assert!(said(&format!("that of another container there ({})", pod.name())), "{against:?}");
+    drop(source);
+    pod.spot.backend().let_go(&pod.spot.place).expect("let go");
+    drop(pod);
+    does("podman", &["volume", "rm", "ps-own", "ps-data"]);
+    does("podman", &["secret", "rm", "ps-key"]);
 }
