@@ -29,7 +29,7 @@ const FACTS_WITHIN: Duration = Duration::from_secs(3);
 const RELEASED_WITHIN: Duration = Duration::from_secs(5);
 /// Why files of a container of podman's are not removed when it is.
 const PODMANS: &str = "it is podman's or yours: a root file system that came here goes once podman has its \
-                       container no more (podman rm)";
+                       container no more (podman rm), and its volumes stay (podman volume rm)";
 /// How long it may take to note that a workload ended.
 const ENDED_WITHIN: Duration = Duration::from_secs(10);
 
