@@ -109,6 +109,7 @@ impl ContainerBackend {
         let needs = Needs {
             config,
             resident: facts.resident,
+            on_tmpfs: facts.on_tmpfs,
             criu: swrk::version(&self.tools.criu)?,
             obstacles,
             host: facts.host,
@@ -235,6 +236,7 @@ impl Backend for ContainerBackend {
             Ok(client) => {
                 // Twice, and some: what runs may grow while it is copied.
                 let announced = manifest.memory_bytes.max(needs.resident);
+                let announced = announced.saturating_add(needs.on_tmpfs);
                 let most = announced.saturating_mul(2).saturating_add(GROWTH);
                 Ok(Box::new(KeeperDestination::growing_to(client, most)))
             }

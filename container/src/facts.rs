@@ -23,6 +23,9 @@ pub struct Facts {
     pub memory_limit: Option<u64>,
     /// Resident memory of its processes in bytes; shared pages count for each.
     pub resident: u64,
+    /// What is on its own tmpfs mounts in bytes, whoever maps it.
+    #[serde(default)]
+    pub on_tmpfs: u64,
     /// Why its memory is not hidden from CRIU here, when it is not: CRIU then dumps all of it.
     pub unhidden: Option<String>,
     /// Everything that keeps it from being moved.
@@ -42,6 +45,9 @@ pub struct Needs {
     pub config: String,
     /// Resident memory in bytes.
     pub resident: u64,
+    /// What is on its own tmpfs mounts in bytes, whoever maps it.
+    #[serde(default)]
+    pub on_tmpfs: u64,
     /// Version of CRIU at the source: an older one cannot read what it writes.
     pub criu: (i32, i32),
     /// Everything that keeps it from being moved, found at the source.

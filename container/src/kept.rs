@@ -173,7 +173,8 @@ impl Container {
 
     /// The container as it is looked at for what speaks against a move.
     fn subject(&self, init: i32) -> Result<Subject<'_>> {
-        let mut pipes = vec![self.streams.key()?, self.streams.input_key()?];
+        let mut pipes = vec![self.streams.key()?];
+        pipes.extend(self.streams.input_key()?);
         if let Some(foreign) = &self.foreign {
             pipes.extend(foreign.streams.outputs.iter().chain(&foreign.streams.input).cloned());
         }
@@ -358,7 +359,7 @@ impl Container {
             output_owner: self.streams.owner()?,
             mounts: paused.mounts.clone(),
             second_output: None,
-            input: Some(self.streams.input_key()?),
+            input: self.streams.input_key()?,
             input_rest: Vec::new(),
             input_ended: false,
             settings: self.cgroups.settings(),
@@ -507,6 +508,14 @@ impl Container {
         }
     }
 
+    /// Bytes on the tmpfs mounts that it has for itself, as far as that can be told.
+    fn on_tmpfs(&self) -> u64 {
+        let Some(init) = self.init.as_ref().map(Init::pid) else { return 0 };
+        let given = mounts::external(&self.bundle, init);
+        let own = given.and_then(|given| held::own(init, &given));
+        own.unwrap_or_default().iter().map(|own| own.used(init)).sum()
+    }
+
     fn gather_facts(&mut self) -> Result<Facts> {
         self.note_that_it_runs();
         // A move begins so.
@@ -543,6 +552,7 @@ impl Container {
             processes,
             cgroup: self.cgroups.freezer()?.to_owned(),
             memory_limit: self.cgroups.memory_limit(),
+            on_tmpfs: self.on_tmpfs(),
             resident: pids.iter().map(|pid| memory::resident(*pid)).sum(),
             unhidden: self.hiding.clone().err(),
             obstacles,

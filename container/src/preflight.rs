@@ -250,6 +250,7 @@ mod tests {
         let needs = Needs {
             config: config.to_string(),
             resident: 0,
+            on_tmpfs: 0,
             criu: (4, 1),
             obstacles: Vec::new(),
             host: HostNeeds::default(),

@@ -6,6 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -30,6 +31,8 @@ pub(crate) struct Streams {
     input: OwnedFd,
     /// Its other end, for as long as it has not ended.
     input_writer: Mutex<Option<OwnedFd>>,
+    /// Whether the container was given it.
+    has_input: AtomicBool,
     copier: Option<JoinHandle<()>>,
 }
 
@@ -60,6 +63,7 @@ impl Streams {
             second: Some(second),
             input,
             input_writer: Mutex::new(Some(input_writer)),
+            has_input: AtomicBool::new(false),
             copier: Some(copier),
         })
     }
@@ -87,14 +91,18 @@ impl Streams {
         self.input.as_fd()
     }
 
-    /// What CRIU calls the pipe that a container reads its input from.
-    pub(crate) fn input_key(&self) -> Result<String> {
+    /// What CRIU calls the pipe that the container reads its input from, if it has come with one.
+    pub(crate) fn input_key(&self) -> Result<Option<String>> {
+        if !self.has_input.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         let inode = sys::inode(self.input_end()).map_err(ContainerError::io("look at a pipe"))?;
-        Ok(format!("pipe:[{inode}]"))
+        Ok(Some(format!("pipe:[{inode}]")))
     }
 
     /// Has the container read `rest`, and then its end if it has one.
     pub(crate) fn give_input(&self, rest: &Rest) -> Result<()> {
+        self.has_input.store(true, Ordering::Relaxed);
         let mut writer = self.input_writer.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = "hand the container what it had still to read";
         if let Some(writer) = writer.as_ref().filter(|_| !rest.bytes.is_empty()) {

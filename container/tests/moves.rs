@@ -155,6 +155,10 @@ fn main() {
             name: "withheld_page_of_a_file_is_noticed",
             run: segments::withheld_page_of_a_file_is_noticed,
         },
+        Case {
+            name: "what_lies_on_a_tmpfs_is_announced",
+            run: segments::what_lies_on_a_tmpfs_is_announced,
+        },
         Case { name: "huge_pages_move", run: segments::huge_pages_move },
         Case { name: "measure_redis", run: measure_redis },
         Case { name: "measure_shared", run: segments::measure_shared },

@@ -169,6 +169,7 @@ pub(crate) fn describe(found: &Foreign) -> Result<Described> {
     let needs = Needs {
         config: oci.to_string(),
         resident,
+        on_tmpfs: 0,
         // Images say themselves whether a CRIU can read them.
         criu: (0, 0),
         obstacles: against,

@@ -308,6 +308,7 @@ mod tests {
         let needs = Needs {
             config: json!({"root": {"path": root}}).to_string(),
             resident: 0,
+            on_tmpfs: 0,
             criu: (4, 2),
             obstacles: Vec::new(),
             host: crate::facts::HostNeeds::default(),

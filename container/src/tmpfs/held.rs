@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
 
 use nix::sched::{CloneFlags, setns, unshare};
-use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, fstat, fstatvfs, openat, openat2};
 use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::list::{self, Large};
@@ -144,6 +144,20 @@ fn own_in(mountinfo: &str, is_given: impl Fn(&str) -> bool) -> Vec<Own> {
 }
 
 impl Own {
+    /// Bytes that it holds, in the container whose first process is `init`; 0 where that cannot be told.
+    pub(crate) fn used(&self, init: i32) -> u64 {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let how = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let Ok(root) = fs::File::open(format!("/proc/{init}/root")) else { return 0 };
+        let opened = openat2(&root, self.mounted.as_str(), flags, Mode::empty(), how);
+        let Ok(there) = opened else { return 0 };
+        // Something else may be mounted there by now.
+        let is_it = fstat(&there).is_ok_and(|found| found.st_dev == self.device);
+        let told = fstatvfs(&there).ok().filter(|_| is_it);
+        let used = told.map(|told| told.f_blocks.saturating_sub(told.f_bfree) * told.f_frsize);
+        used.unwrap_or(0)
+    }
+
     /// A line of mountinfo, if it is of a whole tmpfs that nobody else shares. What has a name that would
     /// have to be escaped is left to CRIU.
     fn parse(line: &str) -> Option<Self> {

@@ -5,7 +5,7 @@ use std::io::Write as _;
 
 use decamp_shared::pages::{PageRange, PageSet, SpaceId};
 use decamp_shared::workload::SourceWorkload;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{self, Host};
 
@@ -225,6 +225,30 @@ pub(crate) fn measure_shared(host: &Host) {
 }
 
 /// Private and shared mappings of huge pages, which are left to CRIU.
+/// What nobody maps, and a cgroup elsewhere may be charged for, is announced all the same.
+pub(crate) fn what_lies_on_a_tmpfs_is_announced(host: &Host) {
+    const MIB: u64 = 1 << 20;
+    let line = "dd if=/dev/zero of=/big/file bs=1M count=24 2>/dev/null; echo 1; exec sleep 600";
+    let here = host.shell("ot0", line);
+    here.change_config(|config| {
+        let mounts = config["mounts"].as_array_mut().expect("mounts");
+        mounts.push(json!({"destination": "/big", "type": "tmpfs", "source": "tmpfs"}));
+    });
+    here.run();
+    here.await_count(1);
+    let announced = |spot: &support::Spot<'_>| {
+        let needs = spot.source().manifest().expect("a manifest").needs;
+        let needs: Value = serde_json::from_slice(&needs).expect("JSON");
+        needs["on_tmpfs"].as_u64().expect("a number")
+    };
+    assert!((24 * MIB..32 * MIB).contains(&announced(&here)), "{}", announced(&here));
+    let there = here.twin("ot1");
+    here.move_live(&there, 2);
+    assert!((24 * MIB..32 * MIB).contains(&announced(&there)), "{}", announced(&there));
+    there.stop();
+    host.assert_nothing_left("ot1");
+}
+
 pub(crate) fn huge_pages_move(host: &Host) {
     let path = "/proc/sys/vm/nr_hugepages";
     let read = || std::fs::read_to_string(path).unwrap_or_default();
