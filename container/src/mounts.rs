@@ -217,7 +217,7 @@ fn is_device(root: &Path, path: &str, (major, minor): (u64, u64)) -> bool {
         .flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
     let Ok(root) = File::open(root) else { return false };
-    let there = openat2(&root, path, how).and_then(|there| stat::fstat(there));
+    let there = openat2(&root, path, how).and_then(stat::fstat);
     there.is_ok_and(|there| {
         there.st_mode & libc::S_IFMT == libc::S_IFCHR
             && (stat::major(there.st_rdev), stat::minor(there.st_rdev)) == (major, minor)

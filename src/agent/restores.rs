@@ -96,7 +96,7 @@ fn with_landing(place: &Place, act: fn(&Landing)) {
 /// The file as it is found.
 enum Source {
     /// One of decamp's.
-    Ours(Archive),
+    Ours(Box<Archive>),
     /// One that another program wrote, and what it is to us.
     Foreign(Box<(Foreign, Described)>),
 }
@@ -138,7 +138,7 @@ impl Source {
         trees: &[PlacedTree],
     ) -> std::result::Result<(Archive, Box<dyn Unpacking>), ArchiveError> {
         match self {
-            Self::Ours(archive) => Ok((archive, backend.unpack(manifest, trees)?)),
+            Self::Ours(archive) => Ok((*archive, backend.unpack(manifest, trees)?)),
             Self::Foreign(foreign) => {
                 let (found, described) = *foreign;
                 let unpacking = backend.unpack_foreign(manifest, trees, &found)?;
@@ -154,7 +154,7 @@ impl Job {
         let foreign = Foreign::is_at(&request.file).map_err(refused)?;
         let source = match foreign {
             true => Source::foreign(&agent, &request.file)?,
-            false => Source::Ours(Archive::open(&request.file).map_err(refused)?),
+            false => Source::Ours(Box::new(Archive::open(&request.file).map_err(refused)?)),
         };
         let mut manifest = source.manifest();
         // Whatever the file says: it is another workload each time.
