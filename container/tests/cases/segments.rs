@@ -228,7 +228,7 @@ pub(crate) fn measure_shared(host: &Host) {
 /// What nobody maps, and a cgroup elsewhere may be charged for, is announced all the same.
 pub(crate) fn what_lies_on_a_tmpfs_is_announced(host: &Host) {
     const MIB: u64 = 1 << 20;
-    let line = "dd if=/dev/zero of=/big/file bs=1M count=24 2>/dev/null; echo 1; exec sleep 600";
+    let line = "cat /dev/urandom | head -c 25165824 >/big/file; echo 1; exec sleep 600";
     let here = host.shell("ot0", line);
     here.change_config(|config| {
         let mounts = config["mounts"].as_array_mut().expect("mounts");
