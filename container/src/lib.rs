@@ -26,6 +26,7 @@ mod bundle;
 mod cgroup;
 mod claim;
 mod comparing;
+mod confined;
 mod crun;
 mod dump;
 mod entries;

@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use crate::bundle::Bundle;
 use crate::cgroup::{Cgroups, Setting};
+use crate::confined::Confined;
 use crate::dump::{ContainerState, NETWORK, STATE, STATISTICS, log_level, ms, tell_log, with_log};
 use crate::error::{ContainerError, Result};
 use crate::filling::{Filling, Holder};
@@ -150,6 +151,8 @@ impl Restore<'_> {
         let images = self.store.fresh_images()?;
         let others = images::unpack(sections, &images)?;
         let Rest { state, hidden, aliases, moved, trees } = use_up(others)?;
+        let keys = state.mounts.iter().map(|mount| mount.name.clone());
+        let given = keys.chain(trees.iter().map(|tree| tmpfs::key(tree.number))).collect();
         let trees = self.landing.plant(&trees)?;
         let seals = self.landing.enter(&images, &moved, self.store)?;
         // A source that could not hide anything has CRIU's own images hold it all.
@@ -176,6 +179,7 @@ impl Restore<'_> {
         self.cgroups.apply(&tasks.iter().map(Setting::lifted).collect::<Vec<_>>())?;
         self.streams.give_to(state.output_owner)?;
         let landed = Landed::mount(self.bundle, self.store)?;
+        Confined { bundle: self.bundle, root: landed.root(), given }.check(&images)?;
         tracing::debug!(ms = ms(begun), "Unpacked and completed the images");
         let begun = Instant::now();
         let outcome = self.request(criu, &images, &state, (&landed, trees), filling.as_ref());
