@@ -280,8 +280,9 @@ impl Backend for ContainerBackend {
     fn describe_foreign(
         &self,
         found: &ForeignArchive,
+        name: Option<&str>,
     ) -> decamp_shared::archive::Result<Described> {
-        archive::describe(found)
+        archive::describe(found, name)
     }
 
     fn unpack_foreign(

@@ -321,10 +321,14 @@ pub trait Backend: Send + Sync {
         let _ = part;
         false
     }
-    /// The workload in an archive that another program wrote, as a manifest of ours has it. What is in the
-    /// way is among what it needs.
-    fn describe_foreign(&self, found: &ForeignArchive) -> crate::archive::Result<Described> {
-        let _ = found;
+    /// The workload in an archive that another program wrote, as a manifest of ours has it, under `name` if
+    /// that is given. What is in the way is among what it needs.
+    fn describe_foreign(
+        &self,
+        found: &ForeignArchive,
+        name: Option<&str>,
+    ) -> crate::archive::Result<Described> {
+        let _ = (found, name);
         Err(WorkloadError::Unsupported("A checkpoint that another program wrote").into())
     }
     /// What takes a workload of this kind out of a checkpoint that another program wrote; `found` is what

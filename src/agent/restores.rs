@@ -103,16 +103,19 @@ enum Source {
 
 impl Source {
     /// Only containers have such files.
-    fn foreign(agent: &Agent, file: &Path) -> Result<Self> {
-        let backend = agent.backends.of(Kind::Container)?;
-        let room = free_bytes(Path::new("/")).unwrap_or(u64::MAX);
-        let most = room.saturating_add(available_memory());
+    fn foreign(agent: &Agent, request: &RestoreRequest) -> Result<Self> {
+        let (backend, file) = (agent.backends.of(Kind::Container)?, request.file.as_path());
+        // Where it goes is known only from what is in it, and looked at again then.
+        let places = request.paths.iter().map(|(_, to)| to.as_path()).chain([Path::new("/")]);
+        let room = places.map(|place| free_bytes(place).unwrap_or(u64::MAX)).max();
+        let most = room.unwrap_or(u64::MAX).saturating_add(available_memory());
         let found = Foreign::survey(file, most, &|part| backend.wants_of_foreign(part));
         let found = found.map_err(refused)?;
-        let described = backend.describe_foreign(&found).map_err(|error| {
-            let (path, what) = (file.to_owned(), chain(&error));
-            refused(ArchiveError::Refused { path, what })
-        })?;
+        let described =
+            backend.describe_foreign(&found, request.name.as_deref()).map_err(|error| {
+                let (path, what) = (file.to_owned(), chain(&error));
+                refused(ArchiveError::Refused { path, what })
+            })?;
         Ok(Self::Foreign(Box::new((found, described))))
     }
 
@@ -153,7 +156,7 @@ impl Job {
     fn check(agent: Arc<Agent>, request: RestoreRequest, tell: &Teller) -> Result<Self> {
         let foreign = Foreign::is_at(&request.file).map_err(refused)?;
         let source = match foreign {
-            true => Source::foreign(&agent, &request.file)?,
+            true => Source::foreign(&agent, &request)?,
             false => Source::Ours(Box::new(Archive::open(&request.file).map_err(refused)?)),
         };
         let mut manifest = source.manifest();

@@ -112,6 +112,12 @@ pub(super) struct Told {
     pub(super) mounts: Vec<ExternalMount>,
 }
 
+/// Whether podman may have given that name.
+fn is_plain_name(name: &str) -> bool {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    name.starts_with(|first: char| first.is_ascii_alphanumeric()) && name.bytes().all(good)
+}
+
 /// Which parts are read to know what it is.
 pub(crate) fn wants(part: &str) -> bool {
     [CONFIG, SPEC, NETWORK, DELETED, DESCRIPTORS, INVENTORY].contains(&part) || is_mounts(part)
@@ -131,8 +137,8 @@ pub(super) fn json_of<T: DeserializeOwned>(found: &Foreign, part: &str) -> Resul
         .map_err(|error| ArchiveError::part(part, format!("cannot be read: {error}")))
 }
 
-/// The container of a checkpoint of podman's.
-pub(crate) fn describe(found: &Foreign) -> Result<Described> {
+/// The container of a checkpoint of podman's, under `name` if it is not to have its own.
+pub(crate) fn describe(found: &Foreign, name: Option<&str>) -> Result<Described> {
     let config: Config = json_of(found, CONFIG)?;
     let oci: Value = json_of(found, SPEC)?;
     if found.kept(INVENTORY).is_none() {
@@ -143,7 +149,12 @@ pub(crate) fn describe(found: &Foreign) -> Result<Described> {
     if let Err(why) = told(found, &oci) {
         against.push(why.to_string());
     }
-    let place = place_of(&config.name);
+    let name = name.unwrap_or(&config.name);
+    // It is to name a directory, and that alone.
+    if !is_plain_name(name) {
+        return Err(ArchiveError::part(CONFIG, format!("has a container of the name {name:?}")));
+    }
+    let place = place_of(name);
     if !config.rootfs.is_empty() {
         against.push(
             "It has a root file system of its own (--rootfs), which is not in the file".to_owned(),
@@ -185,7 +196,7 @@ pub(crate) fn describe(found: &Foreign) -> Result<Described> {
     };
     let broken = |error| ArchiveError::part(CONFIG, format!("cannot be used: {error}"));
     Ok(Described {
-        name: config.name,
+        name: name.to_owned(),
         uuid: String::new(),
         kind: Kind::Container,
         memory_bytes: resident,
@@ -241,7 +252,9 @@ fn bundle_config(config: &Config, mut oci: Value, against: &mut Vec<String>) -> 
             || mount["options"].as_array().is_some_and(|options| {
                 options.iter().any(|option| option == "bind" || option == "rbind")
             });
-        let destination = mount["destination"].as_str().unwrap_or_default().to_owned();
+        let destination = plain(mount["destination"].as_str().unwrap_or_default()).to_owned();
+        // What the images, which have it so, are compared with.
+        mount["destination"] = json!(destination);
         if !is_bind {
             let kind = mount["type"].as_str().unwrap_or_default();
             if !FILE_SYSTEMS.contains(&kind) {
@@ -251,7 +264,7 @@ fn bundle_config(config: &Config, mut oci: Value, against: &mut Vec<String>) -> 
             continue;
         }
         let own = OWN_FILES.iter().find(|(name, _)| *name == destination);
-        let volume = volumes.iter().find(|volume| volume.dest == destination);
+        let volume = volumes.iter().find(|volume| plain(&volume.dest) == destination);
         mount["source"] = if let Some((_, file)) = own {
             json!(file)
         } else if let Some(volume) = volume {
@@ -268,6 +281,12 @@ fn bundle_config(config: &Config, mut oci: Value, against: &mut Vec<String>) -> 
         };
     }
     Ok(oci)
+}
+
+/// A path without slashes at its end.
+fn plain(path: &str) -> &str {
+    let plain = path.trim_end_matches('/');
+    if plain.is_empty() { path } else { plain }
 }
 
 /// The interface that it had, on the bridge of the same network here.
@@ -348,4 +367,37 @@ pub(super) fn told(found: &Foreign, oci: &Value) -> Result<Told> {
         mounts.push(ExternalMount { destination, kind, name, mounted: path });
     }
     Ok(Told { descriptors, mounts })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_no_path() {
+        for good in ["web", "Web_2.x-y"] {
+            assert!(is_plain_name(good), "{good}");
+        }
+        for bad in ["", "..", ".web", "/etc", "a/b", "../../etc", "a\0", "a b"] {
+            assert!(!is_plain_name(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_slash_at_the_end_of_a_destination_says_nothing() {
+        let config: Config = serde_json::from_value(json!({
+            "name": "web",
+            "namedVolumes": [{"volumeName": "data", "dest": "/data/"}],
+        }))
+        .expect("a configuration");
+        let oci = json!({"mounts": [
+            {"destination": "/data/", "type": "bind", "source": "/somewhere"},
+            {"destination": "/etc/hosts", "type": "bind", "source": "/somewhere"},
+        ]});
+        let mut against = Vec::new();
+        let oci = bundle_config(&config, oci, &mut against).expect("a configuration");
+        assert_eq!(against, Vec::<String>::new());
+        assert_eq!(oci["mounts"][0]["destination"], "/data");
+        assert_eq!(oci["mounts"][0]["source"], "volumes/data");
+    }
 }

@@ -19,15 +19,16 @@ use super::foreign::{
     told,
 };
 use super::pages::Images;
-use super::unpack::{LIST_MOST, refusals, space, take_pages};
+use super::unpack::{Lists, refusals, space, take_pages};
 use super::{IMAGES, ROOTFS, failed};
+use crate::confined::{HOST_IDS, IDS_MARKS, IDS_MOST, INVENTORY_MARKS};
 use crate::dump::ContainerState;
 use crate::facts::Needs;
 use crate::images::{self, HiddenPages, PREFIX, is_image_name, process_of};
 use crate::mounts::ExternalKind;
 use crate::podman::image::MountedImage;
 use crate::segments;
-use crate::segments::message::Image;
+use crate::segments::message::{Image, Message};
 use crate::spec::ContainerSpec;
 
 /// Shared memory files, as podman has them.
@@ -35,11 +36,14 @@ const SHM_TAR: &str = "devshm-checkpoint.tar";
 /// What podman has in its files for people and for itself.
 const FOR_PODMAN: [&str; 6] =
     [CONFIG, "spec.dump", "network.status", DELETED, DESCRIPTORS, "stats-dump"];
-/// What CRIU calls the host's namespaces, and a process its own: an inventory of them, and one of each.
-/// The marks at the head of both (CRIU's magic.h), and what they say of the network.
-const INVENTORY_MARKS: &[u32] = &[0x5831_3116];
-const IDS_MARKS: &[u32] = &[0x5456_4319, 0x5443_2030];
-const HOST_IDS: u32 = 3;
+/// CRIU's image of what is in pipes, and the marks at its head.
+const PIPES_DATA: &str = "pipes-data.img";
+const PIPES_DATA_MARKS: [u32; 2] = [0x5456_4319, 0x5645_3709];
+/// Which pipe it is, by its inode, and how many bytes follow (CRIU's pipe-data.proto).
+const PIPE_ID: u32 = 1;
+const PIPE_BYTES: u32 = 2;
+const CUT: &str = "is cut short";
+/// What the images say of the network namespace of a process.
 const NETWORK_ID: u32 = 6;
 
 /// A container that comes out of a checkpoint of podman's.
@@ -64,7 +68,10 @@ pub(crate) struct ForeignUnpacking {
     /// Pages images of processes, by the name of their part.
     processes: BTreeMap<String, (i32, Images)>,
     hidden: HiddenPages,
+    lists: Lists,
     spaces: Vec<SpaceInfo>,
+    /// What was in its standard input, not yet read.
+    input: Vec<u8>,
     /// What its processes call their network namespace.
     network_id: Option<u64>,
     sections: Vec<Section>,
@@ -109,7 +116,9 @@ impl ForeignUnpacking {
             trees: BTreeMap::new(),
             processes: BTreeMap::new(),
             hidden: HiddenPages::new(),
+            lists: Lists::default(),
             spaces: Vec::new(),
+            input: Vec::new(),
             network_id: None,
             sections: Vec::new(),
         })
@@ -131,6 +140,9 @@ impl ForeignUnpacking {
     /// Looks at an image of CRIU's, and reads what is a list.
     fn look_at_image(&mut self, name: &str, part: &PartInfo, content: &mut dyn Read) -> Result<()> {
         let bad = |what: &str| ArchiveError::part(&part.name, what);
+        if part.name == INVENTORY && part.size > IDS_MOST {
+            return Err(bad("is longer than any"));
+        }
         if let Some((_, images)) = self.processes.get(&part.name) {
             return match images.bytes() == Some(part.size) {
                 true => Ok(()),
@@ -138,7 +150,7 @@ impl ForeignUnpacking {
             };
         }
         if name.starts_with("ids-") {
-            let bytes = read_whole(part, LIST_MOST, content)?;
+            let bytes = read_whole(part, IDS_MOST, content)?;
             let image = Image::parse_marked(&bytes, IDS_MARKS);
             let image = image.ok_or_else(|| bad("is no image of CRIU's"))?;
             let id = image.messages.first().and_then(|ids| ids.number(NETWORK_ID));
@@ -149,7 +161,7 @@ impl ForeignUnpacking {
             return Ok(());
         }
         let Some(inner) = process_of(name) else { return Ok(()) };
-        let bytes = read_whole(part, LIST_MOST, content)?;
+        let bytes = self.lists.read(part, content)?;
         let all = Images::all(&bytes).map_err(bad)?;
         let images = Images::split(&bytes, &all).map_err(bad)?;
         let pages = format!("{IMAGES}pages-{}.img", images.pages_id);
@@ -204,8 +216,8 @@ impl ForeignUnpacking {
             mounts: self.told.mounts.clone(),
             second_output,
             input: pipe(0),
-            // What was in it is in CRIU's images.
-            input_rest: Vec::new(),
+            input_rest: self.input.clone(),
+            // Podman had its other end. Images do not say whether it had closed it.
             input_ended: false,
             settings: Vec::new(),
             terminal: false,
@@ -286,6 +298,8 @@ impl Unpacking for ForeignUnpacking {
         let trees = self.trees.values().map(TreeLander::bytes);
         let files = trees.chain([root.bytes()]).fold(0, u64::saturating_add);
         self.root = Some(root);
+        // All of them are read once more.
+        self.lists = Lists::default();
         let refusals = refusals(archive, &self.path, files);
         if refusals.is_empty() { Ok(()) } else { Err(ArchiveError::Unfit(refusals)) }
     }
@@ -312,13 +326,17 @@ impl Unpacking for ForeignUnpacking {
         let bytes = match (own, process_of(image)) {
             (Some(own), _) => own,
             (None, Some(inner)) => {
-                let bytes = read_whole(part, LIST_MOST, content)?;
+                let bytes = self.lists.read(part, content)?;
                 let hidden = self.hidden.get(&inner).map(Vec::as_slice).unwrap_or_default();
                 let split = Images::split(&bytes, hidden);
                 split.map_err(|what| ArchiveError::part(name, what))?.pagemap
             }
             (None, None) => read_whole(part, part.size, content)?,
         };
+        if let Some(key) = self.told.descriptors.first().filter(|_| image == PIPES_DATA) {
+            let bad = |what: &str| ArchiveError::part(name, what);
+            self.input = held_in_pipe(&bytes, key).map_err(bad)?;
+        }
         let bytes = if name == INVENTORY { self.in_our_network(&bytes)? } else { bytes };
         let (kind, version) = (format!("{PREFIX}{image}"), images::VERSION);
         self.sections.push(Section { kind, version, bytes });
@@ -336,6 +354,32 @@ impl Unpacking for ForeignUnpacking {
         sections.push(self.state().to_section().map_err(failed)?);
         Ok(sections)
     }
+}
+
+/// What an image of what is in pipes has of the pipe that CRIU calls `key` ("pipe:[7]"): into a pipe that is
+/// given from outside CRIU itself puts nothing.
+fn held_in_pipe(image: &[u8], key: &str) -> std::result::Result<Vec<u8>, &'static str> {
+    let id = key.strip_prefix("pipe:[").and_then(|rest| rest.strip_suffix(']')?.parse().ok());
+    let Some(id) = id else { return Ok(Vec::new()) };
+    let marks = PIPES_DATA_MARKS.map(u32::to_le_bytes).concat();
+    let mut rest = image.strip_prefix(&marks[..]).ok_or("is no image of CRIU's")?;
+    while !rest.is_empty() {
+        let length = split(&mut rest, 4)?.try_into().map_err(|_| CUT)?;
+        let message = Message::parse(split(&mut rest, u32::from_le_bytes(length) as usize)?)
+            .ok_or("is no image of CRIU's")?;
+        let length = message.number(PIPE_BYTES).unwrap_or(0) as u32;
+        let bytes = split(&mut rest, length as usize)?;
+        if message.number(PIPE_ID) == Some(id) {
+            return Ok(bytes.to_vec());
+        }
+    }
+    Ok(Vec::new())
+}
+
+fn split<'a>(rest: &mut &'a [u8], length: usize) -> std::result::Result<&'a [u8], &'static str> {
+    let (first, behind) = rest.split_at_checked(length).ok_or(CUT)?;
+    *rest = behind;
+    Ok(first)
 }
 
 /// The bundle without what is in trees of its own, but with the place of shared memory files, which need not
@@ -358,7 +402,8 @@ fn bundle_tar(oci: &Value, address: &str) -> std::io::Result<Vec<u8>> {
         head.set_cksum();
         builder.append(&head, content)
     };
-    add("./", 0o755, None)?;
+    // Nobody else here is to run what in it runs as root.
+    add("./", 0o700, None)?;
     add(&format!("{SHM}/"), 0o1777, None)?;
     add("config.json", 0o644, Some(oci.to_string().as_bytes()))?;
     let name = oci["hostname"].as_str().unwrap_or_default();
@@ -373,4 +418,31 @@ fn bundle_tar(oci: &Value, address: &str) -> std::io::Result<Vec<u8>> {
         add(file, 0o644, Some(content.as_bytes()))?;
     }
     builder.into_inner()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_in_a_pipe_is_found() {
+        let mut image = PIPES_DATA_MARKS.map(u32::to_le_bytes).concat();
+        for (id, bytes) in [(5, &b"others"[..]), (6, b""), (7, b"unread")] {
+            let mut message = Message::default();
+            message.set_number(PIPE_ID, id);
+            message.set_number(PIPE_BYTES, bytes.len() as u64);
+            let message = message.to_bytes();
+            image.extend((message.len() as u32).to_le_bytes());
+            image.extend(message);
+            image.extend(bytes);
+        }
+        let held = |key| held_in_pipe(&image, key).expect("sane");
+        assert_eq!(held("pipe:[7]"), b"unread");
+        assert_eq!(held("pipe:[6]"), b"");
+        assert_eq!(held("pipe:[8]"), b"");
+        assert_eq!(held("/dev/null"), b"");
+        assert!(held_in_pipe(&image[..image.len() - 1], "pipe:[7]").is_err(), "cut short");
+        assert!(held_in_pipe(&image[1..], "pipe:[7]").is_err());
+        assert_eq!(held_in_pipe(&image[..8], "pipe:[7]"), Ok(Vec::new()), "nothing in any");
+    }
 }

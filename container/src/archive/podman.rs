@@ -40,8 +40,17 @@ pub(crate) fn advice(file: &Path) -> String {
     format!(
         "podman with runc restores it too: podman container restore --tcp-established --file-locks --import \
          {}\nOnce it has an empty image: tar -cf - -T /dev/null | podman import - localhost/decamp/empty",
-        file.display()
+        quoted(&file.display().to_string())
     )
+}
+
+/// As one word of a shell's.
+fn quoted(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/._-+,@%:=".contains(&byte);
+    match !text.is_empty() && text.bytes().all(plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    }
 }
 
 /// The parts for podman.
@@ -57,7 +66,11 @@ pub(super) fn parcels(
     let config = config(manifest, spec, needs, &id, &time_text(now));
     let oci = spec_of(bundle, needs, &id);
     // Standard input, output and error, by which a runtime finds what it has to put in their places.
-    let descriptors = ["/dev/null", &state.output, &state.output];
+    let descriptors = [
+        state.input.as_deref().unwrap_or("/dev/null"),
+        &state.output,
+        state.second_output.as_ref().unwrap_or(&state.output),
+    ];
     Ok(vec![
         Parcel::json("config.dump", &config)?,
         Parcel::json("spec.dump", &oci)?,
@@ -158,6 +171,12 @@ mod tests {
         ] {
             assert_eq!(time_text(seconds), text);
         }
+    }
+
+    #[test]
+    fn a_path_is_one_word() {
+        assert!(advice(Path::new("/b/web.tar.zst")).contains("--import /b/web.tar.zst\n"));
+        assert!(advice(Path::new("/b/it's $x")).contains(r"--import '/b/it'\''s $x'"));
     }
 
     #[test]

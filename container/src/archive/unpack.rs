@@ -24,8 +24,29 @@ use crate::facts::Needs;
 use crate::images::{self, HIDDEN, HiddenPages, PAGE_LIMIT, PREFIX, is_image_name, process_of};
 use crate::segments;
 
-/// Bytes of a pagemap, or of the list of hidden pages, at most.
-pub(super) const LIST_MOST: u64 = 1 << 30;
+/// Bytes of all pagemaps and lists of hidden pages of a file at most. Read, they take some ten times that.
+const LISTS_MOST: u64 = 256 << 20;
+
+/// How much of lists may still be read.
+#[derive(Debug)]
+pub(super) struct Lists {
+    left: u64,
+}
+
+impl Default for Lists {
+    fn default() -> Self {
+        Self { left: LISTS_MOST }
+    }
+}
+
+impl Lists {
+    /// All of a part that is a list.
+    pub(super) fn read(&mut self, part: &PartInfo, content: &mut dyn Read) -> Result<Vec<u8>> {
+        let bytes = read_whole(part, self.left, content)?;
+        self.left -= bytes.len() as u64;
+        Ok(bytes)
+    }
+}
 
 /// A container that comes out of a checkpoint.
 pub(crate) struct ContainerUnpacking {
@@ -34,6 +55,7 @@ pub(crate) struct ContainerUnpacking {
     /// Where the root file system is to be.
     root: PathBuf,
     list: SectionList,
+    lists: Lists,
     hidden: HiddenPages,
     /// Pages images of processes, by the name of their part.
     processes: BTreeMap<String, (i32, Images)>,
@@ -60,6 +82,7 @@ impl ContainerUnpacking {
             path: placed.path.clone(),
             root: root.map_or_else(|| placed.path.clone(), |root| placed.path.join(root)),
             list: SectionList::default(),
+            lists: Lists::default(),
             hidden: HiddenPages::new(),
             processes: BTreeMap::new(),
             spaces: Vec::new(),
@@ -84,12 +107,12 @@ impl ContainerUnpacking {
                 return Err(bad("stands behind the images that it speaks of"));
             }
             _ if section.kind == HIDDEN => {
-                section.bytes = read_whole(part, LIST_MOST, content)?;
+                section.bytes = self.lists.read(part, content)?;
                 self.hidden = images::read_hidden(&section).map_err(failed)?;
                 self.spaces = self.hidden.keys().map(|inner| space(*inner)).collect();
             }
             None if section.kind == STATE => {
-                section.bytes = read_whole(part, LIST_MOST, content)?;
+                section.bytes = self.lists.read(part, content)?;
                 ContainerState::from_section(&section).map_err(failed)?;
                 self.state_seen = true;
             }
@@ -102,7 +125,7 @@ impl ContainerUnpacking {
                 let hidden =
                     process_of(name).and_then(|inner| Some((inner, self.hidden.get(&inner)?)));
                 let Some((inner, hidden)) = hidden else { return Ok(None) };
-                section.bytes = read_whole(part, LIST_MOST, content)?;
+                section.bytes = self.lists.read(part, content)?;
                 let images = Images::split(&section.bytes, hidden).map_err(bad)?;
                 section.bytes.clone_from(&images.pagemap);
                 let pages = format!("{IMAGES}pages-{}.img", images.pages_id);
@@ -164,6 +187,8 @@ impl Unpacking for ContainerUnpacking {
             archive.header().part(name).ok_or_else(|| missing(name))?;
         }
         self.images_seen = false;
+        // All of them are read once more.
+        self.lists = Lists::default();
         let files = self.trees.values().map(TreeLander::bytes).fold(0u64, u64::saturating_add);
         let refusals = refusals(archive, &self.path, files);
         if refusals.is_empty() { Ok(()) } else { Err(ArchiveError::Unfit(refusals)) }
@@ -361,6 +386,14 @@ mod tests {
         (list.fill)(&mut bytes).expect("written");
         parts.insert(0, (list.info, bytes));
         parts
+    }
+
+    #[test]
+    fn lists_are_short_together() {
+        let mut lists = Lists { left: 100 };
+        let part = PartInfo { name: "checkpoint/pagemap-1.img".to_owned(), size: 60 };
+        assert_eq!(lists.read(&part, &mut &[0; 60][..]).expect("short").len(), 60);
+        assert!(lists.read(&part, &mut &[0; 60][..]).is_err());
     }
 
     fn take(parts: &[(PartInfo, Vec<u8>)]) -> Result<(Kept, Vec<Section>)> {

@@ -110,7 +110,7 @@ fn look(there: &Spot<'_>, file: &Path, path: &Path) -> Result<Taken, String> {
         |error: decamp_shared::archive::ArchiveError| decamp_shared::session::error::chain(&error);
     let found = Foreign::survey(file, 1 << 32, &|part| backend.wants_of_foreign(part));
     let found = found.map_err(said)?;
-    let described = backend.describe_foreign(&found).map_err(said)?;
+    let described = backend.describe_foreign(&found, None).map_err(said)?;
     let mut manifest = described.manifest();
     (manifest.name, manifest.uuid) = (there.place.name.clone(), there.place.uuid.clone());
     let tree = manifest.files[0].clone();

@@ -59,8 +59,8 @@ impl Foreign {
             let decoder = decoder(&file).map_err(|error| said(&error))?;
             let mut tar = tar::Archive::new(Counting::new(decoder));
             let mut entries = tar.entries().map_err(|error| said(&error))?.raw(true);
-            let (mut end, mut total, mut in_memory) = (0u64, 0u64, 0u64);
-            while let Some(mut entry) = next_file(&mut entries)? {
+            let (mut end, mut total, mut in_memory, mut passed) = (0u64, 0u64, 0u64, 0u64);
+            while let Some(mut entry) = next_file(&mut entries, &mut passed)? {
                 let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
                 if entry.header().entry_type() != tar::EntryType::Regular {
                     return Err(format!("its part {name:?} is no file"));

@@ -115,11 +115,11 @@ impl Archive {
         let last = PartInfo { name: SUMS.to_owned(), size: JSON_MOST };
         let ours = |part| (!self.foreign).then_some(part);
         let promised = ours(&header).into_iter().chain(&self.header.parts).chain(ours(&last));
-        let mut end = 0;
+        let (mut end, mut passed) = (0, 0);
         for part in promised {
             let missing = || self.refused(format!("it ends before part {}", part.name));
             let entry = match self.foreign {
-                true => next_file(&mut entries).map_err(|what| self.refused(what))?,
+                true => next_file(&mut entries, &mut passed).map_err(|what| self.refused(what))?,
                 false => next_before(&mut entries, &part.name).map_err(damaged)?,
             };
             let entry = entry.ok_or_else(missing)?;
@@ -144,7 +144,9 @@ impl Archive {
             }
         }
         let more = match self.foreign {
-            true => next_file(&mut entries).map_err(|what| self.refused(what))?.is_some(),
+            true => {
+                next_file(&mut entries, &mut passed).map_err(|what| self.refused(what))?.is_some()
+            }
             false => entries.next().is_some(),
         };
         if more {

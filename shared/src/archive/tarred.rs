@@ -17,6 +17,8 @@ pub(super) const BLOCK: u64 = 512;
 const USTAR: usize = 257;
 /// Bytes of the records before an entry of another program's at most.
 const RECORDS_MOST: u64 = 64 << 10;
+/// Bytes of directories and records that are passed over, with their headers, at most.
+const PASSED_MOST: u64 = 64 << 20;
 /// Memory that decompression may ask for, as a power of two.
 const WINDOW_LOG: u32 = 27;
 /// Zeros that may end a tar: two blocks, and what fills a record of the usual length.
@@ -91,9 +93,11 @@ pub(super) fn must_end<R: Read>(
 }
 
 /// The next entry of an archive of another program's that is a file. Directories say nothing, and of
-/// records before an entry only such are passed over as change neither name nor size.
+/// records before an entry only such are passed over as change neither name nor size. `passed` counts the
+/// bytes of all of these.
 pub(super) fn next_file<'a, R: Read + 'a>(
     entries: &mut tar::Entries<'a, R>,
+    passed: &mut u64,
 ) -> std::result::Result<Option<tar::Entry<'a, R>>, String> {
     for entry in entries {
         let mut entry = entry.map_err(|error| said(&error))?;
@@ -111,6 +115,10 @@ pub(super) fn next_file<'a, R: Read + 'a>(
                 }
             }
             _ => return Ok(Some(entry)),
+        }
+        *passed += BLOCK + entry.size().next_multiple_of(BLOCK);
+        if *passed > PASSED_MOST {
+            return Err("it has more directories and records than any".to_owned());
         }
     }
     Ok(None)

@@ -567,6 +567,8 @@ fn what_others_wrote_may_lie() {
     refused(&[("x", GNULongName, b"y")], "is no file");
     refused(&[("x", XHeader, b"9 path=y\n"), ("x", Regular, b"")], "in two places");
     refused(&[("x", Regular, &[0; 60]), ("y", Regular, &[0; 60])], "have room for 100");
+    let record = [b'x'; 60 << 10];
+    refused(&vec![("x", XHeader, &record[..]); 1_100], "more directories and records");
     let whole = tar_of(&[("x", Regular, b"x")]);
     let more = [&whole[..], b"x"].concat();
     assert!(surveyed(&more, 100).expect_err("more").to_string().contains("after its end"));

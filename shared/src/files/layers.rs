@@ -14,6 +14,9 @@ use super::placing::Placing;
 use super::tar_landing::{Raw, each};
 use super::tar_tree::{TarTree, device_fault};
 
+/// Links followed in one path at most.
+const LINKS: usize = 40;
+
 /// What a tar says is different.
 #[derive(Debug, Default)]
 pub struct Changes {
@@ -127,6 +130,12 @@ impl LayeredLander {
             tree.insert(entry.path.clone(), From::Changes(number));
         }
         for (wanted, directory) in wanted {
+            let target = |from: From| match from {
+                From::Base(one) => below[one].target.as_slice(),
+                From::Changes(one) => &changes.entries[one].target,
+                From::Made(_) => &[],
+            };
+            let wanted = &resolve(&tree, target, wanted);
             if tree.contains_key(wanted) {
                 continue;
             }
@@ -257,6 +266,39 @@ fn make_parents(tree: &mut BTreeMap<Vec<u8>, From>, path: &[u8]) {
     }
 }
 
+/// Where `path` is in the tree, by the links in it, as for one who has the tree for a root. `target` is what
+/// an entry says that is a link, and empty for any other.
+fn resolve<'a>(
+    tree: &BTreeMap<Vec<u8>, From>,
+    target: impl Fn(From) -> &'a [u8],
+    path: &[u8],
+) -> Vec<u8> {
+    let parts = |path: &[u8]| -> Vec<Vec<u8>> {
+        path.split(|byte| *byte == b'/').rev().map(<[u8]>::to_vec).collect()
+    };
+    let (mut to_go, mut resolved, mut links) = (parts(path), Vec::<u8>::new(), 0);
+    while let Some(part) = to_go.pop() {
+        match &part[..] {
+            b"" | b"." => continue,
+            b".." => {
+                resolved = split(&resolved).0.to_vec();
+                continue;
+            }
+            _ if resolved.is_empty() => resolved = part,
+            _ => resolved = [&resolved, &b"/"[..], &part].concat(),
+        }
+        let link = tree.get(&resolved).map_or(&[][..], |from| target(*from));
+        // As many as the kernel follows; then it stays a link, and below one there is nothing.
+        if link.is_empty() || links == LINKS {
+            continue;
+        }
+        links += 1;
+        resolved = if link.starts_with(b"/") { Vec::new() } else { split(&resolved).0.to_vec() };
+        to_go.extend(parts(link));
+    }
+    resolved
+}
+
 fn made(path: &[u8], kind: Type) -> Entry {
     let mode = if kind == Type::Directory { 0o755 } else { 0o644 };
     Entry { path: path.to_vec(), kind: kind.into(), mode, ..Entry::default() }
@@ -343,8 +385,16 @@ mod tests {
             ("var/a", Regular, "a"),
             ("var/A", Link, "var/a"),
             ("link", Symlink, "/nowhere"),
+            ("var/run", Symlink, "../run"),
+            ("loop", Symlink, "loop"),
         ]);
-        let wanted = [("proc", true), ("run/.containerenv", false), ("etc/kept", false)];
+        let wanted = [
+            ("proc", true),
+            ("run/.containerenv", false),
+            ("etc/kept", false),
+            ("var/run/x", true),
+            ("out/var/run/../y", true),
+        ];
         let tree =
             layered(directory.path(), &tar, &["etc/gone", "etc/kept"], &wanted).expect("lands");
         let read = |name: &str| fs::read_to_string(tree.join(name)).expect("a file");
@@ -358,6 +408,7 @@ mod tests {
         assert_eq!(inode("var/A"), inode("var/a"));
         assert!(!tree.join("etc/gone").exists() && tree.join("proc").is_dir());
         assert_eq!(read("run/.containerenv"), "");
+        assert!(tree.join("run/x").is_dir() && tree.join("y").is_dir());
         assert_eq!(fs::read_link(tree.join("out")).expect("a link"), Path::new("/"));
     }
 
@@ -384,6 +435,9 @@ mod tests {
             assert!(crate::session::error::chain(&error).contains(says), "{error}");
             assert!(!directory.path().join("tree").exists());
         }
+        let directory = tempfile::tempdir().expect("a directory");
+        let looped = tar_of(&[("loop", Symlink, "loop")]);
+        assert!(layered(directory.path(), &looped, &[], &[("loop/x", true)]).is_err());
         let directory = tempfile::tempdir().expect("a directory");
         let mut cut = tar_of(&[("x", Regular, "some text")]);
         cut.truncate(520);
