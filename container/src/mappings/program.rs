@@ -2,7 +2,8 @@
 //! and writes where it begins and ends, and its flags (an iterator, `bpf_iter_task_vma`, Linux 6.1).
 //!
 //! It finds them by the kernel's own description of its types. That the bits mean what they are taken for is
-//! tried on mappings of this very process before anything is made of them.
+//! tried on mappings of this very process before anything is made of them; of the marks that those do not have
+//! (hugetlbfs, devices) it is taken from the kernel's history.
 
 use std::fs;
 use std::fs::File;

@@ -1,5 +1,5 @@
 //! Mappings of our own, each with another mark that a program may give its memory: to try on them what is
-//! said of mappings.
+//! said of mappings. Marks of huge pages (hugetlbfs) and of devices are not among them.
 
 use std::io;
 use std::ops::Range;
