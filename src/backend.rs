@@ -10,10 +10,10 @@ use decamp_shared::keeper::KeeperConfig;
 use decamp_shared::workload::{
     Backend, FileRole, FileTree, HostTools, Kind, Result, Storage, WorkloadError,
 };
-use decamp_vm::VmBackend;
+use decamp_vm::{Baseline, Offer, VmBackend};
 use serde_json::Value;
 
-use crate::messages::FileEntry;
+use crate::messages::{BaselineAnswer, FileEntry};
 
 /// One backend a kind.
 #[derive(Clone)]
@@ -72,6 +72,35 @@ pub(crate) fn shim_main(socket: &Path, arguments: &[String]) -> Result<()> {
     Ok(decamp_container::podman::shim::shim_main(socket, arguments)?)
 }
 
+/// The widest CPU that all of `offers`, each a host's name and its backend's own words, have in common, as it
+/// is written into a file, what each host has beyond it, and who says less than he could.
+///
+/// # Errors
+/// When an offer is none, or there is nothing in common.
+pub(crate) fn cpu_baseline(offers: &[(String, Vec<u8>)]) -> Result<BaselineAnswer> {
+    let read = |(host, offer): &(String, Vec<u8>)| {
+        let offer = Offer::parse(offer)
+            .map_err(|error| WorkloadError::new(format!("Cannot understand {host}"), error))?;
+        Ok((host.clone(), offer))
+    };
+    let offers: Vec<_> = offers.iter().map(read).collect::<Result<_>>()?;
+    let (baseline, lost) = Baseline::of(&offers)?;
+    let silent = offers.iter().filter(|(_, offer)| offer.registers.is_none());
+    let silent = silent.map(|(host, _)| host.clone()).collect();
+    let baseline = serde_json::to_value(&baseline)
+        .map_err(|error| WorkloadError::new("Could not write a CPU baseline", error))?;
+    Ok(BaselineAnswer { baseline, lost, silent })
+}
+
+/// What the spec of a virtual machine holds of a file with a CPU baseline.
+///
+/// # Errors
+/// When the file is none.
+pub(crate) fn read_cpu_baseline(file: &[u8]) -> Result<Value> {
+    serde_json::to_value(Baseline::parse(file)?.held())
+        .map_err(|error| WorkloadError::new("Could not write a CPU baseline", error))
+}
+
 /// The files that a workload of this spec stands on.
 pub(crate) fn files_of(kind: Kind, spec: &Value) -> Vec<FileEntry> {
     let keys: &[(&str, FileRole)] = match kind {
@@ -87,13 +116,37 @@ pub(crate) fn files_of(kind: Kind, spec: &Value) -> Vec<FileEntry> {
         Kind::Container => decamp_container::volume_trees(spec),
         _ => Vec::new(),
     };
-    named.chain(mounted.iter().map(|tree| entry(tree, Path::new(&tree.path)))).collect()
+    let mounted = mounted.iter().map(|tree| entry(tree, Path::new(&tree.path)));
+    let disks = match kind {
+        Kind::Vm => spec.get("disks").and_then(Value::as_array).map(Vec::as_slice),
+        _ => None,
+    };
+    let disk = |disk: &Value| {
+        let path = PathBuf::from(disk.get("path")?.as_str()?);
+        let shared = disk.get("shared").and_then(Value::as_bool).unwrap_or_default();
+        Some(FileEntry { role: role_word(FileRole::Disk).to_owned(), path, shared })
+    };
+    let disks = disks.unwrap_or_default().iter().filter_map(disk);
+    named.chain(mounted).chain(disks).collect()
 }
 
 /// A tree of a move as the registry has it, at `path`.
 pub(crate) fn entry(tree: &FileTree, path: &Path) -> FileEntry {
     let shared = tree.storage() == Storage::Shared;
     FileEntry { role: role_word(tree.role()).to_owned(), path: path.to_owned(), shared }
+}
+
+/// `files` with those at `moves`, old and new paths, where they are now.
+pub(crate) fn moved_files(files: &[FileEntry], moves: &[(PathBuf, PathBuf)]) -> Vec<FileEntry> {
+    let disk = role_word(FileRole::Disk);
+    let now = |file: &FileEntry| {
+        let moved = moves.iter().find(|(old, _)| file.role == disk && file.path == *old);
+        moved.map_or_else(
+            || file.clone(),
+            |(_, new)| FileEntry { path: new.clone(), ..file.clone() },
+        )
+    };
+    files.iter().map(now).collect()
 }
 
 /// `now`, in which what was shared before still is.
@@ -135,6 +188,7 @@ pub(crate) fn role_word(role: FileRole) -> &'static str {
         FileRole::Bundle => "bundle",
         FileRole::Volume => "volume",
         FileRole::VolumeFile => "volume-file",
+        FileRole::Disk => "disk",
         FileRole::Unspecified => "file",
     }
 }

@@ -185,6 +185,26 @@ pub(crate) struct LeftFile {
     pub(crate) why: String,
 }
 
+/// `POST /v1/cpu/baseline`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct BaselineRequest {
+    /// `HOST[:PORT]`, hosts of the agent's configuration; its own counts in any case.
+    pub(crate) hosts: Vec<String>,
+}
+
+/// The widest CPU that they have in common.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct BaselineAnswer {
+    /// As it stands in a file.
+    pub(crate) baseline: Value,
+    /// What each host has beyond it, for people.
+    pub(crate) lost: BTreeMap<String, Vec<String>>,
+    /// Hosts whose decamp is too old to say what registers tell there; nothing is said of those then.
+    #[serde(default)]
+    pub(crate) silent: Vec<String>,
+}
+
 /// `POST /v1/migrations`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -315,6 +335,29 @@ pub(crate) struct CheckpointView {
     /// What other programs can do with the file, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) advice: Option<String>,
+}
+
+/// Why a console that was attached to ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "ended", rename_all = "kebab-case")]
+pub(crate) enum ConsoleEnd {
+    /// The workload has ended here, by itself or by `stop`.
+    Stopped {
+        /// How.
+        exit: Option<ExitRecord>,
+    },
+    /// It runs on another host now.
+    Moved {
+        /// Which.
+        to: Option<String>,
+    },
+    /// Nobody knows on which host it has to run.
+    Unresolved {
+        /// The move that it is about.
+        migration: Option<String>,
+    },
+    /// Its keeper closed the console, and nothing else is known to have happened.
+    Closed,
 }
 
 /// `GET /v1/host`.

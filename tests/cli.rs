@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
-const VERBS: [&[&str]; 22] = [
+const VERBS: [&[&str]; 25] = [
     &["agent"],
     &["pki"],
     &["pki", "init"],
@@ -21,6 +21,9 @@ const VERBS: [&[&str]; 22] = [
     &["ls"],
     &["inspect"],
     &["logs"],
+    &["console"],
+    &["cpu"],
+    &["cpu", "baseline"],
     &["start"],
     &["stop"],
     &["rm"],
@@ -169,6 +172,12 @@ fn bad_usage_exits_with_2() {
         &["migrate", "web", "--to", "beta", "--mode", "fast"],
         &["migrate", "web", "--to", "beta", "--path", "/a"],
         &["migrate", "web", "--to", "beta", "--timeout", "0s"],
+        &["console"],
+        &["console", "web", "--detach-key", "ctrl-1"],
+        &["console", "web", "--for", "long"],
+        &["cpu", "baseline"],
+        &["run", "vm", "web", "--kernel", "k", "--cpu-baseline", "/dev/null"],
+        &["run", "vm", "web", "--kernel", "k", "--cpu-baseline", "/nowhere/at/all"],
         &["resolve", "m"],
         &["resolve", "m", "--keep", "both"],
         &["pki", "issue", "."],
@@ -185,7 +194,9 @@ fn without_an_agent_it_says_how_to_start_one() {
     let dir = tempfile::tempdir().expect("a directory");
     let socket = dir.path().join("nobody.sock");
     let socket = socket.to_str().expect("UTF-8");
-    for arguments in [&["ls"][..], &["migrate", "web", "--to", "beta"], &["stop", "web"]] {
+    for arguments in
+        [&["ls"][..], &["migrate", "web", "--to", "beta"], &["stop", "web"], &["console", "web"]]
+    {
         let output = run(&[arguments, &["--socket", socket]].concat());
         assert_exit(&output, 1);
         let text = stderr(&output);
@@ -504,4 +515,43 @@ fn an_agent_that_is_lost_before_it_answers_leaves_the_outcome_open() {
     let output = child.wait_with_output().expect("ended");
     assert_exit(&output, 5);
     assert_eq!(outcomes(&output), ["unresolved", "cancelled"]);
+}
+
+#[test]
+fn whatever_ends_a_stay_at_a_console_the_terminal_is_as_before() {
+    use nix::sys::termios::{LocalFlags, tcgetattr};
+    use std::io::{Read, Write};
+    let agent = Feigned::listen();
+    for signal in ["-INT", "-TERM", "-HUP", "-QUIT"] {
+        let terminal = nix::pty::openpty(None, None).expect("a terminal");
+        let (mut screen, slave) = (fs::File::from(terminal.master), terminal.slave);
+        let before = tcgetattr(&slave).expect("settings");
+        let end = || Stdio::from(slave.try_clone().expect("a descriptor"));
+        let mut command = decamp();
+        command.env("DECAMP_SOCKET", agent.dir.path().join("decamp.sock"));
+        command.args(["console", "web"]).stdin(end()).stdout(end()).stderr(end());
+        let mut child = command.spawn().expect("decamp runs");
+        let (mut console, asked) = agent.request();
+        assert!(asked.starts_with("GET /v1/workloads/web/console "), "{asked}");
+        let head = "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n\
+            Upgrade: decamp-console\r\n\r\n";
+        console.write_all(head.as_bytes()).expect("written");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let is_raw = || {
+            let settings = tcgetattr(&slave).expect("settings");
+            !settings.local_flags.contains(LocalFlags::ICANON)
+        };
+        while !is_raw() {
+            assert!(Instant::now() < deadline, "it never took every key");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let sent = Command::new("kill").arg(signal).arg(child.id().to_string()).status();
+        assert!(sent.expect("kill runs").success());
+        assert_eq!(child.wait().expect("a child").code(), Some(1), "{signal}");
+        assert_eq!(tcgetattr(&slave).expect("settings"), before, "{signal}");
+        let mut shown = [0; 1024];
+        let count = screen.read(&mut shown).expect("what it said");
+        let shown = String::from_utf8_lossy(&shown[..count]);
+        assert!(shown.contains("At the console of web. Ctrl-] detaches."), "{shown}");
+    }
 }

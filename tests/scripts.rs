@@ -8,6 +8,7 @@ use std::process::{Command, Output};
 use nix::fcntl::{Flock, FlockArg};
 
 const HOSTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hosts");
+const LAB: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/run");
 const SETUP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/setup");
 
 fn hosts(verb: &str, dir: &Path, data: &Path) -> Output {
@@ -119,6 +120,42 @@ fn a_second_run_leaves_the_hosts_of_the_first() {
         assert!(lock.exists(), "{script} unlocked what it had not locked");
     }
     drop(held);
+}
+
+/// The lab on a machine that has only what its way in takes.
+#[test]
+fn a_lab_that_cannot_be_says_what_it_lacks() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let [bin, kernels] = ["bin", "kernels"].map(|one| scratch.path().join(one));
+    fs::create_dir(&bin).expect("a directory");
+    for name in ["bash", "dirname", "readlink"] {
+        std::os::unix::fs::symlink(Path::new("/usr/bin").join(name), bin.join(name))
+            .expect("linked");
+    }
+    let lab = |words: &[&str]| {
+        let mut command = Command::new(LAB);
+        command.args(words).env_clear().env("PATH", &bin).env("DECAMP_LAB_DIR", &kernels);
+        command.env("TMPDIR", scratch.path()).output().expect("tests/lab/run runs")
+    };
+    let skips = |output: &Output| {
+        let told = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(0), "{told}");
+        assert!(told.lines().any(|line| line.starts_with("skipped: ")), "{told}");
+        told.into_owned()
+    };
+    assert!(skips(&lab(&["guests"])).contains("python3"));
+    if !Path::new("/usr/bin/python3").exists() {
+        return;
+    }
+    std::os::unix::fs::symlink("/usr/bin/python3", bin.join("python3")).expect("linked");
+    for name in ["guests", "peers", "containers"] {
+        let told = skips(&lab(&[name]));
+        assert!(told.contains("qemu-system-x86_64"), "{told}");
+        assert!(told.contains(&format!("test lab::{name} ... skipped: ")), "{told}");
+    }
+    assert_eq!(lab(&["nonsense"]).status.code(), Some(2));
+    let left = fs::read_dir(scratch.path()).expect("listed").count();
+    assert_eq!((left, kernels.exists()), (1, false), "something was left behind");
 }
 
 #[test]

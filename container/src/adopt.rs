@@ -4,7 +4,6 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -31,13 +30,11 @@ use crate::restore::oci_directory;
 use crate::runtime::{Runtime, RuntimeKind, start_time};
 use crate::spec::ContainerSpec;
 use crate::store::Store;
+use crate::strangers::{self, OWN_NAMESPACES};
 use crate::streams::Streams;
 use crate::sys;
 use crate::volumes;
 
-/// Namespaces that a container must not share with the host.
-const OWN_NAMESPACES: [(&str, &str); 5] =
-    [("pid", "PID"), ("net", "network"), ("ipc", "IPC"), ("uts", "UTS"), ("mnt", "mount")];
 /// A container that was made and not started waits behind this.
 const NOT_STARTED: &str = "exec.fifo";
 /// How a container of podman's is named.
@@ -254,7 +251,8 @@ fn read_bundle(
     };
     let bundle = match read {
         Ok(bundle) if for_podman && found::is_mounted(rootfs) => {
-            bundle.moved_to(rootfs, made::anywhere).with_own_network()
+            let changed = |config| made::anywhere(config, runtime.id());
+            bundle.moved_to(rootfs, changed).with_own_network()
         }
         Ok(bundle) if directory.is_dir() => bundle.with_own_network(),
         Ok(_) => {
@@ -270,7 +268,6 @@ fn read_bundle(
         }
     };
     against.extend(bundle.run_refusals());
-    against.extend(bundle.move_obstacles().into_iter().map(refusal));
     if !same_file(&bundle.rootfs(), rootfs) {
         against.push(file(format!(
             "Its configuration has changed since it was started: its root file system was {}",
@@ -313,50 +310,8 @@ fn check_cgroups(
     if cgroups.is_suspended()? {
         against.push(format!("Container {id} is paused: resume it first"));
     }
-    let members = cgroups.processes()?;
-    let pid_namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-    let ours = pid_namespace(init);
-    // One that ends just now has none.
-    // In every hierarchy: a runtime may have left it in a cgroup that others are in, or in the root.
-    let stranger = cgroups
-        .within_reach()?
-        .into_iter()
-        .find(|(pid, _)| pid_namespace(*pid).is_some_and(|its| Some(its) != ours));
-    if let Some((stranger, directory)) = stranger {
-        against.push(format!(
-            "Process {stranger} is in the container's cgroup {} and not in its PID namespace",
-            directory.display()
-        ));
-    }
-    against.extend(sharer(&cgroups, &members, init)?);
+    against.extend(strangers::find(&cgroups, init)?);
     Ok(if against.is_empty() { Ok(cgroups) } else { Err(against) })
-}
-
-/// Whether somebody outside of the container's cgroup is in one of its namespaces: what is done to those
-/// would be done to him.
-fn sharer(cgroups: &Cgroups, members: &[i32], init: i32) -> Result<Option<String>> {
-    let of = |pid: i32, kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok();
-    let ours = OWN_NAMESPACES.map(|(kind, name)| (of(init, kind), kind, name));
-    let us = std::process::id() as i32;
-    let outside = all_processes()?.into_iter().filter(|pid| !members.contains(pid));
-    let shared = |pid: &i32| {
-        // What it has in common with the host is said already.
-        let own =
-            |ns: &Option<_>, kind: &str| ns.is_some() && *ns != of(1, kind) && *ns != of(us, kind);
-        let found = ours.iter().find(|(ns, kind, _)| own(ns, kind) && of(*pid, kind) == *ns);
-        found.map(|(_, _, name)| (*pid, *name))
-    };
-    let found = outside.filter_map(|pid| shared(&pid)).find(|(pid, _)| {
-        // It may have been forked in between, or have ended.
-        let joined = cgroups.processes().is_ok_and(|now| now.contains(pid));
-        !joined && Path::new(&format!("/proc/{pid}")).exists()
-    });
-    Ok(found.map(|(pid, name)| {
-        format!(
-            "Process {pid} is in the container's {name} namespace and not in its cgroup: it would lose \
-             what is moved away with that"
-        )
-    }))
 }
 
 /// Whether the runtime's own command waits for the container: who started that may start it again when
@@ -390,12 +345,6 @@ fn runs(pid: i32, word: &str, program: &Path) -> bool {
         || fs::read_link(of("exe")).is_ok_and(|link| is_it(link.as_os_str().as_bytes()))
         || fs::read(of("comm")).is_ok_and(|comm| is_it(comm.trim_ascii_end()))
         || arguments.split(|byte| *byte == 0).next().is_some_and(is_it)
-}
-
-fn all_processes() -> Result<Vec<i32>> {
-    let entries = fs::read_dir("/proc").map_err(ContainerError::io("list /proc"))?;
-    let pid = |entry: io::Result<fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse().ok();
-    Ok(entries.filter_map(pid).collect())
 }
 
 type WithInterface = (Network, Option<Interface>);
@@ -436,6 +385,7 @@ fn file(text: String) -> Refusal {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
     use std::os::unix::process::CommandExt;
     use std::process::Command;
 

@@ -9,6 +9,7 @@ use decamp_shared::archive::{Foreign as ForeignArchive, Frozen, Parcel, Unpackin
 use decamp_shared::keeper::ends::KeeperDestination;
 use decamp_shared::keeper::{Beginning, KeeperClient, KeeperConfig, spawn};
 use decamp_shared::methods::{ForkedChoice, Methods, TrackerChoice};
+use decamp_shared::network::{Neighbour, need};
 use decamp_shared::workload::{
     Backend, DestinationWorkload, FileRole, FileTree, Foreign, HostTools, Kind, Liveness, Manifest,
     NetworkNeed, Place, PlacedTree, Refusal, Result, SourceWorkload, WorkloadError,
@@ -29,7 +30,7 @@ use crate::podman::{self, found};
 use crate::preflight;
 use crate::restore::oci_directory;
 use crate::source::ContainerSource;
-use crate::spec::{ContainerSpec, veth_name};
+use crate::spec::{ContainerSpec, Net, veth_name};
 use crate::swrk;
 use crate::volumes::{self, Found};
 
@@ -109,6 +110,7 @@ impl ContainerBackend {
         let needs = Needs {
             config,
             resident: facts.resident,
+            shared_huge: facts.shared_huge,
             on_tmpfs: facts.on_tmpfs,
             criu: swrk::version(&self.tools.criu)?,
             obstacles,
@@ -126,8 +128,12 @@ impl ContainerBackend {
         };
         let Found { trees, volumes, .. } = volumes_of(spec, needs.config.as_bytes())?;
         let numbered = (1..).zip(trees).map(|(id, tree)| FileTree { id, ..tree });
-        let spec = ContainerSpec { volumes, ..spec.clone() };
-        let bridge = spec.net.iter().map(|net| NetworkNeed { bridge: net.bridge.clone() });
+        let mut spec = ContainerSpec { volumes, ..spec.clone() };
+        if let Some(made) = &mut spec.podman {
+            made.own = facts.own;
+        }
+        let networks =
+            spec.net.iter().map(|net| network_need(net, place)).collect::<Result<_>>()?;
         Ok(Manifest {
             name: place.name.clone(),
             uuid: place.uuid.clone(),
@@ -135,7 +141,7 @@ impl ContainerBackend {
             memory_bytes: facts.memory_limit.unwrap_or(facts.resident + HEADROOM),
             spaces: client.spaces()?,
             files: [bundle].into_iter().chain(numbered).collect(),
-            networks: bridge.collect(),
+            networks,
             spec: json(&spec)?,
             needs: json(&needs)?,
         })
@@ -212,6 +218,9 @@ impl Backend for ContainerBackend {
             )));
         };
         spec.bundle = bundle.path.clone();
+        if let Some(net) = spec.net.as_mut().filter(|_| spec.podman.is_none()) {
+            net.bridge = need::mapped(&net.bridge, &self.tools.bridges).to_owned();
+        }
         spec.volumes = volumes::placed(&spec.volumes, trees)?;
         if let Some(made) = &mut spec.podman {
             spec.adopted = Some(manifest.name.clone());
@@ -234,10 +243,7 @@ impl Backend for ContainerBackend {
             .and_then(|()| KeeperClient::connect(place));
         match begun {
             Ok(client) => {
-                // Twice, and some: what runs may grow while it is copied.
-                let announced = manifest.memory_bytes.max(needs.resident);
-                let announced = announced.saturating_add(needs.on_tmpfs);
-                let most = announced.saturating_mul(2).saturating_add(GROWTH);
+                let most = most(manifest.memory_bytes, &needs);
                 Ok(Box::new(KeeperDestination::growing_to(client, most)))
             }
             Err(error) => {
@@ -317,6 +323,20 @@ impl Backend for ContainerBackend {
     }
 }
 
+/// What the container in `place` needs of the network: the segment that it answers on itself.
+fn network_need(net: &Net, place: &Place) -> Result<NetworkNeed> {
+    let itself = Neighbour { address: net.address()?.0.into(), mac: net.mac_of(&place.uuid) };
+    Ok(need::need(&net.bridge, &veth_name(place), None, [itself]))
+}
+
+/// Bytes of memory that may come of a container that needs this, and says that it has `memory_bytes`.
+fn most(memory_bytes: u64, needs: &Needs) -> u64 {
+    let announced = memory_bytes.max(needs.resident);
+    let announced = announced.saturating_add(needs.on_tmpfs).saturating_add(needs.shared_huge);
+    // Twice, and some: what runs may grow while it is copied.
+    announced.saturating_mul(2).saturating_add(GROWTH)
+}
+
 /// Where a container's files go on the next host, where that is not where they stand here.
 fn place_of(spec: &ContainerSpec) -> String {
     spec.podman
@@ -357,4 +377,21 @@ fn bytes_below(directory: &Path) -> u64 {
 fn json(value: &impl serde::Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(value)
         .map_err(|error| WorkloadError::new("Cannot write the manifest", error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_come_is_what_was_announced_twice_and_some() {
+        let told = r#"{"config": "", "resident": 1000, "criu": [4, 2], "obstacles": []}"#;
+        let needs: Needs = serde_json::from_str(told).expect("of an older source");
+        assert_eq!(most(500, &needs), 2000 + GROWTH);
+        // What processes share in huge pages comes once, and is in nothing else that is announced.
+        let needs = Needs { shared_huge: 64, on_tmpfs: 36, ..needs };
+        assert_eq!(most(500, &needs), 2200 + GROWTH);
+        assert_eq!(most(2000, &needs), 4200 + GROWTH);
+        assert_eq!(most(u64::MAX, &needs), u64::MAX);
+    }
 }

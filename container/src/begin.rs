@@ -18,16 +18,18 @@ use crate::filling::Holder;
 use crate::forked::leaving::Forked;
 use crate::init::Init;
 use crate::kept::Container;
-use crate::network::Network;
+use crate::network::{self, Network};
+use crate::owned::{Planned, Settings};
 use crate::podman::arrival::Arrival;
 use crate::restore::{Shell, oci_directory};
 use crate::runtime::Runtime;
 use crate::segments::found::Segments;
 use crate::segments::landing::Landing;
-use crate::spec::{ContainerSpec, console as console_of, veth_name};
+use crate::spec::{ContainerSpec, veth_name};
 use crate::store::Store;
 use crate::streams::Streams;
 use crate::terminal::{ConsoleSocket, Terminal};
+use crate::warm::Warm;
 use crate::ways;
 
 impl Container {
@@ -52,12 +54,16 @@ impl Container {
             Undo { config, claim: Some(Claim::take(&config.tools, place, spec.kind()?)?) };
         let directory = oci_directory(place);
         write_config(&directory, "original.json", &bundle.config_text())?;
-        let network = Network::make(interface(&spec, place), &veth_name(place), true)?;
-        if bundle.mapped_root().is_some() {
-            network.open_low_ports()?;
-        }
+        let made = |namespace| {
+            Network::within(namespace, interface(&spec, place), &veth_name(place), true)
+        };
+        let before = match bundle.mapped_root() {
+            None => Some(made(network::fresh_namespace()?)?),
+            Some(_) => None,
+        };
         let cgroups_path = cgroups_path(place)?;
-        let patched = bundle.for_runtime(&network.path(), &cgroups_path).to_string();
+        let path = before.as_ref().map(Network::path).unwrap_or_default();
+        let patched = bundle.for_runtime(&path, &cgroups_path).to_string();
         write_config(&directory, "config.json", patched.as_bytes())?;
         let streams = Streams::open(&place.log())?;
         let store = Store::mount(&place.dir.join("store"))?;
@@ -66,9 +72,18 @@ impl Container {
         let console = bundle.wants_terminal().then(|| ConsoleSocket::listen(&place.dir));
         let console = console.transpose()?;
         let path = console.as_ref().map(ConsoleSocket::path);
-        let init = runtime.run(&directory, streams.write_end()?, path)?;
+        let output = streams.write_end()?;
+        let (init, network) = match before {
+            Some(network) => (runtime.run(&directory, output, path)?, network),
+            None => {
+                let init = runtime.create(&directory, output, path)?;
+                let network = made(network::namespace_of(init)?)?;
+                runtime.start(&directory)?;
+                (init, network)
+            }
+        };
         let init = Init::watch(init, exit)?;
-        let keep = |master| Terminal::keep(master, &place.log(), &console_of(place));
+        let keep = |master| Terminal::keep(master, place);
         let terminal = console.map(|console| console.master().and_then(keep)).transpose()?;
         let cgroups = runtime.cgroups(&runtime.state()?, init.pid())?;
         undo.claim = None;
@@ -102,12 +117,10 @@ impl Container {
             let cgroups = Cgroups::at(arrival.cgroups_path())?;
             claim::note_arriving(place, spec.kind()?, arrival.noted(cgroups))?;
         }
-        // podman makes that of its own.
-        let interface = if arrival.is_none() { interface(&spec, place) } else { None };
-        let network = Network::make(interface, &veth_name(place), false)?;
-        if bundle.mapped_root().is_some() {
-            network.open_low_ports()?;
-        }
+        // podman makes that of its own; and so does who has a user namespace, when it is there.
+        let now = arrival.is_none() && bundle.mapped_root().is_none();
+        let at_once = interface(&spec, place).filter(|_| now);
+        let network = Network::make(at_once, &veth_name(place), false)?;
         let streams = Streams::open(&place.log())?;
         let mut store = Store::mount(&place.dir.join("store"))?;
         if bundle.mapped_root().is_some() {
@@ -123,7 +136,13 @@ impl Container {
         let shell = Shell::make(&runtime, &bundle, &network, &cgroups_path, &streams, &store)?;
         let mut container =
             Self::of(config, exit, bundle, runtime, network, streams, store, shell.cgroups);
-        container.stand_in = Some(shell.state);
+        container.stand_in = Some(shell.stand_in);
+        container.warm = Some(Warm::keep(&config.tools.criu));
+        if container.bundle.mapped_root().is_some() {
+            let net = interface(&spec, place).map(|(net, mac)| (net.clone(), mac));
+            let settings = Settings::of(&container.bundle)?;
+            container.planned = Some(Planned { net, outside: veth_name(place), settings });
+        }
         match ways::late(&container.methods, container.bundle.mapped_root().is_some()) {
             Ok(()) => container.holder = Some(Holder::start()?),
             Err(reason) => {
@@ -167,6 +186,7 @@ impl Container {
             bundle,
             runtime,
             network,
+            planned: None,
             streams,
             terminal: None,
             foreign: None,
@@ -190,6 +210,7 @@ impl Container {
             forked: Forked::default(),
             throttle: None,
             paused: None,
+            warm: None,
             over: false,
         }
     }

@@ -9,6 +9,7 @@ use decamp_shared::workload::{Refusal, RefusalCode};
 use serde_json::{Value, json};
 
 use crate::error::{ContainerError, Result};
+use crate::podman::own::Own;
 use crate::volumes::Volume;
 
 /// A `config.json` is never longer.
@@ -16,7 +17,10 @@ const CONFIG_CAP: u64 = 16 << 20;
 /// Files of the host that any container may mount without being bound to its host by it.
 const HOST_FILES: [&str; 4] =
     ["/etc/resolv.conf", "/etc/hosts", "/etc/hostname", "/run/.containerenv"];
-const CGROUP_NAMESPACE: &str = "The container has a cgroup namespace, which CRIU cannot rebuild";
+const OVERLAY: &str = "The configuration mounts an overlay, whose directories are the host's: CRIU would put it \
+                       together again from whatever its images say";
+/// Namespaces that it may have beside those.
+const OTHER_NAMESPACES: [&str; 2] = ["user", "cgroup"];
 /// Namespaces that a container must have of its own.
 const NEEDED_NAMESPACES: [&str; 5] = ["pid", "network", "ipc", "uts", "mount"];
 
@@ -174,11 +178,22 @@ impl Bundle {
 
     /// Whether it mounts the cgroup hierarchies.
     pub(crate) fn mounts_cgroups(&self) -> bool {
+        self.mounts_kind("cgroup")
+    }
+
+    fn mounts_kind(&self, kind: &str) -> bool {
+        self.of_kind(kind).next().is_some()
+    }
+
+    fn of_kind(&self, kind: &str) -> impl Iterator<Item = &Value> {
         let mounts = self.config.get("mounts").and_then(Value::as_array);
-        mounts
-            .into_iter()
-            .flatten()
-            .any(|mount| mount.get("type").and_then(Value::as_str) == Some("cgroup"))
+        let mounts = mounts.into_iter().flatten();
+        mounts.filter(move |mount| mount.get("type").and_then(Value::as_str) == Some(kind))
+    }
+
+    /// Whether it mounts cgroups, and always so that nothing can be written there.
+    pub(crate) fn has_cgroups_read_only(&self) -> bool {
+        self.mounts_cgroups() && self.of_kind("cgroup").all(is_read_only)
     }
 
     /// Paths that are hidden in the container.
@@ -259,37 +274,36 @@ impl Bundle {
         Some((root("uidMappings").unwrap_or(0), root("gidMappings").unwrap_or(0)))
     }
 
+    /// The host's user and group that are `owner` in the container; nothing where nobody is.
+    pub(crate) fn outside(&self, owner: (u32, u32)) -> Option<(u32, u32)> {
+        if self.namespace("user").is_none() {
+            return Some(owner);
+        }
+        let outside = |kind: &str, inside: u32| {
+            let mappings = self.config["linux"][kind].as_array()?;
+            mappings.iter().find_map(|mapping| {
+                let number = |key: &str| u32::try_from(mapping[key].as_u64()?).ok();
+                let (first, size) = (number("containerID")?, number("size")?);
+                let at = inside.checked_sub(first).filter(|at| *at < size)?;
+                number("hostID")?.checked_add(at)
+            })
+        };
+        Some((outside("uidMappings", owner.0)?, outside("gidMappings", owner.1)?))
+    }
+
     /// The part of [`Bundle::run_refusals`] for which no file is looked at.
     pub(crate) fn config_refusals(&self) -> Vec<Refusal> {
         let mut found = Vec::new();
-        for needed in NEEDED_NAMESPACES {
-            match self.namespace(needed) {
-                None => found.push(unsupported(&format!(
-                    "The container has no {needed} namespace of its own"
-                ))),
-                Some(namespace)
-                    if namespace.get("path").is_some_and(|path| path.as_str() != Some("")) =>
-                {
-                    found.push(unsupported(&format!(
-                        "The container joins a {needed} namespace by its path"
-                    )));
-                }
-                Some(_) => {}
+        for needed in NEEDED_NAMESPACES.iter().filter(|kind| self.namespace(kind).is_none()) {
+            found.push(unsupported(&format!("The container has no {needed} namespace of its own")));
+        }
+        for kind in NEEDED_NAMESPACES.iter().chain(&OTHER_NAMESPACES) {
+            let path = self.namespace(kind).and_then(|namespace| namespace.get("path"));
+            if path.is_some_and(|path| path.as_str() != Some("")) {
+                found.push(unsupported(&format!(
+                    "The container joins a {kind} namespace by its path"
+                )));
             }
-        }
-        if let Some(namespace) = self.namespace("user")
-            && namespace.get("path").is_some_and(|path| path.as_str() != Some(""))
-        {
-            found.push(unsupported("The container joins a user namespace by its path"));
-        }
-        let mounts = self.config.get("mounts").and_then(Value::as_array);
-        let has_sysfs =
-            mounts.is_some_and(|mounts| mounts.iter().any(|mount| mount["type"] == "sysfs"));
-        if self.namespace("user").is_some() && has_sysfs {
-            found.push(unsupported(
-                "The container mounts a sysfs, which takes a network namespace that belongs to its user \
-                 namespace, and decamp's does not: take that mount out of config.json",
-            ));
         }
         if self.config.get("hooks").and_then(Value::as_object).is_some_and(has_foreign_hooks) {
             found.push(unsupported("The configuration has hooks"));
@@ -299,11 +313,12 @@ impl Bundle {
 
     /// Why this version cannot move it, as far as the configuration tells.
     pub(crate) fn move_obstacles(&self) -> Vec<String> {
-        let mut found = Vec::new();
-        if self.namespace("cgroup").is_some() {
-            found.push(CGROUP_NAMESPACE.to_owned());
-        }
-        found
+        self.mounts_kind("overlay").then(|| OVERLAY.to_owned()).into_iter().collect()
+    }
+
+    /// Whether it has a cgroup namespace of its own.
+    pub(crate) fn hides_cgroups(&self) -> bool {
+        self.namespace("cgroup").is_some()
     }
 
     /// Why it cannot come to its directory here, whose files may still be on their way: what only
@@ -311,8 +326,8 @@ impl Bundle {
     pub(crate) fn arrival_refusals(&self) -> Vec<Refusal> {
         let mut found = self.config_refusals();
         let mut refuse = |text| found.push(Refusal::new(RefusalCode::Unsupported, text));
-        if self.namespace("cgroup").is_some() {
-            refuse(CGROUP_NAMESPACE.to_owned());
+        if self.mounts_kind("overlay") {
+            refuse(OVERLAY.to_owned());
         }
         if !is_plainly_below(&self.rootfs(), &self.directory) {
             refuse(format!(
@@ -337,7 +352,8 @@ impl Bundle {
     }
 
     /// The configuration that the runtime is given: root and bind sources absolute, the network
-    /// namespace at `netns`, the cgroup at `cgroups_path`. Without hooks: the only ones that are not
+    /// namespace at `netns` (one that has a user namespace makes its own network namespace, to have rights
+    /// over it), the cgroup at `cgroups_path`. Without hooks: the only ones that are not
     /// refused register a container with an agent, and one that decamp starts has an agent.
     pub(crate) fn for_runtime(&self, netns: &str, cgroups_path: &str) -> Value {
         let mut config = self.config.clone();
@@ -347,9 +363,10 @@ impl Bundle {
         config["root"]["path"] = json!(self.rootfs());
         config["linux"]["cgroupsPath"] = json!(cgroups_path);
         if let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
-            for namespace in namespaces {
-                if namespace["type"] == "network" {
-                    namespace["path"] = json!(netns);
+            for namespace in namespaces.iter_mut().filter(|one| one["type"] == "network") {
+                match self.mapped_root() {
+                    None => namespace["path"] = json!(netns),
+                    Some(_) => drop(namespace.as_object_mut().map(|one| one.remove("path"))),
                 }
             }
         }
@@ -415,9 +432,14 @@ fn is_plainly_below(path: &Path, directory: &Path) -> bool {
         .is_ok_and(|rest| rest.components().all(|part| matches!(part, Component::Normal(_))))
 }
 
-/// Whether any container may mount it from any host.
+/// Whether any container may mount it from any host, or podman mounts it by itself.
 pub(crate) fn is_host_file(path: &Path) -> bool {
-    HOST_FILES.iter().any(|file| Path::new(file) == path)
+    HOST_FILES.iter().any(|file| Path::new(file) == path) || Own::of(path).is_some()
+}
+
+/// Whether nothing can be written through a mount of the configuration.
+pub(crate) fn is_read_only(mount: &Value) -> bool {
+    !is_writable(mount)
 }
 
 /// Whether what is mounted can be written.
@@ -520,6 +542,34 @@ mod tests {
     }
 
     #[test]
+    fn an_overlay_of_the_host_does_not_come() {
+        let namespaces: Vec<Value> =
+            NEEDED_NAMESPACES.iter().map(|kind| json!({"type": kind})).collect();
+        let with = |kind: &str| {
+            let options = ["lowerdir=/srv,upperdir=/etc,workdir=/srv/work"];
+            let mount = json!({"destination": "/x", "type": kind, "options": options});
+            bundle(json!({"linux": {"namespaces": namespaces}, "mounts": [mount]}))
+        };
+        assert_eq!(
+            (with("tmpfs").arrival_refusals().len(), with("tmpfs").move_obstacles().len()),
+            (0, 0)
+        );
+        let refused = with("overlay").arrival_refusals();
+        assert!(refused.len() == 1 && refused[0].text.contains("an overlay"), "{refused:?}");
+        assert_eq!(with("overlay").move_obstacles(), [OVERLAY]);
+    }
+
+    #[test]
+    fn a_user_namespace_that_others_have_is_refused() {
+        let refused = |user: Value| {
+            let found = bundle(json!({"linux": {"namespaces": [user]}})).config_refusals();
+            found.iter().any(|refusal| refusal.text.contains("joins a user namespace by its path"))
+        };
+        assert!(refused(json!({"type": "user", "path": "/proc/7/ns/user"})));
+        assert!(!refused(json!({"type": "user"})));
+    }
+
+    #[test]
     fn our_own_hook_is_no_obstacle_and_others_are() {
         let ours = json!({"path": "/bin/decamp", "args": ["decamp", "hook", "oci"]});
         let other = json!({"path": "/bin/sh", "args": ["sh", "-c", "hook oci"]});
@@ -556,5 +606,24 @@ mod tests {
         assert_eq!(config["root"]["path"], "/b/rootfs");
         assert_eq!(config["linux"]["namespaces"][0]["path"], "/proc/1/fd/3");
         assert_eq!(config["linux"]["namespaces"][1].get("path"), None);
+    }
+
+    #[test]
+    fn who_has_a_user_namespace_makes_its_network_in_it() {
+        let bundle = bundle(json!({"linux": {
+            "namespaces": [{"type": "network", "path": ""}, {"type": "user"}],
+            "uidMappings": [
+                {"containerID": 0, "hostID": 1000, "size": 1},
+                {"containerID": 1, "hostID": 5000, "size": 10},
+            ],
+            "gidMappings": [{"containerID": 0, "hostID": 7, "size": u32::MAX}],
+        }}));
+        let config = bundle.for_runtime("/proc/1/fd/3", "/decamp/x");
+        assert_eq!(config["linux"]["namespaces"][0], json!({"type": "network"}));
+        assert_eq!(bundle.mapped_root(), Some((1000, 7)));
+        assert_eq!(bundle.outside((0, 0)), Some((1000, 7)));
+        assert_eq!(bundle.outside((10, 3)), Some((5009, 10)));
+        assert_eq!(bundle.outside((11, 0)), None);
+        assert_eq!(bundle.outside((0, u32::MAX - 1)), None, "beyond all numbers");
     }
 }

@@ -266,11 +266,11 @@ pub(crate) fn sweep(tools: &HostTools, place: &Place) -> Result<()> {
         let runtime = mark.runtime(tools, place)?;
         if let Some(Arriving { id, cgroups, rootfs, volumes }) = mark.arriving {
             cgroups.sweep().and_then(|()| runtime.forget())?;
-            arrival::forget(&id, &exchanged::directory(place), &rootfs, &volumes);
+            arrival::forget(&id, &exchanged::directory(place), &rootfs, &volumes)?;
             return give_back(place);
         }
         if let Some(Coming { name, rootfs, volumes }) = mark.coming {
-            arrival::forget_unknown(&name, &exchanged::directory(place), &rootfs, &volumes);
+            arrival::forget_unknown(&name, &exchanged::directory(place), &rootfs, &volumes)?;
             return give_back(place);
         }
         match mark.adopted {

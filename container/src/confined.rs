@@ -1,29 +1,47 @@
 //! What CRIU's images may ask of CRIU. It restores what they say, as root of this host, and images come from
 //! another host or out of a file. So before it starts they are held to what the container's configuration
-//! allows: processes come into namespaces of their own, and nothing of this host is mounted there but what
-//! the configuration names.
+//! allows: processes come into namespaces of their own, with no more rights than it gives, and nothing of this
+//! host is mounted there but what the configuration names.
 //!
 //! CRIU makes those namespaces whose numbers a process has not in common with the CRIU that dumped it
 //! (`get_clone_mask` in its `pstree.c`): equal numbers would leave a process in the ones of the keeper, with
 //! this host's mounts.
 
-use std::fs::{self, File};
-use std::path::Path;
+mod deleted;
+mod filters;
+mod kernel;
+mod origins;
+mod protected;
+mod remaps;
 
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
 
 use crate::bundle::Bundle;
 use crate::error::{ContainerError, Result};
+use crate::mountable::{Mountable, Mounted};
+use crate::mounts::Given;
+use crate::rights::{Held, Rights};
 use crate::segments::message::{Image, Message};
+
+use filters::Filters;
+pub(crate) use origins::MOUNTS_CAP;
+pub(crate) use remaps::{GhostImage, ghosts};
 
 /// CRIU's marks at the head of an inventory, of what a process has, and of a list of mounts (its `magic.h`).
 pub(crate) const INVENTORY_MARKS: &[u32] = &[0x5831_3116];
 pub(crate) const IDS_MARKS: &[u32] = &[0x5456_4319, 0x5443_2030];
 pub(crate) const MOUNTS_MARKS: &[u32] = &[0x5456_4319, 0x5556_3928];
+/// The same of a task, and of a user namespace.
+const CORE_MARKS: &[u32] = &[0x5456_4319, 0x5505_3847];
+const USERS_MARKS: &[u32] = &[0x5456_4319, 0x5547_4906];
 /// Where an inventory has what the CRIU had that dumped.
 pub(crate) const HOST_IDS: u32 = 3;
 /// Bytes of an inventory, or of what one process has, at most: some fifty are usual.
 pub(crate) const IDS_MOST: u64 = 64 << 10;
+/// Bytes of what one task has in its registers, or of a list of numbers, at most: some thousand are usual.
+const TASK_MOST: u64 = 1 << 20;
 /// Bytes of a list of mounts at most.
 const MOUNTS_MOST: u64 = 16 << 20;
 
@@ -41,26 +59,6 @@ const BY_PLUGIN: u32 = 12;
 const IS_EXTERNAL: u32 = 13;
 const EXTERNAL_KEY: u32 = 18;
 
-/// File systems that every container may have, by their numbers in CRIU's `mnt.proto`. None shows more of
-/// the host than the namespaces do.
-const PROC: u64 = 1;
-const SYSFS: u64 = 2;
-const TMPFS: u64 = 5;
-const DEVPTS: u64 = 6;
-const MQUEUE: u64 = 14;
-const CGROUP2: u64 = 23;
-/// Those that it may have where its configuration mounts them.
-const CONFIGURED: [(&str, u64); 8] = [
-    ("devtmpfs", 3),
-    ("binfmt_misc", 4),
-    ("pstore", 8),
-    ("securityfs", 9),
-    ("fusectl", 10),
-    ("debugfs", 11),
-    ("tracefs", 19),
-    ("overlay", 17),
-];
-
 type Fault = String;
 
 /// What holds the images of one restore to its configuration.
@@ -68,8 +66,8 @@ pub(crate) struct Confined<'a> {
     pub(crate) bundle: &'a Bundle,
     /// The root file system, as it is here.
     pub(crate) root: &'a Path,
-    /// Keys of the mounts that CRIU is given from outside.
-    pub(crate) given: Vec<String>,
+    /// The mounts that CRIU is given from outside.
+    pub(crate) given: &'a [Given],
 }
 
 impl Confined<'_> {
@@ -79,7 +77,8 @@ impl Confined<'_> {
     /// When they ask for more than the configuration has.
     pub(crate) fn check(&self, images: &Path) -> Result<()> {
         let list = || format!("list {}", images.display());
-        let (mut ids, mut mounts) = (Vec::new(), Vec::new());
+        let (mut ids, mut mounts, mut filters) = (Vec::new(), Vec::new(), Filters::default());
+        let rights = Rights::of(self.bundle);
         for entry in fs::read_dir(images).map_err(ContainerError::io(list()))? {
             let name = entry.map_err(ContainerError::io(list()))?.file_name();
             let Some(name) = name.to_str().filter(|name| name.ends_with(".img")) else { continue };
@@ -88,6 +87,17 @@ impl Confined<'_> {
             } else if name.starts_with("mountpoints-") {
                 let image = read(&images.join(name), MOUNTS_MOST, MOUNTS_MARKS)?;
                 mounts.push((name.to_owned(), image.messages));
+            } else if name.starts_with("core-") {
+                let core = only(read(&images.join(name), TASK_MOST, CORE_MARKS)?, images, name)?;
+                task(&rights, &core)
+                    .map_err(|what| ContainerError::malformed(images.join(name), what))?;
+                filters.add(name, &core);
+            } else if name.starts_with("userns-") {
+                let users = only(read(&images.join(name), TASK_MOST, USERS_MARKS)?, images, name)?;
+                if !rights.are_its_numbers(&users) {
+                    let what = "numbers users or groups otherwise than the configuration";
+                    return Err(ContainerError::malformed(images.join(name), what));
+                }
             }
         }
         let inventory = read(&images.join("inventory.img"), IDS_MOST, INVENTORY_MARKS)?;
@@ -95,6 +105,10 @@ impl Confined<'_> {
         let bad = |name: &str, what: Fault| ContainerError::malformed(images.join(name), what);
         let number = namespaces(&inventory, &ids, self.bundle.mapped_root().is_some())
             .map_err(|what| bad("inventory.img", what))?;
+        self.kernel(images, &inventory, &ids)?;
+        if rights.filters() {
+            filters.check(images)?;
+        }
         // CRIU takes the list of that very number.
         let [(name, mounts)] = &mounts[..] else {
             return Err(bad("", "have not one list of mounts".to_owned()));
@@ -102,75 +116,85 @@ impl Confined<'_> {
         if *name != format!("mountpoints-{number}.img") {
             return Err(bad(name, "is of another mount namespace than the processes".to_owned()));
         }
-        self.mounts(mounts).map_err(|what| bad(name, what))
+        self.given_once().map_err(|what| bad(name, what))?;
+        self.mounts(mounts).map_err(|what| bad(name, what))?;
+        let origins = origins::read(mounts).map_err(|what| bad(name, what))?;
+        self.protected(&origins).map_err(|what| bad(name, what))?;
+        self.deleted(images, &origins)
     }
 
-    /// Every mount is a given one, a file system of the container's own, or a part of one.
-    fn mounts(&self, mounts: &[Message]) -> std::result::Result<(), Fault> {
-        let root = mounts.iter().find(|mount| mount.bytes(POINT) == Some(b"/"));
-        let root = root.ok_or("has no root")?;
-        for mount in mounts {
-            let text = |tag| {
-                std::str::from_utf8(mount.bytes(tag).unwrap_or_default()).map_err(|_| "is no text")
-            };
-            let point = text(POINT)?;
-            let bad = |what: &str| Err(format!("has a mount at {point:?} {what}"));
-            if mount.number(BY_PLUGIN).is_some_and(|by| by != 0) {
-                return bad("that a plugin has to make");
-            }
-            if leaves(point) || leaves(text(ROOT)?) {
-                return bad("that leads elsewhere");
-            }
-            let key = match mount.bytes(EXTERNAL_KEY) {
-                Some(_) => Some(text(EXTERNAL_KEY)?),
-                // So it was with older ones.
-                None if mount.number(IS_EXTERNAL).is_some_and(|is| is != 0) => Some(text(ROOT)?),
-                None => None,
-            };
-            match key {
-                Some(key) if self.given.iter().any(|given| given == key) => continue,
-                Some(_) => return bad("from outside, which the configuration does not have"),
-                None if point == "/" => continue,
-                None => {}
-            }
-            let kind = number_of(mount, KIND);
-            let part = text(ROOT)?;
-            let fine = match (kind, part) {
-                (PROC, part) => is_plain_in_proc(part),
-                // There are no links of the container's making there.
-                (SYSFS | DEVPTS | MQUEUE, _) | (TMPFS, "/") => true,
-                (CGROUP2, _) => self.bundle.mounts_cgroups(),
-                (kind, "/") if self.configures(kind) => true,
-                _ => self.is_part(root, mount, part),
-            };
-            if !fine {
-                return bad("of a file system that its configuration does not mount");
+    /// Nothing is given twice from different places: CRIU takes the last, and what is looked at here is the
+    /// first.
+    fn given_once(&self) -> std::result::Result<(), Fault> {
+        let mut sources = BTreeMap::new();
+        for given in self.given {
+            let first = sources.entry(&given.key).or_insert(&given.source);
+            if *first != &given.source {
+                return Err(format!("is to have {:?} from two places", given.key));
             }
         }
         Ok(())
     }
 
-    /// Whether the configuration mounts file systems of that kind.
-    fn configures(&self, kind: u64) -> bool {
-        let mounts = self.bundle.config()["mounts"].as_array().into_iter().flatten();
-        let mut kinds = mounts.filter_map(|mount| mount["type"].as_str());
-        kinds.any(|name| CONFIGURED.contains(&(name, kind)))
-    }
-
-    /// Whether a mount shows a part of the container's root, to which no link leads: CRIU would follow one.
-    fn is_part(&self, root: &Message, mount: &Message, part: &str) -> bool {
-        let same = |tag| number_of(root, tag) == number_of(mount, tag);
-        let whole = root.bytes(ROOT).and_then(|whole| std::str::from_utf8(whole).ok());
-        let below = whole.and_then(|whole| Path::new(part).strip_prefix(whole).ok());
-        let Some(below) = below.filter(|_| same(DEVICE) && same(KIND) && part != "/") else {
-            return false;
+    /// Every mount is a given one, a file system of the container's own, or a part of one.
+    fn mounts(&self, mounts: &[Message]) -> std::result::Result<(), Fault> {
+        let all: Vec<_> = mounts.iter().map(described).collect::<std::result::Result<_, _>>()?;
+        let mut roots = all.iter().filter(|mount| mount.is_root());
+        // With another beside it parts of it would not be what they were taken for.
+        let (Some(root), None) = (roots.next(), roots.next()) else {
+            return Err("has not one root".to_owned());
         };
-        let how = OpenHow::new()
-            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
-        let below = if below.as_os_str().is_empty() { Path::new(".") } else { below };
-        File::open(self.root).is_ok_and(|open| openat2(open, below, how).is_ok())
+        let rule = Mountable { bundle: self.bundle, root: self.root };
+        for (mount, this) in mounts.iter().zip(&all) {
+            let point = this.point;
+            let bad = |what: &str| Err(format!("has a mount at {point:?} {what}"));
+            if mount.number(BY_PLUGIN).is_some_and(|by| by != 0) {
+                return bad("that a plugin has to make");
+            }
+            if let Err(why) = this.check_path() {
+                return bad(&format!("that it may not have: {why}"));
+            }
+            let key = match mount.bytes(EXTERNAL_KEY) {
+                Some(key) => Some(key),
+                // So it was with older ones.
+                None if mount.number(IS_EXTERNAL).is_some_and(|is| is != 0) => {
+                    Some(this.root.as_bytes())
+                }
+                None => None,
+            };
+            match key {
+                Some(key) if self.given.iter().any(|given| given.key.as_bytes() == key) => continue,
+                Some(_) => return bad("from outside, which the configuration does not have"),
+                None if this.is_root() => continue,
+                None => {}
+            }
+            if let Err(why) = rule.check(*root, *this) {
+                return bad(&format!("that it may not have: {why}"));
+            }
+        }
+        Ok(())
     }
+}
+
+/// A task has no more rights than the configuration gives.
+fn task(rights: &Rights, core: &Message) -> std::result::Result<(), Fault> {
+    let Some(held) = Held::of_image(core)? else { return Ok(()) };
+    match rights.exceeded(&held).first() {
+        Some(excess) => Err(format!("is of a task that may not run: {excess}")),
+        None => Ok(()),
+    }
+}
+
+/// A mount of an image.
+fn described(mount: &Message) -> std::result::Result<Mounted<'_>, Fault> {
+    let text =
+        |tag| std::str::from_utf8(mount.bytes(tag).unwrap_or_default()).map_err(|_| "is no text");
+    Ok(Mounted {
+        kind: number_of(mount, KIND),
+        device: number_of(mount, DEVICE),
+        root: text(ROOT)?,
+        point: text(POINT)?,
+    })
 }
 
 /// Whether no process shares a namespace with the CRIU that dumped it, but that of the network, which is
@@ -209,19 +233,8 @@ fn number_of(message: &Message, tag: u32) -> u64 {
     u64::from(message.number(tag).unwrap_or(0) as u32)
 }
 
-fn leaves(path: &str) -> bool {
-    path.split('/').any(|part| part == "..")
-}
-
-/// Whether this part of a proc file system is none of a process's own, whose links lead anywhere.
-fn is_plain_in_proc(part: &str) -> bool {
-    let first = part.split('/').find(|part| !part.is_empty() && *part != ".").unwrap_or("");
-    !first.starts_with(|first: char| first.is_ascii_digit())
-        && !["self", "thread-self"].contains(&first)
-}
-
 /// An image of at most `most` bytes.
-fn read(path: &Path, most: u64, marks: &[u32]) -> Result<Image> {
+pub(crate) fn read(path: &Path, most: u64, marks: &[u32]) -> Result<Image> {
     let failed = || format!("read {}", path.display());
     let length = fs::metadata(path).map_err(ContainerError::io(failed()))?.len();
     if length > most {
@@ -243,6 +256,7 @@ fn only(image: Image, images: &Path, name: &str) -> Result<Message> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mountable::{CGROUP2, DEVPTS, PROC, SYSFS, TMPFS};
 
     /// What a process has, with numbers from `first` on.
     fn ids(first: u64) -> Message {
@@ -309,8 +323,12 @@ mod tests {
         std::os::unix::fs::symlink("/", root.path().join("host")).expect("a link");
         let config = br#"{"mounts": [{"destination": "/s", "type": "securityfs", "source": "s"}]}"#;
         let bundle = Bundle::parse(Path::new("/b"), config).expect("a bundle");
-        let confined =
-            Confined { bundle: &bundle, root: root.path(), given: vec!["/data".to_owned()] };
+        let given = [Given {
+            key: "/data".to_owned(),
+            source: root.path().join("bin"),
+            is_read_only: false,
+        }];
+        let confined = Confined { bundle: &bundle, root: root.path(), given: &given };
         let whole = || mount(0, "/b/rootfs", "/");
         let checked = |one: Message| confined.mounts(&[whole(), one]);
         let keyed = |key: &str| {
@@ -362,5 +380,14 @@ mod tests {
             assert!(checked(forged.clone()).is_err(), "{forged:?}");
         }
         assert!(confined.mounts(&[mount(PROC, "/", "/proc")]).is_err(), "no root");
+        let twice = |source: &str| {
+            let given = [given[0].clone(), Given { source: source.into(), ..given[0].clone() }];
+            Confined { given: &given, ..confined }.given_once()
+        };
+        assert_eq!(twice(given[0].source.to_str().expect("a name")), Ok(()));
+        assert!(twice("/etc").is_err(), "two places");
+        for second in ["/", "//", "/."] {
+            assert!(checked(mount(0, "/b/rootfs/bin", second)).is_err(), "two roots: {second}");
+        }
     }
 }

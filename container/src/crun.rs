@@ -19,6 +19,9 @@ pub(crate) const ROOT: &str = "/run/crun";
 pub(crate) const STATE: &str = "status";
 /// The configuration beside it, by which `crun exec` goes.
 pub(crate) const CONFIG: &str = "config.json";
+/// The filter of system calls beside it, compiled: `crun exec` goes by it, and takes that there is none where
+/// it is not there.
+pub(crate) const FILTER: &str = "seccomp.bpf";
 /// Controllers of the unified hierarchy where it is mounted beside those of v1.
 const HYBRID: &str = "/sys/fs/cgroup/unified/cgroup.controllers";
 

@@ -17,6 +17,7 @@ use rust_criu::rust_criu_protobuf::rpc::{
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{Cgroups, Setting};
+use crate::confined::{self, MOUNTS_CAP};
 use crate::error::{ContainerError, Result};
 use crate::forked::{self, Aliases};
 use crate::hiding::filter::Supervisor;
@@ -28,6 +29,7 @@ use crate::limits;
 use crate::mappings;
 use crate::memory::HiddenProcess;
 use crate::mounts::ExternalMount;
+use crate::obstacles;
 use crate::segments::{self, Moved};
 use crate::swrk::Swrk;
 use crate::sys;
@@ -153,7 +155,16 @@ impl Dump {
         if !self.cgroups.is_frozen()? {
             return Err(ContainerError::State("The tree is not frozen after the dump".to_owned()));
         }
-        Ok(())
+        self.check_deleted()
+    }
+
+    /// What is deleted may lie elsewhere than it did when it was last looked at. Nothing moves any more.
+    fn check_deleted(&self) -> Result<()> {
+        let ghosts = confined::ghosts(&self.images)?;
+        match obstacles::astray(&ghosts, self.init)?.first() {
+            Some(what) => Err(ContainerError::State(format!("{what}. The container runs on here"))),
+            None => Ok(()),
+        }
     }
 
     /// Gives how many of CRIU's calls were answered.
@@ -254,8 +265,15 @@ impl ContainerState {
                 "has a version that this build does not know",
             ));
         }
-        serde_json::from_slice(&section.bytes)
-            .map_err(|error| ContainerError::section(STATE, format!("makes no sense: {error}")))
+        let state: Self = serde_json::from_slice(&section.bytes)
+            .map_err(|error| ContainerError::section(STATE, format!("makes no sense: {error}")))?;
+        match state.mounts.len() > MOUNTS_CAP {
+            true => Err(ContainerError::section(
+                STATE,
+                format!("names more than {MOUNTS_CAP} mounts from outside"),
+            )),
+            false => Ok(state),
+        }
     }
 }
 
@@ -269,7 +287,8 @@ pub(crate) fn sections(
     for_file: bool,
 ) -> Result<Vec<Section>> {
     let begun = Instant::now();
-    let mut sections = images::collect(images)?;
+    // In a file each has its place.
+    let mut sections = images::collect(images, !for_file)?;
     if for_file {
         sections.push(statistics(&images.join(STATISTICS_FILE))?);
     }

@@ -21,6 +21,11 @@ const ALONE: u64 = 1 << 56;
 /// another.
 const FRAME: u64 = (1 << 55) - 1;
 
+/// The kind of what is not present: the number of a swap area, or, from this on, what is no page in swap: one
+/// that is moved in memory just now, or belongs to a device (`MAX_SWAPFILES` in linux/swap.h, where it is least).
+const KIND: u64 = (1 << 5) - 1;
+const NO_SWAP_AREA: u64 = 23;
+
 /// Bytes of one word.
 pub(crate) const WORD: u64 = 8;
 /// Words read at once: 256 MiB of addresses.
@@ -30,6 +35,7 @@ const WORDS: usize = 1 << 16;
 pub(crate) struct Entries {
     file: File,
     path: String,
+    /// As long as the longest read so far.
     bytes: Vec<u8>,
 }
 
@@ -48,11 +54,17 @@ impl Entry {
         self.0 & SOFT_DIRTY != 0
     }
 
+    /// The number of the frame that it lies in, of one that is in memory. None where nobody may know.
+    pub(crate) fn frame(self) -> Option<u64> {
+        let known = self.0 & PRESENT != 0 && self.0 & FRAME != 0;
+        known.then_some(self.0 & FRAME)
+    }
+
     /// Where it lies: the same number for two pages only if they are one, in memory or in swap. None
-    /// where nobody may know.
+    /// where nobody may know, and of one that is on its way elsewhere.
     pub(crate) fn place(self) -> Option<u64> {
-        let known = self.0 & SWAPPED != 0 || self.0 & FRAME != 0;
-        (self.exists() && known).then_some(self.0 & (SWAPPED | FRAME))
+        let in_swap = self.0 & SWAPPED != 0 && self.0 & KIND < NO_SWAP_AREA;
+        self.frame().or_else(|| in_swap.then_some(self.0 & (SWAPPED | FRAME)))
     }
 
     /// The same of a page that may be another's too.
@@ -72,7 +84,7 @@ impl Entries {
     pub(crate) fn open(pid: i32) -> Result<Self> {
         let path = format!("/proc/{pid}/pagemap");
         let file = File::open(&path).map_err(ContainerError::io(format!("open {path}")))?;
-        Ok(Self { file, path, bytes: vec![0; WORDS * WORD as usize] })
+        Ok(Self { file, path, bytes: Vec::new() })
     }
 
     /// Calls `each` for every page in `range` that exists, ascending.
@@ -86,7 +98,11 @@ impl Entries {
         let end = range.end.div_ceil(page);
         while at < end {
             let count = (end - at).min(WORDS as u64);
-            let bytes = &mut self.bytes[..(count * WORD) as usize];
+            let length = (count * WORD) as usize;
+            if self.bytes.len() < length {
+                self.bytes.resize(length, 0);
+            }
+            let bytes = &mut self.bytes[..length];
             let read = self.file.read_exact_at(bytes, at * WORD);
             match read {
                 // A memory that has ended reads as nothing at all.
@@ -134,6 +150,18 @@ mod tests {
         assert!(first != second || first == Some(None), "{first:?}");
         assert_eq!(place_of(3 * far), None, "never touched");
         std::hint::black_box(&buffer);
+    }
+
+    #[test]
+    fn what_is_neither_in_memory_nor_in_swap_lies_nowhere() {
+        let swapped = |kind: u64| Entry::from_word(SWAPPED | 9 << 5 | kind);
+        assert!(swapped(3).place().is_some() && swapped(3).frame().is_none());
+        // Migration entries are of kinds 29 and 30, or lower where the kernel has more kinds.
+        for kind in NO_SWAP_AREA..=KIND {
+            assert!(swapped(kind).exists() && swapped(kind).place().is_none(), "{kind}");
+        }
+        assert_eq!(Entry::from_word(PRESENT | 31).place(), Some(31), "a frame has no kind");
+        assert_eq!(Entry::from_word(PRESENT).frame(), None);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use decamp_shared::console::ConsoleError;
 use decamp_shared::workload::WorkloadError;
 
 /// An error of the container backend.
@@ -56,9 +57,15 @@ pub enum ContainerError {
         /// What is wrong with it.
         what: String,
     },
+    /// The console of its terminal.
+    #[error(transparent)]
+    Console(ConsoleError),
     /// The spec asks for what cannot be.
     #[error("{0}")]
     Spec(String),
+    /// The host's network did not do what was asked.
+    #[error(transparent)]
+    Network(#[from] decamp_shared::network::NetworkError),
     /// Something is not in the state that it must be in.
     #[error("{0}")]
     State(String),
@@ -101,6 +108,7 @@ impl From<ContainerError> for WorkloadError {
             ContainerError::Io { what, source } => {
                 WorkloadError::new(format!("Cannot {what}"), source)
             }
+            ContainerError::Console(error) => error.into(),
             other => WorkloadError::plain(other.to_string()),
         }
     }

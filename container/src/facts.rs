@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::file_locks::{HeldLock, LockKind};
 pub use crate::obstacles::host::HostNeeds;
+use crate::podman::own::Seen;
 
 /// A keeper's facts, for `inspect` and for the agent's end of a session.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -21,8 +22,12 @@ pub struct Facts {
     pub cgroup: PathBuf,
     /// Its memory limit in bytes, if any.
     pub memory_limit: Option<u64>,
-    /// Resident memory of its processes in bytes; shared pages count for each.
+    /// Resident memory of its processes in bytes; shared pages count for each, but for huge ones, which do not
+    /// count.
     pub resident: u64,
+    /// Bytes of its shared files of huge pages, each once.
+    #[serde(default)]
+    pub shared_huge: u64,
     /// What is on its own tmpfs mounts in bytes, whoever maps it.
     #[serde(default)]
     pub on_tmpfs: u64,
@@ -36,6 +41,9 @@ pub struct Facts {
     /// Locks that keep everybody else out of files that may be shared with the next host.
     #[serde(default)]
     pub locks: Vec<HeldLock>,
+    /// What podman itself mounts in it that has to be the same on the next host.
+    #[serde(default)]
+    pub own: Vec<Seen>,
 }
 
 /// What a destination needs to know beforehand; travels in the manifest.
@@ -43,8 +51,11 @@ pub struct Facts {
 pub struct Needs {
     /// Its configuration as it was started, `config.json`.
     pub config: String,
-    /// Resident memory in bytes.
+    /// Resident memory in bytes, without shared huge pages.
     pub resident: u64,
+    /// Bytes of its shared files of huge pages, each once: they take none of the ordinary memory.
+    #[serde(default)]
+    pub shared_huge: u64,
     /// What is on its own tmpfs mounts in bytes, whoever maps it.
     #[serde(default)]
     pub on_tmpfs: u64,

@@ -3,8 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use decamp_shared::workload::Place;
 use nix::fcntl::Flock;
@@ -20,6 +21,11 @@ use crate::runtime::Runtime;
 
 /// A killed tree is gone within this.
 const DEAD_WITHIN: Duration = Duration::from_secs(10);
+/// Standard streams that change are looked at for so long.
+const PATIENCE: Duration = Duration::from_millis(250);
+const AGAIN: Duration = Duration::from_millis(5);
+/// A descriptor that changes while it is looked at is looked at so many times.
+const LOOKS: usize = 8;
 
 /// What is known of a container that somebody else started.
 pub(crate) struct Foreign {
@@ -76,8 +82,24 @@ impl ForeignStreams {
     }
 
     /// Those of the processes `pids`, of a container whose first process is `init`; or every reason why
-    /// they cannot be taken along.
+    /// they cannot be taken along. The container runs: what a shell turns to a file for an instant, or the end
+    /// of a pipeline that has just lost its other one, is none of them. So one look says what the next one says
+    /// too.
     pub(crate) fn find(pids: &[i32], init: i32) -> Result<std::result::Result<Self, Vec<String>>> {
+        let begun = Instant::now();
+        let mut before = Self::look(pids, init)?;
+        loop {
+            thread::sleep(AGAIN);
+            let now = Self::look(pids, init)?;
+            if now == before || begun.elapsed() > PATIENCE {
+                return Ok(now.or(before));
+            }
+            before = now;
+        }
+    }
+
+    /// The same of one that stands still.
+    pub(crate) fn look(pids: &[i32], init: i32) -> Result<std::result::Result<Self, Vec<String>>> {
         let path = format!("/proc/{init}/mountinfo");
         let mountinfo =
             fs::read_to_string(&path).map_err(ContainerError::io(format!("read {path}")))?;
@@ -167,21 +189,33 @@ struct Descriptor {
 /// Descriptors of process `pid`; what goes away meanwhile is left out.
 fn descriptors(pid: i32) -> Vec<Descriptor> {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
-    let read = |entry: fs::DirEntry| -> Option<Descriptor> {
-        use std::os::unix::fs::MetadataExt;
-        let number = entry.file_name().to_str()?.parse().ok()?;
-        let link = fs::read_link(entry.path()).ok()?.to_str()?.to_owned();
+    let numbers = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    numbers.filter_map(|number| descriptor(pid, number)).collect()
+}
+
+/// All that is known of descriptor `number` of process `pid`, at one time.
+fn descriptor(pid: i32, number: u32) -> Option<Descriptor> {
+    use std::os::unix::fs::MetadataExt;
+    let path = PathBuf::from(format!("/proc/{pid}/fd/{number}"));
+    let link = || fs::read_link(&path).ok()?.to_str().map(str::to_owned);
+    for _ in 0..LOOKS {
+        let before = link()?;
         let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).ok()?;
+        let owner = fs::metadata(&path).ok().map(|found| (found.uid(), found.gid()));
+        // By the same number there may be something else by now.
+        if link()? != before {
+            continue;
+        }
         let field = |name: &str| info.lines().find_map(|line| line.strip_prefix(name));
-        Some(Descriptor {
+        return Some(Descriptor {
             number,
-            link,
+            link: before,
             flags: u32::from_str_radix(field("flags:")?.trim(), 8).ok()?,
             mount: field("mnt_id:")?.trim().to_owned(),
-            owner: fs::metadata(entry.path()).ok().map(|found| (found.uid(), found.gid())),
-        })
-    };
-    entries.flatten().filter_map(read).collect()
+            owner,
+        });
+    }
+    None
 }
 
 impl Container {

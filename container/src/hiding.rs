@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
+use crate::beside;
 use crate::error::Result;
 use crate::memory::HiddenProcess;
 use crate::pagemap::{PAGE_IS_GUARD, scans};
@@ -81,14 +82,10 @@ pub(crate) fn hides_segments(way: Way) -> std::result::Result<(), String> {
 fn try_on_a_thread(
     what: impl FnOnce() -> Result<()> + Send + 'static,
 ) -> std::result::Result<(), String> {
-    match std::thread::spawn(what).join() {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => {
-            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
-            Err(format!("{error}{}", cause.unwrap_or_default()))
-        }
-        Err(_) => Err("the probe ended in a panic".to_owned()),
-    }
+    beside::apart(what).map_err(|error| {
+        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+        format!("{error}{}", cause.unwrap_or_default())
+    })
 }
 
 /// Whether a thread of these processes is under a seccomp filter. Those that have ended are not.
@@ -186,7 +183,7 @@ fn answer(mut regions: Vec<PageRegion>, used: usize, walk_end: u64) -> Answer {
 }
 
 /// What is left of `range` without `hidden` (ascending, disjoint).
-fn visible(range: &Range<u64>, hidden: &[Range<u64>]) -> Vec<Range<u64>> {
+pub(crate) fn visible(range: &Range<u64>, hidden: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut left = Vec::new();
     let mut at = range.start;
     for hole in hidden.iter().filter(|hole| overlaps(hole, range)) {

@@ -14,12 +14,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
 
-use crate::announce::Announcer;
+use decamp_shared::network::announce::of_addresses;
+use decamp_shared::network::{Announcer, Neighbour, index_of, packet_socket};
+
 use crate::error::{ContainerError, Result};
 use crate::interfaces::{self, Port};
 use crate::network::Network;
 use crate::nft;
-use crate::port::{PortState, set_port_state};
 use crate::runtime::{Runtime, RuntimeKind};
 use crate::{obstacles, sys};
 
@@ -74,10 +75,7 @@ pub fn hold_network(init: i32) -> Result<()> {
     }
     let network = network_of(init)?;
     let found = interfaces::ports(&network)?;
-    let disabled = |port: &Port| match port.outside {
-        Some(index) => set_port_state(index, PortState::Disabled).is_ok(),
-        None => false,
-    };
+    let disabled = |port: &Port| port.outside().is_some_and(|outside| outside.disable().is_ok());
     let held = found.iter().filter(|port| disabled(port)).count();
     if held == found.len() {
         return Ok(());
@@ -108,10 +106,8 @@ pub fn release_network(init: i32) -> Result<()> {
     let found = interfaces::ports(&network)?;
     let mut ended = Ok(());
     for port in found.iter().filter(|port| port.disabled) {
-        let Some(index) = port.outside else { continue };
-        let set = set_port_state(index, PortState::Forwarding)
-            .map_err(ContainerError::io(format!("let {} forward again", port.name)));
-        ended = ended.and(set);
+        let Some(outside) = port.outside() else { continue };
+        ended = ended.and(outside.enable().map_err(ContainerError::from));
     }
     let there = format!("list table inet {TABLE}\n");
     let removed = network.inside(|| match nft::carry_out(&there) {
@@ -144,15 +140,16 @@ pub fn announce(init: i32) -> Result<()> {
 
 /// One for each address that may be announced; what cannot be is left out.
 fn announcers(network: &Network, ports: &[Port]) -> Vec<Announcer> {
-    let open = |port: &Port| -> Result<Vec<Announcer>> {
-        let index = sys::interface_index(&port.inside).map_err(ContainerError::io("find it"))?;
-        let Some(mac) = port.mac else { return Ok(Vec::new()) };
-        let socket = || sys::packet_socket(index).map_err(ContainerError::io("open a socket"));
-        let one = |address| Ok(Announcer::new(socket()?, "eth0", mac, address));
-        port.addresses.iter().map(|address| one(*address)).collect()
+    let open = |port: &Port| -> Result<Option<Announcer>> {
+        let Some(mac) = port.mac else { return Ok(None) };
+        let socket = packet_socket(index_of(&port.inside)?, 0);
+        let socket = socket.map_err(ContainerError::io("open a packet socket"))?;
+        let own =
+            port.addresses.iter().map(|address| Neighbour { address: (*address).into(), mac });
+        Ok(Some(Announcer::new(socket, 0, of_addresses(&own.collect::<Vec<_>>()))))
     };
-    let all = network.inside(|| Ok(ports.iter().filter_map(|port| open(port).ok()).collect()));
-    all.map(|all: Vec<Vec<Announcer>>| all.into_iter().flatten().collect()).unwrap_or_default()
+    let all = network.inside(|| Ok(ports.iter().filter_map(|port| open(port).ok()?).collect()));
+    all.unwrap_or_default()
 }
 
 fn network_of(init: i32) -> Result<Network> {

@@ -9,13 +9,16 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use decamp_shared::pages::PAGE_SIZE;
 use decamp_shared::workload::Section;
 use prost::Message;
 
+use crate::beside;
 use crate::error::{ContainerError, Result};
 use crate::memory::HiddenProcess;
+use crate::packed::{self, Image, PACKED};
 
 /// Prefix of the kind of a section that is an image file.
 pub(crate) const PREFIX: &str = "criu/";
@@ -24,6 +27,8 @@ pub(crate) const HIDDEN: &str = "criu/hidden";
 pub(crate) const VERSION: u32 = 1;
 /// A tree has at most so many image files.
 const FILES_CAP: usize = 1 << 16;
+/// Files that one thread reads at a time.
+const READ_TOGETHER: usize = 64;
 /// CRIU's marks at the head of an image.
 const COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
@@ -101,23 +106,41 @@ pub(crate) struct Pagemap {
     pub(crate) entries: Vec<PagemapEntry>,
 }
 
-/// Every image file in `directory` as a section.
-pub(crate) fn collect(directory: &Path) -> Result<Vec<Section>> {
+/// Every image file in `directory`: as a section, or small ones `together`.
+pub(crate) fn collect(directory: &Path, together: bool) -> Result<Vec<Section>> {
+    let images = read_all(directory)?;
+    let (mut sections, alone) = if together { packed::pack(images)? } else { (Vec::new(), images) };
+    sections.extend(alone.into_iter().map(|(name, bytes)| Section {
+        kind: format!("{PREFIX}{name}"),
+        version: VERSION,
+        bytes,
+    }));
+    Ok(sections)
+}
+
+/// Every image file in `directory`, by name.
+fn read_all(directory: &Path) -> Result<Vec<Image>> {
     let list = || format!("list {}", directory.display());
-    let mut found = Vec::new();
+    let mut names = Vec::new();
     for entry in fs::read_dir(directory).map_err(ContainerError::io(list()))? {
-        let entry = entry.map_err(ContainerError::io(list()))?;
-        let name = entry.file_name().to_string_lossy().into_owned();
+        let name = entry.map_err(ContainerError::io(list()))?.file_name();
+        let name = name.to_string_lossy().into_owned();
         // Its log and its statistics are no state.
-        if !is_image_name(&name) || name.starts_with("stats-") {
-            continue;
+        if is_image_name(&name) && !name.starts_with("stats-") {
+            names.push(name);
         }
-        let bytes = fs::read(entry.path())
-            .map_err(ContainerError::io(format!("read {}", entry.path().display())))?;
-        found.push(Section { kind: format!("{PREFIX}{name}"), version: VERSION, bytes });
     }
-    found.sort_by(|one, other| one.kind.cmp(&other.kind));
-    Ok(found)
+    names.sort_unstable();
+    let read = |names: &[String]| -> Result<Vec<Image>> {
+        let each = names.iter().map(|name| {
+            let path = directory.join(name);
+            let bytes = fs::read(&path);
+            let bytes = bytes.map_err(ContainerError::io(format!("read {}", path.display())))?;
+            Ok((name.clone(), bytes))
+        });
+        each.collect()
+    };
+    Ok(beside::each(names.chunks(READ_TOGETHER).collect(), read)?.concat())
 }
 
 /// The list of hidden pages as a section.
@@ -178,12 +201,19 @@ pub(crate) fn read_hidden(section: &Section) -> Result<HiddenPages> {
     if rest.is_empty() { Ok(found) } else { Err(bad("is longer than it says")) }
 }
 
-/// Writes image sections as files into `directory`; gives back what is none.
+/// Writes images as files into `directory`; gives back the sections that are none.
 pub(crate) fn unpack(sections: Vec<Section>, directory: &Path) -> Result<Vec<Section>> {
     if sections.len() > FILES_CAP {
-        return Err(ContainerError::section(PREFIX, "comes in too many parts"));
+        return Err(too_many());
     }
+    let (packs, sections): (Vec<_>, Vec<_>) =
+        sections.into_iter().partition(|section| section.kind == PACKED);
     let mut others = Vec::new();
+    let files = AtomicUsize::new(0);
+    let write = |name: &str, bytes: &[u8]| match files.fetch_add(1, Ordering::Relaxed) {
+        FILES_CAP.. => Err(too_many()),
+        _ => write_image(directory, name, bytes),
+    };
     for section in sections {
         let Some(name) = section.kind.strip_prefix(PREFIX).filter(|_| section.kind != HIDDEN)
         else {
@@ -196,19 +226,28 @@ pub(crate) fn unpack(sections: Vec<Section>, directory: &Path) -> Result<Vec<Sec
                 "has a version that this build does not know",
             ));
         }
-        if !is_image_name(name) {
-            return Err(ContainerError::section(section.kind, "is named as no image is"));
-        }
-        let path = directory.join(name);
-        let what = format!("write {}", path.display());
-        let mut file = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .map_err(ContainerError::io(what.clone()))?;
-        std::io::Write::write_all(&mut file, &section.bytes).map_err(ContainerError::io(what))?;
+        write(name, &section.bytes)?;
     }
+    packed::unpack(packs, write)?;
     Ok(others)
+}
+
+fn too_many() -> ContainerError {
+    ContainerError::section(PREFIX, "comes in too many parts")
+}
+
+fn write_image(directory: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    if !is_image_name(name) {
+        return Err(ContainerError::section(format!("{PREFIX}{name}"), "is named as no image is"));
+    }
+    let path = directory.join(name);
+    let what = || format!("write {}", path.display());
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .map_err(ContainerError::io(what()))?;
+    std::io::Write::write_all(&mut file, bytes).map_err(ContainerError::io(what()))
 }
 
 /// Enters the hidden pages of process `inner` into its pagemap in `images`. A parent that holds them is
@@ -235,6 +274,28 @@ pub(crate) fn complete(
     let whole = Pagemap::of_store(pages_id(of));
     fs::write(&path, whole.to_bytes())
         .map_err(ContainerError::io(format!("write {}", path.display())))
+}
+
+/// Leaves the hidden pages of process `inner` out of its pagemap in `images`, as if nothing had been there, and
+/// gives those that CRIU did not dump after all.
+pub(crate) fn leave_out(
+    images: &Path,
+    inner: i32,
+    hidden: &[Range<u64>],
+) -> Result<Vec<Range<u64>>> {
+    let name = pagemap_name(inner);
+    let path = images.join(&name);
+    let bytes = fs::read(&path).map_err(ContainerError::io(format!("read {}", path.display())))?;
+    let bad = |what| ContainerError::section(format!("{PREFIX}{name}"), what);
+    let mut pagemap = Pagemap::parse(&bytes).map_err(bad)?;
+    pagemap.add_hidden(hidden, PE_LAZY).map_err(bad)?;
+    // Nothing else has that flag now.
+    let (absent, rest): (Vec<_>, Vec<_>) =
+        pagemap.entries.drain(..).partition(|entry| entry.flags == Some(PE_LAZY));
+    pagemap.entries = rest;
+    fs::write(&path, pagemap.to_bytes())
+        .map_err(ContainerError::io(format!("write {}", path.display())))?;
+    Ok(absent.iter().filter_map(PagemapEntry::range).collect())
 }
 
 /// That `hidden` names every process that has a pagemap in `images`, with hidden pages or without: where
@@ -272,7 +333,7 @@ pub(crate) fn process_of(name: &str) -> Option<i32> {
     name.strip_prefix("pagemap-")?.strip_suffix(".img")?.parse().ok()
 }
 
-fn pagemap_name(inner: i32) -> String {
+pub(crate) fn pagemap_name(inner: i32) -> String {
     format!("pagemap-{inner}.img")
 }
 
@@ -440,6 +501,44 @@ mod tests {
         for name in ["core-1.img", "pagemap-1.img", "tmpfs-dev-73.tar.gz.img", "ip6tables-9.img"] {
             assert!(is_image_name(name), "{name:?}");
         }
+    }
+
+    #[test]
+    fn images_come_back_as_files_however_they_travel() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (from, to) = (directory.path().join("from"), directory.path().join("to"));
+        fs::create_dir(&from).expect("a directory");
+        for number in 0..300 {
+            fs::write(from.join(format!("core-{number}.img")), vec![1; number]).expect("written");
+        }
+        fs::write(from.join("pages-1.img"), vec![2; 3 << 20]).expect("written");
+        fs::write(from.join("stats-dump"), "no image").expect("written");
+        for together in [false, true] {
+            let mut sections = collect(&from, together).expect("collected");
+            assert_eq!(sections.len(), if together { 2 } else { 301 });
+            sections.push(write_hidden(&HiddenPages::new()));
+            fs::create_dir(&to).expect("a directory");
+            let others = unpack(sections, &to).expect("our own");
+            assert_eq!(others.iter().map(|one| &*one.kind).collect::<Vec<_>>(), [HIDDEN]);
+            assert_eq!(read_all(&to).expect("read"), read_all(&from).expect("read"));
+            fs::remove_dir_all(&to).expect("removed");
+        }
+    }
+
+    #[test]
+    fn what_is_packed_is_written_nowhere_else_and_once() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let refused = |names: &[&str], why: &str| {
+            let images = names.iter().map(|name| ((*name).to_owned(), b"x".to_vec())).collect();
+            let (sections, _) = packed::pack(images).expect("packed");
+            let error = unpack(sections, directory.path()).expect_err(why).to_string();
+            assert!(error.contains(why), "{error}");
+        };
+        refused(&["../core-1.img"], "named as no image is");
+        refused(&["hidden"], "named as no image is");
+        refused(&["core-1.img", "core-1.img"], "Cannot write");
+        let many: Vec<String> = (0..=FILES_CAP).map(|number| format!("a{number}.img")).collect();
+        refused(&many.iter().map(String::as_str).collect::<Vec<_>>(), "too many parts");
     }
 
     proptest! {

@@ -54,6 +54,23 @@ pub(crate) fn userfaultfd_of(pid: i32) -> Result<Injected> {
     Ok(Injected { uffd, stopped })
 }
 
+/// Has process `pid`, which has every right, make a userfaultfd that sees the kernel's faults too, and takes
+/// it. The process, and what it forks, has no huge pages from then on.
+pub(crate) fn whole_userfaultfd_of(pid: i32) -> Result<OwnedFd> {
+    let made = traced(|| {
+        let process = sys::pidfd_open(pid)?;
+        inject(pid, |task, instruction| {
+            trace::set_signal_mask(task.task, u64::MAX)?;
+            let option = libc::PR_SET_THP_DISABLE as u64;
+            task.call(instruction, libc::SYS_prctl, [option, 1, 0])?;
+            let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64;
+            task.make(&process, instruction, libc::SYS_userfaultfd, [flags, 0, 0])
+        })
+    });
+    let made = made.map_err(ContainerError::io(format!("have process {pid} make a userfaultfd")));
+    made.map(|(uffd, _)| uffd)
+}
+
 /// A filter that a task will put itself under; gives the descriptor that the filter sends calls to.
 pub(crate) type Filtering = JoinHandle<io::Result<OwnedFd>>;
 

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 
+use decamp_shared::network;
 use serde_json::Value;
 
 use crate::error::{ContainerError, Result};
@@ -36,6 +37,13 @@ pub(crate) struct Port {
     /// Name of the host's end, and whether its port passes nothing.
     pub(crate) name: String,
     pub(crate) disabled: bool,
+}
+
+impl Port {
+    /// The host's end, where that is a port of a bridge.
+    pub(crate) fn outside(&self) -> Option<network::Port> {
+        Some(network::Port::numbered(&self.name, self.outside?))
+    }
 }
 
 /// Every interface in `network` that is in use.

@@ -11,6 +11,7 @@ use nix::sys::stat::Mode;
 
 use crate::bundle::{Bind, Bundle, is_host_file};
 use crate::error::{ContainerError, Result};
+use crate::mounts::{ExternalKind, ExternalMount};
 use crate::store::Store;
 use crate::volumes::Volume;
 
@@ -35,6 +36,8 @@ pub(crate) struct Landed {
     root: PathBuf,
     /// By destination, in the order of the configuration.
     binds: Vec<(String, PathBuf)>,
+    /// What the container has mounted once more of them, by the names for CRIU.
+    parts: Vec<(String, PathBuf)>,
 }
 
 impl Landed {
@@ -57,7 +60,34 @@ impl Landed {
             };
             binds.push((destination, path));
         }
-        Ok(Self { root, binds })
+        Ok(Self { root, binds, parts: Vec::new() })
+    }
+
+    /// Mounts in `store` those of `mounts`, a peer's, that are parts of bind mounts.
+    ///
+    /// # Errors
+    /// When one is of none, or is not there: a link leads to it, which the container's own path had not.
+    pub(crate) fn add_parts(&mut self, mounts: &[ExternalMount], store: &Store) -> Result<()> {
+        for mount in mounts {
+            let ExternalKind::Part(part) = &mount.kind else { continue };
+            let failed = || format!("open {} of the mount {}", part.path, part.of);
+            let of = self.source(&part.of).ok_or_else(|| {
+                ContainerError::section(
+                    "container/state",
+                    format!("names a part of {}, which the configuration does not mount", part.of),
+                )
+            })?;
+            let whole = opened(of, OFlag::O_PATH | OFlag::O_CLOEXEC)?;
+            let held = match part.path.is_empty() {
+                true => whole,
+                false => within(whole.as_fd(), Path::new(&part.path))
+                    .map_err(ContainerError::errno(failed()))?,
+            };
+            let name = format!("part-{}", self.parts.len());
+            let place = store.mount_part(&in_proc(&held), &name)?;
+            self.parts.push((mount.name.clone(), place));
+        }
+        Ok(())
     }
 
     /// The root file system.
@@ -71,9 +101,16 @@ impl Landed {
         binds.find(|(name, _)| name == destination).map(|(_, path)| path.as_path())
     }
 
+    /// The part that CRIU knows by this name.
+    pub(crate) fn part(&self, name: &str) -> Option<&Path> {
+        let mut parts = self.parts.iter();
+        parts.find(|(known, _)| known == name).map(|(_, path)| path.as_path())
+    }
+
     #[cfg(test)]
     pub(crate) fn with_bind(destination: &str, source: &str) -> Self {
-        Self { root: "/root".into(), binds: vec![(destination.into(), source.into())] }
+        let binds = vec![(destination.into(), source.into())];
+        Self { root: "/root".into(), binds, parts: Vec::new() }
     }
 }
 
@@ -143,6 +180,23 @@ fn beneath(open: BorrowedFd<'_>, directory: &Path, path: &Path) -> Result<OwnedF
             Err(errno) => {
                 return Err(ContainerError::errno(format!("open {}", path.display()))(errno));
             }
+        }
+    }
+}
+
+/// Opens `path` below `open`, in the same file system and by no link: a volume may be somebody else's too, who
+/// makes links in it at any time.
+fn within(open: BorrowedFd<'_>, path: &Path) -> nix::Result<OwnedFd> {
+    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(
+        ResolveFlag::RESOLVE_BENEATH
+            | ResolveFlag::RESOLVE_NO_SYMLINKS
+            | ResolveFlag::RESOLVE_NO_XDEV,
+    );
+    loop {
+        match openat2(open, path, how) {
+            // Something was renamed or mounted at that moment, and the kernel is not sure.
+            Err(Errno::EAGAIN) => {}
+            other => return other,
         }
     }
 }

@@ -1,9 +1,9 @@
 //! Which memory of a container's processes is moved by the page engine instead of by CRIU: the
 //! mappings that can be hidden from CRIU, and the pages that exist in them.
 //!
-//! Only private anonymous memory, and of that only what CRIU restores like any other: what is huge,
-//! special or backed by a file stays in CRIU's own images, and so does the executable mapping that CRIU
-//! works from. Shared memory is the business of [`crate::segments`].
+//! Only private anonymous memory, of huge pages too: what is special or backed by a file stays in CRIU's own
+//! images, and so does the executable mapping that CRIU works from. Shared memory is the business of
+//! [`crate::segments`].
 
 use std::fs;
 use std::io;
@@ -13,12 +13,16 @@ use std::path::Path;
 
 use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet, SpaceId};
 
+use crate::beside;
 use crate::error::{ContainerError, Result};
+use crate::huge;
 use crate::pagemap::{Pagemap, append};
 
-/// Flags in smaps of mappings that stay with CRIU: huge pages, device memory, raw frame numbers, shadow
-/// stacks, memory that the kernel may drop.
-const LEFT_TO_CRIU: [&str; 5] = ["ht", "io", "pf", "ss", "dp"];
+/// Flags in smaps of mappings that stay with CRIU: device memory, raw frame numbers, shadow stacks, memory
+/// that the kernel may drop.
+const LEFT_TO_CRIU: [&str; 4] = ["io", "pf", "ss", "dp"];
+/// Processes that one thread looks at before it asks for more.
+const LOOKS: usize = 16;
 /// Where the addresses of user space end. What the kernel maps above, CRIU does not run.
 const USER_END: u64 = 1 << 47;
 
@@ -70,6 +74,12 @@ impl HiddenProcess {
         })
     }
 
+    /// The same of many.
+    pub(crate) fn all_mapped(processes: &[Process]) -> Result<Vec<Self>> {
+        let of = |some: &[Process]| some.iter().map(Self::mapped).collect::<Result<Vec<_>>>();
+        Ok(beside::each(processes.chunks(LOOKS).collect(), of)?.into_iter().flatten().collect())
+    }
+
     /// Looks for its pages; `tracked` says whether its memory was protected at the last harvest.
     pub(crate) fn look(&mut self, tracked: bool) -> Result<()> {
         let mut pagemap = Pagemap::open(self.process.pid)?;
@@ -114,28 +124,36 @@ pub(crate) fn processes(pids: &[i32], init: i32) -> Result<Vec<Process>> {
     }
     let gone = || ContainerError::State(format!("The container's first process {init} is gone"));
     let depth = namespace_numbers(init)?.ok_or_else(gone)?.len();
-    let mut found = Vec::new();
-    for pid in pids {
-        let Some(numbers) = namespace_numbers(*pid)? else { continue };
+    let look = |pid: &i32| -> Result<Option<Process>> {
+        let Some(numbers) = namespace_numbers(*pid)? else { return Ok(None) };
         let inner = numbers.get(depth - 1).copied().ok_or_else(|| {
             ContainerError::malformed(
                 format!("/proc/{pid}/status"),
                 "is of no process of the container",
             )
         })?;
-        if has_memory(*pid)? {
-            found.push(Process { pid: *pid, inner });
-        }
-    }
+        Ok(has_memory(*pid)?.then_some(Process { pid: *pid, inner }))
+    };
+    let looks = |pids: &[i32]| pids.iter().map(look).collect::<Result<Vec<_>>>();
+    let found = beside::each(pids.chunks(LOOKS).collect(), looks)?;
+    let mut found: Vec<Process> = found.into_iter().flatten().flatten().collect();
     found.sort_by_key(|process| process.inner);
     Ok(found)
 }
 
-/// Memory that a process has, in bytes: resident, or swapped out.
+/// Memory that a process has, in bytes: resident, in huge pages of its own, or swapped out. Shared huge pages are
+/// not in it: they lie in files ([`huge::Shared`]), and take none of what is ordinary.
 pub(crate) fn resident(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let kib = |name| status_number(&status, name).unwrap_or(0);
-    (kib("VmRSS:") + kib("VmSwap:")) * 1024
+    ((kib("VmRSS:") + kib("VmSwap:")) * 1024).saturating_add(huge::Private::of(pid).bytes)
+}
+
+/// The same with shared huge pages, which is told without a walk of its page tables.
+pub(crate) fn roughly_resident(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let kib = |name| status_number(&status, name).unwrap_or(0);
+    (kib("VmRSS:") + kib("HugetlbPages:") + kib("VmSwap:")) * 1024
 }
 
 /// Number of a process's session in the namespace that it is in itself; nothing when it is gone, or the
@@ -235,6 +253,19 @@ pub(crate) fn does_direct_io(pid: i32) -> Result<bool> {
     }))
 }
 
+/// Whether a process has a file open by which soft-dirty bits are cleared, its own or another's: it looks at
+/// them, as collectors of garbage do.
+pub(crate) fn clears_bits(pid: i32) -> Result<bool> {
+    let directory = format!("/proc/{pid}/fd");
+    let entries = match fs::read_dir(&directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(ContainerError::io(format!("list {directory}"))(error)),
+    };
+    let is_that = |link: std::path::PathBuf| link.ends_with("clear_refs");
+    Ok(entries.flatten().any(|entry| fs::read_link(entry.path()).is_ok_and(is_that)))
+}
+
 /// The number of the mount that a line of mountinfo is about, where its file system may answer a read by
 /// writing to the reader's pages (FUSE with direct I/O, 9p).
 fn mount_that_hands_out_pages(line: &str) -> Option<&str> {
@@ -251,8 +282,7 @@ pub(crate) fn hideable_mappings(pid: i32) -> Result<Vec<Range<u64>>> {
         .map_err(ContainerError::io(format!("read {status_path}")))?;
     // Reading smaps walks all page tables (12 ms a GiB), maps does not: look there only when some
     // mapping may have a flag that matters.
-    let huge = status_number(&status, "HugetlbPages:").unwrap_or(0) != 0;
-    let plain = !huge && !status.contains("shstk");
+    let plain = !status.contains("shstk");
     let path = format!("/proc/{pid}/{}", if plain { "maps" } else { "smaps" });
     let text = fs::read_to_string(&path).map_err(ContainerError::io(format!("read {path}")))?;
     parse_mappings(&text)
@@ -325,7 +355,7 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
     // The first thread's stack stays with CRIU, as do the kernel's own mappings.
     let anonymous =
         inode == "0" && (name.is_empty() || name == "[heap]" || name.starts_with("[anon:"));
-    let anonymous = anonymous && permissions.ends_with('p');
+    let anonymous = anonymous && permissions.ends_with('p') || huge::is_tracked(line);
     Some(Mapping { range, anonymous, executable: permissions.contains('x') })
 }
 

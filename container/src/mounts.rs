@@ -10,7 +10,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat;
 use serde::{Deserialize, Serialize};
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bind, Bundle};
 use crate::cgroup::Cgroups;
 use crate::error::{ContainerError, Result};
 use crate::landed::Landed;
@@ -44,6 +44,23 @@ pub(crate) struct ExternalMount {
     pub(crate) mounted: String,
 }
 
+/// What CRIU is given at a restore, by a name that its images have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Given {
+    pub(crate) key: String,
+    /// What of this host is mounted there.
+    pub(crate) source: PathBuf,
+    /// Whether the configuration has it so that nothing can be written there.
+    pub(crate) is_read_only: bool,
+}
+
+impl Given {
+    /// How CRIU is told.
+    pub(crate) fn told(&self) -> String {
+        format!("mnt[{}]:{}", self.key, self.source.display())
+    }
+}
+
 /// What stands behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -56,6 +73,19 @@ pub(crate) enum ExternalKind {
     Cgroup(String),
     /// One of the devices that every container has, the host's own.
     Device,
+    /// What a process of the container has mounted once more of a bind mount of the configuration, in another
+    /// place.
+    Part(Part),
+}
+
+/// A part of a bind mount.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Part {
+    /// The bind mount, by its destination in the configuration.
+    pub(crate) of: String,
+    /// Which part of it; empty for all.
+    pub(crate) path: String,
 }
 
 /// The mounts from outside of the container whose first process is `init`.
@@ -93,6 +123,8 @@ pub(crate) fn external(bundle: &Bundle, init: i32) -> Result<Vec<ExternalMount>>
             });
         }
     }
+    let again = mounted_again(&mounts, &found);
+    found.extend(again);
     for mount in mounts.into_iter().filter(|mount| mount.kind == "cgroup") {
         let controllers = mount.options.trim_start_matches("rw,").trim_start_matches("ro,");
         found.push(ExternalMount {
@@ -103,6 +135,40 @@ pub(crate) fn external(bundle: &Bundle, init: i32) -> Result<Vec<ExternalMount>>
         });
     }
     Ok(found)
+}
+
+/// What of the bind mounts in `found` is mounted once more. One that shares mounts with others is left out: CRIU
+/// would have to know with whom.
+fn mounted_again(mounts: &[Mount<'_>], found: &[ExternalMount]) -> Vec<ExternalMount> {
+    let at = |destination: &str| mounts.iter().find(|mount| mount.destination == destination);
+    let whole = at("/");
+    let binds: Vec<_> = found
+        .iter()
+        .filter(|mount| mount.kind == ExternalKind::Bind)
+        .filter_map(|bind| Some((bind, at(&bind.mounted)?)))
+        .collect();
+    let below = |mount: &Mount<'_>, whole: &Mount<'_>| -> Option<String> {
+        let part = Path::new(&mount.root).strip_prefix(&whole.root).ok()?;
+        let is_there = mount.device == whole.device && !mount.root.ends_with("//deleted");
+        is_there.then(|| part.to_str().map(str::to_owned)).flatten()
+    };
+    let known = |mount: &Mount<'_>| found.iter().any(|known| known.mounted == mount.destination);
+    let is_root = |mount: &Mount<'_>| whole.is_some_and(|whole| below(mount, whole).is_some());
+    let fresh = mounts.iter().filter(|mount| {
+        let is_own = mount.kind != "cgroup" && !mount.is_shared;
+        is_own && !known(mount) && !is_root(mount)
+    });
+    let part = |mount: &Mount<'_>| {
+        let (bind, path) =
+            binds.iter().find_map(|(bind, whole)| Some((bind, below(mount, whole)?)))?;
+        Some(ExternalMount {
+            destination: mount.destination.clone(),
+            kind: ExternalKind::Part(Part { of: bind.destination.clone(), path }),
+            name: mount.destination.clone(),
+            mounted: mount.destination.clone(),
+        })
+    };
+    fresh.filter_map(part).collect()
 }
 
 /// Where the root file system and the bind mounts of `bundle` are in the container whose first process is
@@ -161,19 +227,29 @@ impl ExternalMount {
         format!("mnt[{}]:{}", self.mounted, self.name)
     }
 
-    /// How CRIU is told at the restore what to mount there.
+    /// What CRIU is given at the restore to mount there.
     pub(crate) fn at_restore(
         &self,
         bundle: &Bundle,
         landed: &Landed,
         cgroups: &Cgroups,
-    ) -> Result<String> {
-        // It is free text, and these would end it.
-        if self.name.contains([']', '\0']) {
+    ) -> Result<Given> {
+        // It is free text, and these would end it. Others than paths have a meaning of their own for CRIU.
+        if self.name.contains([']', '\0']) || !self.name.starts_with('/') {
             return Err(self.unknown());
         }
         let source = self.source(bundle, landed, cgroups)?;
-        Ok(format!("mnt[{}]:{}", self.name, source.display()))
+        let of = match &self.kind {
+            ExternalKind::Bind => Some(&self.destination),
+            ExternalKind::Part(part) => Some(&part.of),
+            _ => None,
+        };
+        let is_of = |bind: &Bind| Some(&bind.destination) == of && !bind.writable;
+        let is_read_only = match self.kind {
+            ExternalKind::Cgroup(_) => bundle.has_cgroups_read_only(),
+            _ => bundle.binds().iter().any(is_of),
+        };
+        Ok(Given { key: self.name.clone(), source, is_read_only })
     }
 
     fn unknown(&self) -> ContainerError {
@@ -189,6 +265,9 @@ impl ExternalMount {
         match &self.kind {
             ExternalKind::Bind => {
                 landed.source(&self.destination).map(Path::to_owned).ok_or_else(unknown)
+            }
+            ExternalKind::Part(_) => {
+                landed.part(&self.name).map(Path::to_owned).ok_or_else(unknown)
             }
             ExternalKind::Masked if bundle.masked_paths().contains(&self.destination) => {
                 Ok(Path::new(NULL).to_owned())
@@ -225,10 +304,13 @@ fn is_device(root: &Path, path: &str, (major, minor): (u64, u64)) -> bool {
 }
 
 struct Mount<'a> {
-    root: &'a str,
+    device: &'a str,
+    root: String,
     destination: String,
     kind: &'a str,
     options: &'a str,
+    /// Whether it gets mounts from others, or gives them any.
+    is_shared: bool,
 }
 
 fn mountinfo(init: i32) -> Result<String> {
@@ -287,13 +369,16 @@ fn unescaped(text: &str) -> String {
 fn mounts(mountinfo: &str) -> Vec<Mount<'_>> {
     let mount = |line| -> Option<Mount<'_>> {
         let (left, right): (&str, &str) = str::split_once(line, " - ")?;
-        let mut left = left.split(' ').skip(3);
+        let mut left = left.split(' ').skip(2);
         let mut right = right.split(' ');
         Some(Mount {
-            root: left.next()?,
+            device: left.next()?,
+            root: unescaped(left.next()?),
             destination: unescaped(left.next()?),
             kind: right.next()?,
             options: right.nth(1)?,
+            // Behind the options of the mount.
+            is_shared: left.nth(1).is_some(),
         })
     };
     mountinfo.lines().filter_map(mount).collect()
@@ -323,6 +408,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_mounted_once_more_of_a_volume_is_a_part_of_it() {
+        let mountinfo = "\
+            1 0 8:1 /b/rootfs / rw - ext4 d rw\n2 1 8:1 /vol /data rw - ext4 d rw\n\
+            3 1 8:1 /vol/a\\040b /x rw - ext4 d rw\n4 1 8:1 /vol /y ro - ext4 d rw\n\
+            5 1 8:1 /vol/z /s rw shared:7 - ext4 d rw\n6 1 8:1 /vol/gone//deleted /g rw - ext4 d rw\n\
+            7 1 8:1 /b/rootfs/bin /bin2 rw - ext4 d rw\n8 1 8:1 /volumes /v rw - ext4 d rw\n\
+            9 1 8:2 /vol/z /o rw - ext4 d rw\n";
+        let bind = ExternalMount {
+            destination: "/link/data".into(),
+            kind: ExternalKind::Bind,
+            name: "/data".into(),
+            mounted: "/data".into(),
+        };
+        let found = mounted_again(&mounts(mountinfo), &[bind]);
+        let found: Vec<_> =
+            found.into_iter().map(|mount| (mount.mounted, mount.name, mount.kind)).collect();
+        let part = |at: &str, path: &str| {
+            let part = Part { of: "/link/data".into(), path: path.into() };
+            (at.to_owned(), at.to_owned(), ExternalKind::Part(part))
+        };
+        assert_eq!(found, [part("/x", "a b"), part("/y", "")]);
+    }
+
+    #[test]
     fn a_peer_names_only_mounts_of_the_configuration() {
         let config = br#"{"mounts": [{"destination": "/data", "type": "bind", "source": "data"}]}"#;
         let bundle = Bundle::parse(Path::new("/b"), config).expect("a bundle");
@@ -336,14 +445,17 @@ mod tests {
             mounted: String::new(),
         };
         let good = mount("/data", ExternalKind::Bind).at_restore(&bundle, &landed, &cgroups);
-        assert_eq!(good.expect("known"), "mnt[/data]:/store/bind-0");
+        assert_eq!(good.expect("known").told(), "mnt[/data]:/store/bind-0");
         // What the source calls it, CRIU's images call it.
         let linked =
             ExternalMount { name: "/srv/data".into(), ..mount("/data", ExternalKind::Bind) };
         let good = linked.at_restore(&bundle, &landed, &cgroups);
-        assert_eq!(good.expect("known"), "mnt[/srv/data]:/store/bind-0");
-        let open = ExternalMount { name: "/data]:/etc".into(), ..linked };
-        assert!(open.at_restore(&bundle, &landed, &cgroups).is_err());
+        assert_eq!(good.expect("known").told(), "mnt[/srv/data]:/store/bind-0");
+        // CRIU would mount what its image says, or what it finds.
+        for name in ["/data]:/etc", "CRIU:EXTERNAL_DEV", "CRIU:AUTOGENERATED", "data", ""] {
+            let forged = ExternalMount { name: name.into(), ..linked.clone() };
+            assert!(forged.at_restore(&bundle, &landed, &cgroups).is_err(), "{name}");
+        }
         for kind in
             [ExternalKind::Bind, ExternalKind::Masked, ExternalKind::Cgroup("memory".into())]
         {
@@ -356,19 +468,28 @@ mod tests {
         assert!(device("/dev/null", &bundle).is_err());
         let mapped = br#"{"linux": {"namespaces": [{"type": "user"}]}}"#;
         let mapped = Bundle::parse(Path::new("/b"), mapped).expect("a bundle");
-        assert_eq!(device("/dev/null", &mapped).expect("known"), "mnt[/dev/null]:/dev/null");
+        assert_eq!(device("/dev/null", &mapped).expect("known").told(), "mnt[/dev/null]:/dev/null");
         assert!(device("/dev/kmsg", &mapped).is_err());
         // Where cgroups are mounted is the source's to say, within the form that CRIU knows.
         let config = br#"{"mounts": [{"destination": "/sys/fs/cgroup", "type": "cgroup"}]}"#;
         let bundle = Bundle::parse(Path::new("/b"), config).expect("a bundle");
         let paths = serde_json::json!({"memory": "/cg/memory/x", "freezer": "/cg/freezer/x"});
         let cgroups = Cgroups::from_state(&paths).expect("cgroups");
-        let at = |destination| {
-            let mount = mount(destination, ExternalKind::Cgroup("memory".into()));
-            mount.at_restore(&bundle, &landed, &cgroups)
-        };
+        let mount_at = |destination| mount(destination, ExternalKind::Cgroup("memory".into()));
+        let at = |destination| mount_at(destination).at_restore(&bundle, &landed, &cgroups);
         let good = at("/sys/fs/cgroup/memory").expect("known");
-        assert_eq!(good, "mnt[/sys/fs/cgroup/memory]:/cg/memory/x");
+        assert!(!good.is_read_only, "the configuration does not say so");
+        for (options, is_read_only) in [("ro", true), ("rw", false)] {
+            let mount = serde_json::json!({
+                "destination": "/c", "type": "cgroup", "options": ["nosuid", options],
+            });
+            let config = serde_json::json!({"mounts": [mount]}).to_string();
+            let bundle = Bundle::parse(Path::new("/b"), config.as_bytes()).expect("a bundle");
+            let mount = mount_at("/c/memory");
+            let given = mount.at_restore(&bundle, &landed, &cgroups).expect("known");
+            assert_eq!(given.is_read_only, is_read_only, "{options}");
+        }
+        assert_eq!(good.told(), "mnt[/sys/fs/cgroup/memory]:/cg/memory/x");
         for bad in ["/x]:/etc", "/x:/etc", "/x\0"] {
             assert!(at(bad).is_err(), "{bad:?}");
         }

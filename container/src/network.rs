@@ -8,14 +8,13 @@
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::{Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
+use decamp_shared::network::announce::of_addresses;
+use decamp_shared::network::{Announcer, Neighbour, Port, index_of, packet_socket};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use crate::announce::Announcer;
+use crate::beside;
 use crate::error::{ContainerError, Result};
-use crate::port::{PortState, set_port_state};
 use crate::spec::{Mac, Net};
 use crate::sys;
 
@@ -24,8 +23,6 @@ const INSIDE: &str = "eth0";
 /// How a container asks for a neighbour: after 50 ms again instead of a second, and as long as ever.
 /// A question that is lost at the switch would hold up every connection for that second.
 const ASKING: [(&str, &str); 2] = [("retrans_time_ms", "50"), ("mcast_solicit", "40")];
-/// The kernel tells a bridge of a new carrier within this.
-const CARRIER_WITHIN: Duration = Duration::from_secs(2);
 
 /// A network namespace and the interface in it.
 pub(crate) struct Network {
@@ -35,13 +32,10 @@ pub(crate) struct Network {
 
 /// The pair, seen from the host.
 struct Link {
-    outside: String,
-    index: u32,
-    /// How it was taken off the network: by its port, or, where the bridge speaks the spanning tree
-    /// protocol and does not let us, by taking the interface down.
-    by_port: bool,
-    /// Only where it may come to: one that was found never announces itself.
-    announcer: Option<Announcer>,
+    port: Port,
+    /// What announces it, and its hardware address. Only where it may come to: one that was found never
+    /// announces itself.
+    announcer: Option<(Announcer, Mac)>,
     /// Whether it goes when this is dropped.
     ours: bool,
 }
@@ -50,8 +44,21 @@ impl Network {
     /// Makes a namespace, and for `net` a pair whose host end is called `outside`. With `connected`
     /// false no frame passes before [`Network::connect`], not even an answer to ARP.
     pub(crate) fn make(net: Option<(&Net, Mac)>, outside: &str, connected: bool) -> Result<Self> {
-        let namespace = fresh_namespace()?;
+        Self::within(fresh_namespace()?, net, outside, connected)
+    }
+
+    /// The same in a namespace that somebody else made and nobody has used: who has a user namespace has
+    /// rights only over what was made in that.
+    pub(crate) fn within(
+        namespace: OwnedFd,
+        net: Option<(&Net, Mac)>,
+        outside: &str,
+        connected: bool,
+    ) -> Result<Self> {
         let mut network = Self { namespace, link: None };
+        if net.is_none() {
+            network.inside(|| ip(&["link", "set", "lo", "up"]))?;
+        }
         if let Some((net, mac)) = net
             && let Err(error) = network.add_link(net, mac, outside, connected)
         {
@@ -64,15 +71,7 @@ impl Network {
     /// A namespace that somebody else made, with the host's end of the pair that leads to it.
     pub(crate) fn found(namespace: OwnedFd, outside: Option<&str>) -> Result<Self> {
         let link = |outside: &str| -> Result<Link> {
-            let index = sys::interface_index(outside)
-                .map_err(ContainerError::io(format!("find {outside}")))?;
-            Ok(Link {
-                outside: outside.to_owned(),
-                index,
-                by_port: true,
-                announcer: None,
-                ours: false,
-            })
+            Ok(Link { port: Port::find(outside)?, announcer: None, ours: false })
         };
         Ok(Self { namespace, link: outside.map(link).transpose()? })
     }
@@ -102,57 +101,35 @@ impl Network {
         self.namespace.try_clone().map_err(ContainerError::io("hold the network namespace"))
     }
 
-    /// Lets everybody bind the ports below 1024: root in a user namespace is nobody to a network namespace.
-    pub(crate) fn open_low_ports(&self) -> Result<()> {
-        const START: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
-        self.inside(|| fs::write(START, "0").map_err(ContainerError::io(format!("write {START}"))))
-    }
-
     /// Takes the interface off the network: nothing in, nothing out. Twice is as good as once.
     pub(crate) fn disconnect(&mut self) -> Result<()> {
-        let Some(link) = &mut self.link else { return Ok(()) };
-        if let Err(error) = set_port_state(link.index, PortState::Disabled) {
-            tracing::debug!(%error, link = link.outside, "The bridge keeps its ports to itself; taking the interface down");
-            link.by_port = false;
-            ip(&["link", "set", &link.outside, "down"])?;
-        }
-        Ok(())
+        self.link.as_mut().map_or(Ok(()), |link| Ok(link.port.disconnect()?))
     }
 
     /// Puts the interface back. Twice is as good as once.
     pub(crate) fn connect(&mut self) -> Result<()> {
-        let Some(link) = &mut self.link else { return Ok(()) };
-        if !link.by_port {
-            ip(&["link", "set", &link.outside, "up"])?;
-            link.by_port = true;
-            return Ok(());
-        }
-        set_port_state(link.index, PortState::Forwarding)
-            .map_err(ContainerError::io(format!("let {} forward again", link.outside)))
+        self.link.as_mut().map_or(Ok(()), |link| Ok(link.port.connect()?))
     }
 
     /// Puts the interface back after somebody took its carrier, turned the spanning tree protocol
     /// on, or took the port out of its bridge; as far as can be.
     pub(crate) fn reconnect(&mut self) -> Result<()> {
-        let Err(error) = self.connect() else { return Ok(()) };
-        let Some(link) = &mut self.link else { return Ok(()) };
-        tracing::warn!(%error, link = link.outside, "Taking the interface down and up");
-        // The bridge enables the port of an interface that comes up; one that is up does not.
-        link.by_port = false;
-        ip(&["link", "set", &link.outside, "down"])?;
-        self.connect()
+        self.link.as_mut().map_or(Ok(()), |link| Ok(link.port.reconnect()?))
     }
 
-    /// Forgets whom the namespace asked for in vain while it was off the network.
+    /// Forgets whom the namespace asked for in vain while it was off the network: restored connections speak at
+    /// once, and the kernel would ask again only a second after a question that was lost.
     pub(crate) fn forget_neighbours(&self) {
-        if let Some(announcer) = self.link.as_ref().and_then(|link| link.announcer.as_ref()) {
-            announcer.forget_neighbours();
+        if let Some((announcer, mac)) = self.link.as_ref().and_then(|link| link.announcer.as_ref())
+            && let Err(error) = sys::set_hardware_address(announcer.descriptor(), INSIDE, mac.0)
+        {
+            tracing::warn!(%error, "Cannot forget the neighbours; first answers may take a second");
         }
     }
 
     /// Tells the network where the address is now: at once, and several times more from a thread.
     pub(crate) fn announce(&self) {
-        if let Some(announcer) = self.link.as_ref().and_then(|link| link.announcer.as_ref()) {
+        if let Some((announcer, _)) = self.link.as_ref().and_then(|link| link.announcer.as_ref()) {
             announcer.begin();
         }
     }
@@ -160,14 +137,14 @@ impl Network {
     /// Removes the pair, so that nothing that the tasks still do is seen outside.
     pub(crate) fn remove(&mut self) {
         if let Some(link) = self.link.take() {
-            delete_link(&link.outside);
+            delete_link(link.port.name());
         }
     }
 
     fn add_link(&mut self, net: &Net, mac: Mac, outside: &str, connected: bool) -> Result<()> {
         let (address, prefix) = net.address()?;
         delete_link(outside);
-        let (mac_text, outside_mac) = (mac.to_string(), outside_mac(mac).to_string());
+        let (mac_text, outside_mac) = (mac.to_string(), mac.of_hosts_end().to_string());
         let path = self.path();
         ip(&[
             "link",
@@ -198,16 +175,13 @@ impl Network {
             announcer(mac, address)
         })?;
         ip(&["link", "set", outside, "up"])?;
-        let index =
-            sys::interface_index(outside).map_err(ContainerError::io(format!("find {outside}")))?;
-        let announcer = Some(announcer);
-        self.link =
-            Some(Link { outside: outside.to_owned(), index, by_port: true, announcer, ours: true });
+        let port = Port::find(outside)?;
+        let link = self.link.insert(Link { port, announcer: Some(announcer), ours: true });
         if !connected {
             // Before it has an address: an answer to ARP from here would turn the workload's peers
             // away from where it still runs.
-            await_carrier(outside)?;
-            self.disconnect()?;
+            link.port.await_carrier()?;
+            link.port.disconnect()?;
         }
         self.inside(|| {
             ip(&["address", "add", &format!("{address}/{prefix}"), "brd", "+", "dev", INSIDE])?;
@@ -220,15 +194,10 @@ impl Network {
 
     /// Does `work` on a thread that is in the namespace; programs that it starts are there too.
     pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        thread::scope(|scope| {
-            let there = scope.spawn(|| {
-                setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET)
-                    .map_err(ContainerError::errno("enter the network namespace"))?;
-                work()
-            });
-            there.join().unwrap_or_else(|_| {
-                Err(ContainerError::State("A thread in the network namespace panicked".to_owned()))
-            })
+        beside::apart(|| {
+            setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET)
+                .map_err(ContainerError::errno("enter the network namespace"))?;
+            work()
         })
     }
 }
@@ -243,10 +212,11 @@ impl Drop for Network {
 }
 
 /// For the namespace that the thread is in.
-fn announcer(mac: Mac, address: std::net::Ipv4Addr) -> Result<Announcer> {
-    let index = sys::interface_index(INSIDE).map_err(ContainerError::io("find eth0"))?;
-    let socket = sys::packet_socket(index).map_err(ContainerError::io("open a packet socket"))?;
-    Ok(Announcer::new(socket, INSIDE, mac, address))
+fn announcer(mac: Mac, address: std::net::Ipv4Addr) -> Result<(Announcer, Mac)> {
+    let socket = packet_socket(index_of(INSIDE)?, 0);
+    let socket = socket.map_err(ContainerError::io("open a packet socket"))?;
+    let own = Neighbour { address: address.into(), mac };
+    Ok((Announcer::new(socket, 0, of_addresses(&[own])), mac))
 }
 
 /// Removes the host end `outside`, and with it the pair. What is not there is no error.
@@ -260,61 +230,25 @@ pub(crate) fn delete_link(outside: &str) {
 
 /// Whether the network namespace of this process has an interface of this name.
 pub(crate) fn link_exists(name: &str) -> bool {
-    sys::interface_index(name).is_ok()
+    index_of(name).is_ok()
 }
 
-/// Whether the network namespace of this process has a bridge of this name.
-pub(crate) fn bridge_exists(name: &str) -> bool {
-    // /sys/class/net may be of another network namespace than ours, so it is asked by netlink.
-    let said = Command::new("ip")
-        .args(["-o", "link", "show", "dev", name, "type", "bridge"])
-        .stdin(Stdio::null())
-        .output();
-    said.is_ok_and(|said| said.status.success() && !said.stdout.is_empty())
+/// The network namespace of process `pid`.
+pub(crate) fn namespace_of(pid: i32) -> Result<OwnedFd> {
+    let path = format!("/proc/{pid}/ns/net");
+    let file = File::open(&path).map_err(ContainerError::io(format!("open {path}")))?;
+    Ok(file.into())
 }
 
-/// The address of the host end of a pair whose other end has `inside`.
-///
-/// A bridge that was given no address takes the lowest of its ports', and all who spoke to it go on
-/// speaking to the one it had. So this one is as high as an address of one interface can be, and
-/// follows from the container's: when both ends of a move are ports of one bridge, nothing changes.
-fn outside_mac(inside: Mac) -> Mac {
-    let mut bytes = inside.0;
-    bytes[0] = if bytes[0] == 0xfe { 0xfa } else { 0xfe };
-    Mac(bytes)
-}
-
-fn fresh_namespace() -> Result<OwnedFd> {
-    let made = thread::spawn(|| -> Result<OwnedFd> {
+/// A network namespace in which nothing is up.
+pub(crate) fn fresh_namespace() -> Result<OwnedFd> {
+    beside::apart(|| {
         unshare(CloneFlags::CLONE_NEWNET)
             .map_err(ContainerError::errno("make a network namespace"))?;
         let file = File::open("/proc/thread-self/ns/net")
             .map_err(ContainerError::io("open a network namespace"))?;
-        ip(&["link", "set", "lo", "up"])?;
         Ok(file.into())
-    });
-    made.join().unwrap_or_else(|_| {
-        Err(ContainerError::State("A thread that makes a namespace panicked".to_owned()))
     })
-}
-
-/// Waits until the kernel has noticed that both ends are up: what the bridge then does to the port
-/// would undo what we do to it.
-fn await_carrier(outside: &str) -> Result<()> {
-    let begun = Instant::now();
-    loop {
-        let said = ip_says(&["-o", "link", "show", "dev", outside])?;
-        if said.contains("state UP") {
-            return Ok(());
-        }
-        if begun.elapsed() > CARRIER_WITHIN {
-            return Err(ContainerError::State(format!(
-                "{outside} did not come up: {}",
-                said.trim()
-            )));
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {

@@ -1,6 +1,7 @@
 //! Scans of `/proc/PID/pagemap`: which pages of a process exist, and which were written since they were
 //! last protected (kernel document `admin-guide/mm/pagemap`). Kernels that do not scan are read.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -23,6 +24,13 @@ const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
 /// Regions asked of the kernel at once.
 const REGIONS: usize = 4096;
+/// Pages told of at once: for so long nobody can change what is mapped, CRIU's code in the process neither.
+const PAGES: u64 = 1 << 15;
+
+thread_local! {
+    /// Room for regions that nobody uses just now: of hundreds of processes one is looked at after another.
+    static SPARE: Cell<Option<Vec<PageRegion>>> = const { Cell::new(None) };
+}
 
 /// The page tables of one process, seen from outside.
 pub(crate) struct Pagemap {
@@ -39,7 +47,8 @@ impl Pagemap {
     pub(crate) fn open(pid: i32) -> Result<Self> {
         let path = format!("/proc/{pid}/pagemap");
         let file = File::open(&path).map_err(ContainerError::io(format!("open {path}")))?;
-        let regions = vec![PageRegion::default(); REGIONS];
+        // A new one costs more than a scan of a small process: its pages are not there yet.
+        let regions = SPARE.take().unwrap_or_else(|| vec![PageRegion::default(); REGIONS]);
         Ok(Self { pid, file, path, regions, entries: None })
     }
 
@@ -71,6 +80,21 @@ impl Pagemap {
             ..PmScanArg::default()
         };
         self.scan(range, argument, each)
+    }
+
+    /// Calls `each` for ranges of pages in `range` at which there is anything, the shared page of zeros too.
+    /// Takes a kernel with scans.
+    pub(crate) fn populated(
+        &mut self,
+        range: &Range<u64>,
+        mut each: impl FnMut(Range<u64>),
+    ) -> Result<()> {
+        let argument = PmScanArg {
+            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            ..PmScanArg::default()
+        };
+        self.scan(range, argument, |found, _| each(found)).map(drop)
     }
 
     /// Calls `each` for ranges of pages in `range` that were written since they were protected, and
@@ -107,8 +131,10 @@ impl Pagemap {
         mut each: impl FnMut(Range<u64>, bool),
     ) -> Result<bool> {
         let mut at = range.start;
+        // Where pages are protected the end of a piece may be within a huge page, which is broken up for that.
+        let max_pages = if argument.flags & PM_SCAN_WP_MATCHING == 0 { PAGES } else { 0 };
         while at < range.end {
-            let mut argument = PmScanArg { start: at, end: range.end, ..argument };
+            let mut argument = PmScanArg { start: at, end: range.end, max_pages, ..argument };
             let found = sys::pagemap_scan(self.file.as_fd(), &mut argument, &mut self.regions);
             let count = match found {
                 Err(error)
@@ -132,6 +158,12 @@ impl Pagemap {
             at = argument.walk_end;
         }
         Ok(true)
+    }
+}
+
+impl Drop for Pagemap {
+    fn drop(&mut self) {
+        SPARE.set(Some(std::mem::take(&mut self.regions)));
     }
 }
 

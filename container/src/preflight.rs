@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use decamp_shared::keeper::ends::available_memory;
+use decamp_shared::network::need;
 use decamp_shared::workload::{HostTools, Kind, Manifest, Place, PlacedTree, Refusal, RefusalCode};
 
 use crate::bundle::Bundle;
@@ -10,7 +11,6 @@ use crate::claim;
 use crate::crun;
 use crate::facts::{HostNeeds, Needs};
 use crate::file_locks;
-use crate::network::bridge_exists;
 use crate::obstacles::host::{Free, criu_obstacle, makes_no_user_namespaces};
 use crate::podman;
 use crate::runtime::{self, RuntimeKind};
@@ -43,7 +43,14 @@ pub(crate) fn for_run(tools: &HostTools, spec: &serde_json::Value) -> Vec<Refusa
         Err(error) => found.push(Refusal::new(RefusalCode::File, error.to_string())),
     }
     found.extend(of_host(tools, &spec));
+    found.extend(own_bridge(&spec).and_then(need::bridge_refusal));
     found
+}
+
+/// The bridge that it hangs on by itself. Podman makes its own.
+fn own_bridge(spec: &ContainerSpec) -> Option<&str> {
+    let net = spec.net.as_ref().filter(|_| spec.podman.is_none());
+    net.map(|net| net.bridge.as_str())
 }
 
 /// Why the container of `manifest` cannot come here.
@@ -115,6 +122,7 @@ pub(crate) fn for_move(
                         podman::volumes::note_shared(&mut made.volumes, &volumes, trees);
                         podman::volumes::refusals(&made.volumes, &bundle)
                             .into_iter()
+                            .chain(podman::own::refusals(&made.own, &bundle))
                             .for_each(|text| refuse(RefusalCode::Unsupported, text));
                     }
                 }
@@ -172,6 +180,9 @@ pub(crate) fn for_move(
         Ok(spec) => {
             found.extend(spec.refusals());
             found.extend(of_host(tools, &spec));
+            if let Some(bridge) = own_bridge(&spec) {
+                found.extend(need::refusals(&manifest.networks, [bridge], &tools.bridges));
+            }
         }
         Err(error) => found.push(Refusal::new(RefusalCode::Request, error)),
     }
@@ -194,13 +205,6 @@ fn of_host(tools: &HostTools, spec: &ContainerSpec) -> Vec<Refusal> {
     if let Some(made) = &spec.podman {
         let against = podman::refusals(made).into_iter();
         found.extend(against.map(|text| Refusal::new(RefusalCode::Runtime, text)));
-    } else if let Some(net) = &spec.net
-        && !bridge_exists(&net.bridge)
-    {
-        found.push(Refusal::new(
-            RefusalCode::Bridge,
-            format!("There is no bridge {}: make it with ip link add {0} type bridge", net.bridge),
-        ));
     }
     found
 }
@@ -245,11 +249,12 @@ mod tests {
             "hooks": {"createRuntime": [{"path": "/bin/sh"}]},
             "mounts": [{"destination": "/host", "type": "bind", "source": "/"}],
             "linux": {"namespaces": [{"type": "network"}, {"type": "pid", "path": "/proc/1/ns/pid"},
-                {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"}]},
+                {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup", "path": "/x"}]},
         });
         let needs = Needs {
             config: config.to_string(),
             resident: 0,
+            shared_huge: 0,
             on_tmpfs: 0,
             criu: (4, 1),
             obstacles: Vec::new(),
@@ -271,6 +276,7 @@ mod tests {
             crun: none,
             resume_after: Duration::ZERO,
             methods: Methods::default(),
+            bridges: Default::default(),
         };
         let trees = [PlacedTree { tree: FileTree::default(), path: "/srv/web".into() }];
         let found = for_move(&tools, &manifest, &trees);

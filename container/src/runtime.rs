@@ -28,6 +28,15 @@ pub(crate) enum RuntimeKind {
     Crun,
 }
 
+/// What a runtime has written down of a container that it has made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// Its state.
+    pub(crate) state: Value,
+    /// The filter of system calls for what is brought in later, where that is kept in a file.
+    pub(crate) filter: Option<Vec<u8>>,
+}
+
 /// One container as a runtime knows it.
 #[derive(Clone, Debug)]
 pub(crate) struct Runtime {
@@ -149,15 +158,43 @@ impl Runtime {
         output: impl AsFd,
         console: Option<&Path>,
     ) -> Result<i32> {
-        self.start("run", bundle, output, console)
+        self.begin("run", bundle, output, console)
     }
 
-    /// Makes the container of `bundle` without starting its program.
-    pub(crate) fn create(&self, bundle: &Path, output: impl AsFd) -> Result<i32> {
-        self.start("create", bundle, output, None)
+    /// The same without starting its program.
+    pub(crate) fn create(
+        &self,
+        bundle: &Path,
+        output: impl AsFd,
+        console: Option<&Path>,
+    ) -> Result<i32> {
+        self.begin("create", bundle, output, console)
     }
 
-    fn start(
+    /// Starts the program of the container that was made of `bundle`.
+    pub(crate) fn start(&self, bundle: &Path) -> Result<()> {
+        let log = bundle.join("runtime.log");
+        let mut command = Command::new(&self.program);
+        command.arg("--root").arg(&self.root).arg("--log").arg(&log).arg("start").arg(&self.id);
+        let status = command
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .map_err(ContainerError::io(format!("start {}", self.program.display())))?;
+        if status.success() { Ok(()) } else { Err(self.failed("start", &log)) }
+    }
+
+    fn failed(&self, verb: &str, log: &Path) -> ContainerError {
+        ContainerError::Tool {
+            tool: self.kind.word(),
+            what: format!("{verb} container {}", self.id),
+            said: self.last_error(log),
+        }
+    }
+
+    fn begin(
         &self,
         verb: &str,
         bundle: &Path,
@@ -193,11 +230,7 @@ impl Runtime {
             .status()
             .map_err(ContainerError::io(format!("start {}", self.program.display())))?;
         if !status.success() {
-            return Err(ContainerError::Tool {
-                tool: self.kind.word(),
-                what: format!("{verb} container {}", self.id),
-                said: self.last_error(&log),
-            });
+            return Err(self.failed(verb, &log));
         }
         let text = fs::read_to_string(&pid_file)
             .map_err(ContainerError::io(format!("read {}", pid_file.display())))?;
@@ -219,7 +252,21 @@ impl Runtime {
             .map_err(|error| ContainerError::malformed(path, format!("is no JSON: {error}")))
     }
 
-    /// The same, understood.
+    /// All that whoever adopts a container of the same configuration needs of it.
+    pub(crate) fn written(&self) -> Result<Written> {
+        let state = self.state()?;
+        let path = self.directory().join(crun::FILTER);
+        let filter = match (self.kind, fs::read(&path)) {
+            (RuntimeKind::Runc, _) => None,
+            (RuntimeKind::Crun, Err(error)) if error.kind() == std::io::ErrorKind::NotFound => None,
+            (RuntimeKind::Crun, read) => {
+                Some(read.map_err(ContainerError::io(format!("read {}", path.display())))?)
+            }
+        };
+        Ok(Written { state, filter })
+    }
+
+    /// What a state says.
     pub(crate) fn known(&self, state: &Value) -> Result<Known> {
         let known = match self.kind {
             RuntimeKind::Runc => runc::known(state),
@@ -239,31 +286,38 @@ impl Runtime {
         }
     }
 
-    /// Writes down that the container runs: `state` of a stand-in made here, with the process, root
-    /// and bundle of the real one, whose configuration reads as `config` here.
+    /// Writes down that the container runs: what was `written` of a stand-in made here, with the process,
+    /// root and bundle of the real one, whose configuration reads as `config` here.
     pub(crate) fn adopt(
         &self,
-        state: &Value,
+        written: &Written,
         init: i32,
         bundle: &Bundle,
         config: &Value,
     ) -> Result<()> {
-        let (state, started) = (state.clone(), start_time(init)?);
+        let (state, started) = (written.state.clone(), start_time(init)?);
         let (rootfs, directory) = (bundle.rootfs(), bundle.directory());
         match self.kind {
             RuntimeKind::Runc => {
                 let state = runc::adopted(state, init, started, &rootfs, directory);
-                self.write(runc::STATE, &state)
+                self.write_json(runc::STATE, &state)
             }
             RuntimeKind::Crun => {
                 let state = crun::adopted(state, init, started, &rootfs, directory);
-                self.write(crun::CONFIG, config)?;
-                self.write(crun::STATE, &state)
+                self.write_json(crun::CONFIG, config)?;
+                if let Some(filter) = &written.filter {
+                    self.write(crun::FILTER, filter)?;
+                }
+                self.write_json(crun::STATE, &state)
             }
         }
     }
 
-    fn write(&self, name: &str, content: &Value) -> Result<()> {
+    fn write_json(&self, name: &str, content: &Value) -> Result<()> {
+        self.write(name, content.to_string().as_bytes())
+    }
+
+    fn write(&self, name: &str, content: &[u8]) -> Result<()> {
         let directory = self.directory();
         fs::create_dir_all(&directory)
             .map_err(ContainerError::io(format!("make {}", directory.display())))?;
@@ -275,7 +329,7 @@ impl Runtime {
                 .truncate(true)
                 .mode(0o600)
                 .open(&fresh)?;
-            file.write_all(&serde_json::to_vec(content)?)?;
+            file.write_all(content)?;
             fs::rename(&fresh, &path)
         };
         write().map_err(ContainerError::io(format!("write {}", path.display())))
@@ -340,6 +394,34 @@ mod tests {
     #[test]
     fn our_own_start_time_is_read() {
         assert!(start_time(std::process::id() as i32).expect("ourselves") > 0);
+    }
+
+    #[test]
+    fn what_is_adopted_has_the_filter_of_its_stand_in() {
+        let bundle = Bundle::parse(Path::new("/r"), b"{}").expect("a bundle");
+        for (kind, filter) in [
+            (RuntimeKind::Crun, Some(b"bpf".to_vec())),
+            (RuntimeKind::Crun, None),
+            (RuntimeKind::Runc, None),
+        ] {
+            let room = tempfile::tempdir().expect("a directory");
+            let at = |root: &str| Runtime {
+                root: room.path().join(root),
+                ..Runtime::looked_at(kind, "web")
+            };
+            let stand_in = at("hidden");
+            fs::create_dir_all(stand_in.directory()).expect("made");
+            fs::write(stand_in.directory().join(kind.state_file()), "{}").expect("written");
+            if let Some(filter) = &filter {
+                fs::write(stand_in.directory().join(crun::FILTER), filter).expect("written");
+            }
+            let written = stand_in.written().expect("a stand-in");
+            let runtime = at("own");
+            let us = std::process::id() as i32;
+            runtime.adopt(&written, us, &bundle, &Value::Null).expect("adopted");
+            assert_eq!(fs::read(runtime.directory().join(crun::FILTER)).ok(), filter);
+            assert!(runtime.directory().join(kind.state_file()).exists());
+        }
     }
 
     #[test]

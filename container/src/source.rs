@@ -9,8 +9,11 @@ use decamp_shared::keeper::KeeperClient;
 use decamp_shared::keeper::ends::KeeperSource;
 use decamp_shared::methods::Ways;
 use decamp_shared::pages::{PageReader, PageSet};
-use decamp_shared::workload::{Liveness, Manifest, Result, Section, SourceWorkload, SpaceInfo};
+use decamp_shared::workload::{
+    Liveness, Manifest, Restoring, Result, Section, SourceWorkload, SpaceInfo,
+};
 
+use crate::forked;
 use crate::reader::ProcessReader;
 use crate::segments::sent::Sent;
 
@@ -21,6 +24,8 @@ pub(crate) struct ContainerSource {
     paused: bool,
     /// Compared in this pause: what stands still does not change.
     compared: bool,
+    /// How long restoring may take for what can be left out, once that is known.
+    spare: Option<Duration>,
 }
 
 impl ContainerSource {
@@ -32,7 +37,7 @@ impl ContainerSource {
             ProcessReader::open(client, spaces, &readers)
         };
         let keeper = KeeperSource::new(client, manifest, Box::new(make_reader))?;
-        Ok(Self { keeper, sent, paused: false, compared: false })
+        Ok(Self { keeper, sent, paused: false, compared: false, spare: None })
     }
 }
 
@@ -78,8 +83,12 @@ impl SourceWorkload for ContainerSource {
         self.keeper.look() + self.sent.look()
     }
 
-    fn restoring(&self) -> Duration {
+    fn restoring(&self) -> Restoring {
         self.keeper.restoring()
+    }
+
+    fn spare(&mut self, time: Duration) {
+        self.spare = Some(time);
     }
 
     fn call_off(&self) -> Option<Arc<AtomicBool>> {
@@ -101,7 +110,11 @@ impl SourceWorkload for ContainerSource {
     }
 
     fn save(&mut self) -> Result<Vec<Section>> {
-        self.keeper.save()
+        let mut sections = self.keeper.save()?;
+        if sections.iter().any(|section| section.kind == forked::FORKED) {
+            sections.extend(self.spare.map(forked::spare_section));
+        }
+        Ok(sections)
     }
 
     fn fence(&mut self, token: u64) -> Result<()> {

@@ -6,6 +6,8 @@
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+pub use decamp_shared::network::Mac;
+use decamp_shared::network::{interface_name, is_interface_name};
 use decamp_shared::workload::{Place, Refusal, RefusalCode, is_plain_absolute};
 use serde::{Deserialize, Serialize};
 
@@ -59,11 +61,6 @@ pub struct Net {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
 }
-
-/// A hardware address, written as `02:00:5e:10:00:01`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Mac(pub [u8; 6]);
 
 impl ContainerSpec {
     /// Reads a spec.
@@ -123,7 +120,7 @@ impl ContainerSpec {
                     "IPv6 addresses are not supported in this version".to_owned(),
                 );
             }
-            if net.mac.is_some_and(|Mac(bytes)| bytes[0] & 1 == 1 || bytes == [0; 6]) {
+            if net.mac.is_some_and(|mac| !mac.is_of_one()) {
                 refuse(
                     RefusalCode::Request,
                     "The hardware address is not one of a single interface".to_owned(),
@@ -164,57 +161,14 @@ impl Net {
 
     /// The hardware address: as asked for, or the one that follows from the identity `uuid`.
     pub fn mac_of(&self, uuid: &str) -> Mac {
-        self.mac.unwrap_or_else(|| {
-            let hash = fnv1a(uuid.as_bytes()).to_be_bytes();
-            // Locally administered, of a single interface.
-            Mac([0x02, hash[3], hash[4], hash[5], hash[6], hash[7]])
-        })
-    }
-}
-
-impl TryFrom<String> for Mac {
-    type Error = String;
-
-    fn try_from(text: String) -> std::result::Result<Self, String> {
-        let mut bytes = [0; 6];
-        let mut parts = text.split(':');
-        for byte in &mut bytes {
-            *byte = parts
-                .next()
-                .filter(|part| part.len() == 2)
-                .and_then(|part| u8::from_str_radix(part, 16).ok())
-                .ok_or_else(|| format!("{text:?} is no hardware address"))?;
-        }
-        if parts.next().is_some() {
-            return Err(format!("{text:?} is no hardware address"));
-        }
-        Ok(Self(bytes))
-    }
-}
-
-impl From<Mac> for String {
-    fn from(mac: Mac) -> Self {
-        mac.to_string()
-    }
-}
-
-impl std::fmt::Display for Mac {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+        self.mac.unwrap_or_else(|| Mac::of_workload(uuid, 0))
     }
 }
 
 /// The host's end of the container's interface. Follows from the place alone, so that a sweep
 /// finds it when the keeper is gone.
 pub(crate) fn veth_name(place: &Place) -> String {
-    let hash = fnv1a(format!("{}\0{}", place.name, place.dir.display()).as_bytes());
-    format!("dc{:012x}", hash & 0xffff_ffff_ffff)
-}
-
-/// Where the keeper of a container with a terminal lets clients at it.
-pub(crate) fn console(place: &Place) -> PathBuf {
-    place.dir.join("console.sock")
+    interface_name(['d', 'c'], place, 0)
 }
 
 /// The container's name for its runtime. Follows from the place alone.
@@ -229,27 +183,12 @@ pub(crate) fn runtime_id(place: &Place) -> Result<&str> {
     Ok(name)
 }
 
-fn is_interface_name(name: &str) -> bool {
-    !name.is_empty()
-        && name.len() < 16
-        && name != "."
-        && name != ".."
-        && name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/')
-}
-
 fn unknown_runtime(word: &str) -> String {
     format!("Runtime {word:?} is not known here: use runc or crun")
 }
 
 fn runc() -> String {
     "runc".to_owned()
-}
-
-/// FNV-1a, 64 bits: small and the same in every build, unlike the standard library's hasher.
-fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
 }
 
 #[cfg(test)]

@@ -96,12 +96,17 @@ impl Store {
 
     /// An empty directory for files that CRIU reads in place of the kernel's.
     pub(crate) fn fresh_covers(&self) -> Result<PathBuf> {
-        fresh(self.directory.join("covers"))
+        fresh(self.covers())
     }
 
-    /// Gives back what CRIU's images take, without having it waited for: for hundreds of processes they are
-    /// thousands of files.
+    fn covers(&self) -> PathBuf {
+        self.directory.join("covers")
+    }
+
+    /// Gives back what a dump takes, CRIU's images and what it read, without having it waited for: for hundreds
+    /// of processes they are thousands of files.
     pub(crate) fn drop_images(&self) {
+        let _ = fs::remove_dir_all(self.covers());
         let (images, dropped) = (self.images(), self.directory.join("dropped"));
         let remove = {
             let dropped = dropped.clone();

@@ -44,6 +44,8 @@ pub(crate) struct Notice<'a> {
     pub(crate) step: &'a str,
     /// CRIU's own process.
     pub(crate) criu: i32,
+    /// The first process that it restores, once there is one; else 0 or less.
+    pub(crate) init: i32,
     /// What came with it: the master of a terminal.
     pub(crate) descriptor: Option<OwnedFd>,
 }
@@ -142,8 +144,8 @@ impl Swrk {
             if answer.type_() != Criu_req_type::NOTIFY {
                 break answer;
             }
-            let fine =
-                notified(Notice { step: answer.notify.script(), criu: self.pid(), descriptor });
+            let (step, init) = (answer.notify.script(), answer.notify.pid());
+            let fine = notified(Notice { step, criu: self.pid(), init, descriptor });
             let mut reply = Criu_req::new();
             reply.set_type(Criu_req_type::NOTIFY);
             reply.set_notify_success(fine);

@@ -1,22 +1,25 @@
 //! A container's terminal: its master end, which the keeper holds. What comes out of it goes into the log
-//! and to whoever is connected to the console socket; what such a client sends is typed into it.
+//! and to whoever is connected to its console; what such a client sends is typed into it.
 //!
 //! The runtime makes the terminal within the container's own devpts and hands the master over through a
 //! socket; at a restore CRIU makes it again and does the same. Nothing here knows what a restore is.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, IoSliceMut, Read, Write};
-use std::net::Shutdown;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use decamp_shared::console::{Console, Output, Resizer, Size};
+use decamp_shared::workload::Place;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 use crate::error::{ContainerError, Result};
@@ -26,8 +29,6 @@ use crate::sys;
 const NOBODY_THERE: Duration = Duration::from_millis(20);
 /// What is still to be read when the last process has ended is copied within this.
 const FINISH_WITHIN: Duration = Duration::from_millis(500);
-/// Whoever does not take what the terminal says within this is let go.
-const TAKEN_WITHIN: Duration = Duration::from_millis(100);
 
 /// Where a runtime hands over the master of the terminal that it makes.
 pub(crate) struct ConsoleSocket {
@@ -37,15 +38,10 @@ pub(crate) struct ConsoleSocket {
 
 /// The master of a container's terminal, kept.
 pub(crate) struct Terminal {
-    over: Arc<AtomicBool>,
+    over: Arc<EventFd>,
     copier: Option<JoinHandle<()>>,
-    socket: PathBuf,
-    client: Client,
+    console: Option<Console>,
 }
-
-/// Who is connected, if anybody is: one at a time, the last to come.
-#[derive(Clone, Default)]
-struct Client(Arc<Mutex<Option<UnixStream>>>);
 
 impl ConsoleSocket {
     /// Listens in `directory`.
@@ -89,43 +85,49 @@ impl Drop for ConsoleSocket {
 }
 
 impl Terminal {
-    /// Keeps `master`: appends what comes out of it to `log`, and lets clients of `socket` type.
-    pub(crate) fn keep(master: OwnedFd, log: &Path, socket: &Path) -> Result<Self> {
-        let log = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .open(log)
-            .map_err(ContainerError::io(format!("open {}", log.display())))?;
-        let listener = bind(socket)?;
-        let (over, client) = (Arc::new(AtomicBool::new(false)), Client::default());
-        let keyboard =
-            master.try_clone().map_err(ContainerError::io("copy the terminal's descriptor"))?;
-        let (ended, screen) = (over.clone(), client.clone());
+    /// Keeps `master`: what comes out of it goes into the log and to clients of the console of `place`,
+    /// which type into it.
+    pub(crate) fn keep(master: OwnedFd, place: &Place) -> Result<Self> {
+        let output = Output::to_log(&place.log()).map_err(ContainerError::Console)?;
+        fcntl(&master, FcntlArg::F_SETFL(OFlag::O_NONBLOCK | OFlag::O_RDWR))
+            .map_err(ContainerError::errno("have a terminal not block"))?;
+        let copied =
+            || master.try_clone().map_err(ContainerError::io("copy the terminal's descriptor"));
+        let (typed, sized) = (File::from(copied()?), copied()?);
+        // With no room left there is an error that passes; without anybody there is nobody to type to.
+        let keyboard = Box::new(move |bytes: &[u8]| match (&typed).write(bytes) {
+            Err(error) if passes(&error) => 0,
+            taken => taken.unwrap_or(bytes.len()),
+        });
+        let sizes: Resizer = Box::new(move |size| {
+            if let Err(error) = resize(&sized, size) {
+                tracing::debug!(%error, "Cannot set the size of a terminal");
+            }
+        });
+        let sizes = Some((place.console_size(), sizes));
+        let console = Console::listen(&place.console(), output.clone(), keyboard, sizes)
+            .map_err(ContainerError::Console)?;
+        let over = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(ContainerError::errno("make an event descriptor"))?;
+        let over = Arc::new(over);
+        let ended = over.clone();
         let copier = thread::Builder::new()
             .name("terminal".to_owned())
-            .spawn(move || copy(&File::from(master), log, &screen, &ended))
+            .spawn(move || copy(&File::from(master), output, &ended))
             .map_err(ContainerError::io("start a thread"))?;
-        let (ended, typist) = (over.clone(), client.clone());
-        thread::Builder::new()
-            .name("console".to_owned())
-            .spawn(move || serve(&listener, &keyboard, &typist, &ended))
-            .map_err(ContainerError::io("start a thread"))?;
-        Ok(Self { over, copier: Some(copier), socket: socket.to_owned(), client })
+        Ok(Self { over, copier: Some(copier), console: Some(console) })
     }
 
     /// Takes what was written until now into the log: call it when every process has ended.
     pub(crate) fn finish(&mut self) {
-        self.over.store(true, Ordering::SeqCst);
+        let _ = self.over.write(1);
         if let Some(copier) = self.copier.take() {
             let begun = Instant::now();
             while !copier.is_finished() && begun.elapsed() < FINISH_WITHIN {
                 thread::sleep(Duration::from_millis(1));
             }
         }
-        self.client.replace(None);
-        // Whoever waits for a client sees that it is over.
-        let _ = UnixStream::connect(&self.socket);
-        let _ = fs::remove_file(&self.socket);
+        self.console = None;
     }
 }
 
@@ -135,70 +137,43 @@ impl Drop for Terminal {
     }
 }
 
-impl Client {
-    fn held(&self) -> MutexGuard<'_, Option<UnixStream>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Lets the one go that was there.
-    fn replace(&self, with: Option<UnixStream>) {
-        if let Some(earlier) = std::mem::replace(&mut *self.held(), with) {
-            let _ = earlier.shutdown(Shutdown::Both);
-        }
-    }
-
-    /// Shows it `bytes`; one that does not take them is let go, for the container does not wait.
-    fn show(&self, bytes: &[u8]) {
-        let mut held = self.held();
-        let Some(stream) = held.as_mut() else { return };
-        if stream.write_all(bytes).is_err() {
-            let _ = stream.shutdown(Shutdown::Both);
-            *held = None;
-        }
-    }
-}
-
-/// Copies what the terminal says until it is `over` and nobody has it open any more.
-fn copy(mut master: &File, mut log: File, client: &Client, over: &AtomicBool) {
+/// Copies what the terminal says until it is `over` and it has said all.
+fn copy(mut master: &File, mut output: Output, over: &EventFd) {
     let mut buffer = vec![0; 64 << 10];
     loop {
-        match master.read(&mut buffer) {
-            Ok(length) if length > 0 => {
-                if let Err(error) = log.write_all(&buffer[..length]) {
-                    tracing::debug!(%error, "Cannot write the container's log");
-                }
-                client.show(&buffer[..length]);
-            }
+        let read = master.read(&mut buffer);
+        let mut polled = [PollFd::new(over.as_fd(), PollFlags::POLLIN)];
+        let is_over = poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
+        match read {
+            // It never fails.
+            Ok(length) if length > 0 => drop(output.write_all(&buffer[..length])),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            _ if is_over => return,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let said = PollFd::new(master.as_fd(), PollFlags::POLLIN);
+                let ended = PollFd::new(over.as_fd(), PollFlags::POLLIN);
+                let _ = poll(&mut [said, ended], PollTimeout::NONE);
+            }
             // Nobody has the other end open just now; who knows its name may open it again.
-            _ if over.load(Ordering::SeqCst) => return,
             _ => thread::sleep(NOBODY_THERE),
         }
     }
 }
 
-/// Lets one client after another type.
-fn serve(listener: &UnixListener, keyboard: &OwnedFd, client: &Client, over: &AtomicBool) {
-    for stream in listener.incoming() {
-        if over.load(Ordering::SeqCst) {
-            return;
-        }
-        let attach = |stream: UnixStream| -> io::Result<()> {
-            stream.set_write_timeout(Some(TAKEN_WITHIN))?;
-            let (typing, keyboard) = (stream.try_clone()?, File::from(keyboard.try_clone()?));
-            client.replace(Some(stream));
-            thread::Builder::new().name("typing".to_owned()).spawn(move || {
-                let (mut typing, mut keyboard) = (typing, keyboard);
-                // To the end of either; the container runs on without a keyboard.
-                let _ = io::copy(&mut typing, &mut keyboard);
-            })?;
-            Ok(())
-        };
-        if let Err(error) = stream.and_then(attach) {
-            tracing::warn!(%error, "Cannot let a client at the terminal");
-            thread::sleep(NOBODY_THERE);
-        }
-    }
+/// Tells the terminal, and so whoever runs in its foreground, how large it is.
+fn resize(terminal: &OwnedFd, size: Size) -> io::Result<()> {
+    let size = rustix::termios::Winsize {
+        ws_col: size.columns,
+        ws_row: size.rows,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    Ok(rustix::termios::tcsetwinsize(terminal, size)?)
+}
+
+/// Whether the next attempt may well succeed.
+fn passes(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
 /// Receives a message, with the first descriptor that came with it.
@@ -247,7 +222,8 @@ mod tests {
     use nix::pty::openpty;
     use nix::sys::socket::{ControlMessage, sendmsg};
     use std::io::IoSlice;
-    use std::os::fd::{AsFd, BorrowedFd};
+    use std::os::fd::BorrowedFd;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
@@ -280,31 +256,82 @@ mod tests {
         assert!(socket.master().is_err_and(|error| error.to_string().contains("no terminal")));
     }
 
-    #[test]
-    fn what_it_says_is_logged_and_shown_and_what_a_client_types_arrives() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let (log, socket) = (directory.path().join("log"), directory.path().join("console"));
+    /// A terminal that is kept, and its other end.
+    fn kept(directory: &Path) -> (Terminal, File, Place) {
         let pair = openpty(None, None).expect("a terminal");
-        let mut terminal = Terminal::keep(pair.master, &log, &socket).expect("kept");
-        let mut slave = File::from(pair.slave);
+        let place = Place { name: "web".into(), uuid: "u".into(), dir: directory.to_owned() };
+        let terminal = Terminal::keep(pair.master, &place).expect("kept");
+        (terminal, File::from(pair.slave), place)
+    }
+
+    #[test]
+    fn what_it_says_is_logged_and_shown_and_what_clients_type_arrives() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (mut terminal, mut slave, place) = kept(directory.path());
         slave.write_all(b"before\n").expect("says");
-        let logged = |text: &str| fs::read_to_string(&log).is_ok_and(|log| log.contains(text));
+        let logged =
+            |text: &str| fs::read_to_string(place.log()).is_ok_and(|log| log.contains(text));
         until("the log", || logged("before"));
-        let mut client = UnixStream::connect(&socket).expect("connects");
-        client.write_all(b"typed\n").expect("types");
-        let mut line = [0; 6];
-        slave.read_exact(&mut line).expect("arrives");
-        assert_eq!(&line, b"typed\n");
-        // The terminal echoes it.
-        let mut seen = [0; 5];
-        client.read_exact(&mut seen).expect("shown");
-        assert_eq!(&seen, b"typed");
+        let mut clients = [(); 2].map(|()| UnixStream::connect(place.console()).expect("connects"));
+        for (turn, client) in clients.iter_mut().enumerate() {
+            client.write_all(format!("typed{turn}\n").as_bytes()).expect("types");
+            let mut line = [0; 7];
+            slave.read_exact(&mut line).expect("arrives");
+            assert_eq!(line, format!("typed{turn}\n").as_bytes());
+        }
+        slave.write_all(b"to all\n").expect("says");
+        for client in &mut clients {
+            let mut seen = String::new();
+            while !seen.contains("to all") {
+                let mut piece = [0; 64];
+                let count = client.read(&mut piece).expect("shown");
+                assert_ne!(count, 0, "it was let go");
+                seen.push_str(&String::from_utf8_lossy(&piece[..count]));
+            }
+            // The terminal echoes what the other one typed, too.
+            assert!(seen.contains("typed1"), "{seen}");
+        }
         // Closed and opened again by somebody who knows its name, it is the same terminal.
         slave.write_all(b"last words").expect("says");
         drop(slave);
         terminal.finish();
         assert!(logged("last words"));
-        assert!(!socket.exists());
-        assert_eq!(client.read(&mut [0; 64]).map(|_| ()).ok(), Some(()), "it is let go");
+        assert!(!place.console().exists() && !place.console_size().exists());
+        for mut client in clients {
+            let mut rest = Vec::new();
+            client.read_to_end(&mut rest).expect("it is let go");
+            assert!(rest.ends_with(b"last words"));
+        }
+    }
+
+    #[test]
+    fn a_client_says_how_large_it_is() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (_terminal, slave, place) = kept(directory.path());
+        let sender = std::os::unix::net::UnixDatagram::unbound().expect("a socket");
+        let size = Size { columns: 97, rows: 33 };
+        sender.send_to(&size.to_bytes(), place.console_size()).expect("told");
+        until("the size", || {
+            let found = rustix::termios::tcgetwinsize(&slave).expect("a size");
+            (found.ws_col, found.ws_row) == (97, 33)
+        });
+    }
+
+    #[test]
+    fn more_is_typed_than_a_terminal_takes_at_once() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (_terminal, mut slave, place) = kept(directory.path());
+        let mut settings = rustix::termios::tcgetattr(&slave).expect("settings");
+        settings.make_raw();
+        rustix::termios::tcsetattr(&slave, rustix::termios::OptionalActions::Now, &settings)
+            .expect("set");
+        let typed: Vec<u8> = (0..200_000u32).map(|at| (at % 251) as u8).collect();
+        let mut client = UnixStream::connect(place.console()).expect("connects");
+        let all = typed.clone();
+        let typist = thread::spawn(move || client.write_all(&all).expect("typed"));
+        let mut seen = vec![0; typed.len()];
+        slave.read_exact(&mut seen).expect("arrives");
+        typist.join().expect("no panic");
+        assert!(seen == typed, "something is missing, or in another order");
     }
 }

@@ -71,8 +71,8 @@ fn is_for_segments(methods: &Methods) -> bool {
         .is_ok_and(|chosen| chosen.tracker == TrackerChoice::WriteProtect)
 }
 
-/// How a container leaves, for the report; `is_mapped` says that it has a user namespace.
-pub(crate) fn leaving(methods: &Methods, hiding: &Hiding, is_mapped: bool) -> Ways {
+/// How a container leaves, for the report.
+pub(crate) fn leaving(methods: &Methods, hiding: &Hiding) -> Ways {
     let (dump, mut fallbacks) = match hiding {
         Err(reason) => (Ways::CRIU, vec![format!("CRIU dumps all memory by itself: {reason}")]),
         Ok(way) => (
@@ -82,10 +82,7 @@ pub(crate) fn leaving(methods: &Methods, hiding: &Hiding, is_mapped: bool) -> Wa
     };
     if let Ok(way) = hiding
         && is_for_segments(methods)
-        && let Err(reason) = hiding::hides_segments(*way).and_then(|()| match is_mapped {
-            true => Err("its tasks are root in a user namespace only".to_owned()),
-            false => Ok(()),
-        })
+        && let Err(reason) = hiding::hides_segments(*way)
     {
         fallbacks.push(format!("Shared memory travels in CRIU's images: {reason}"));
     }
@@ -105,11 +102,12 @@ pub(crate) fn leaving(methods: &Methods, hiding: &Hiding, is_mapped: bool) -> Wa
 pub(crate) fn late(methods: &Methods, is_mapped: bool) -> std::result::Result<(), String> {
     match methods.restore {
         RestoreChoice::Eager => Err("the configuration says restore = \"eager\"".to_owned()),
-        _ if is_mapped && !filling::is_for_all() => Err(
-            "its tasks are root in a user namespace only, and so may not make the userfaultfd that CRIU \
-             wants of them; sysctl vm.unprivileged_userfaultfd=1 there allows it"
-                .to_owned(),
-        ),
+        _ if filling::comes_behind(is_mapped) => filling::probe_descent().map_err(|reason| {
+            format!(
+                "its tasks are root in a user namespace only, and so may not make the userfaultfd that \
+                 CRIU wants of them (sysctl vm.unprivileged_userfaultfd=1 there allows it), and {reason}"
+            )
+        }),
         RestoreChoice::Auto | RestoreChoice::Lazy => filling::probe(),
     }
 }
@@ -165,7 +163,7 @@ mod tests {
             panic!("nothing is tracked")
         };
         assert!(told.contains("hiding = \"none\""), "{told}");
-        let ways = leaving(&none, &none_hidden, false);
+        let ways = leaving(&none, &none_hidden);
         assert_eq!(ways.dump.as_deref(), Some("criu"));
         assert!(ways.fallbacks[0].contains("hiding = \"none\""));
         let eager = Methods { restore: RestoreChoice::Eager, ..Methods::default() };
@@ -180,11 +178,9 @@ mod tests {
         let forced = Methods { tracker: TrackerChoice::PageHash, ..Methods::default() };
         let expected = Liveness::Tracked { tracker: "page-hash".to_owned() };
         assert_eq!(liveness(&forced, &Ok(Way::Filter)), expected);
-        assert_eq!(leaving(&forced, &Ok(Way::Filter), false).dump.as_deref(), Some("hidden"));
-        assert_eq!(
-            leaving(&forced, &Ok(Way::Mounts), false).dump.as_deref(),
-            Some("hidden-by-mounts")
-        );
+        assert_eq!(leaving(&forced, &Ok(Way::Filter)).dump.as_deref(), Some("hidden"));
+        let by_mounts = leaving(&forced, &Ok(Way::Mounts)).dump;
+        assert_eq!(by_mounts.as_deref(), Some("hidden-by-mounts"));
         let none = Methods { tracker: TrackerChoice::None, ..Methods::default() };
         assert!(matches!(liveness(&none, &Ok(Way::Filter)), Liveness::StopOnly { .. }));
     }

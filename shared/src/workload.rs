@@ -3,6 +3,8 @@
 //! A workload is the same thing to the session whatever its kind: memory that can be read from
 //! outside, a dirty tracker, pause, state sections, and files. Defaults are errors, never silent.
 
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -15,8 +17,8 @@ use crate::archive::{Foreign as ForeignArchive, Frozen, Parcel, Unpacking};
 use crate::methods::{Methods, Ways};
 use crate::pages::{PageReader, PageSet, PageWriter};
 pub use crate::protocol::manifest::{
-    FileRole, FileTree, Kind, Manifest, NetworkNeed, Refusal, RefusalCode, Section, SpaceInfo,
-    Storage,
+    FileRole, FileTree, Kind, Manifest, NetworkNeed, NetworkNeighbour, Refusal, RefusalCode,
+    Section, SpaceInfo, Storage,
 };
 
 /// A boxed error of some backend, kept as the source of a [`WorkloadError`].
@@ -84,6 +86,15 @@ pub enum Liveness {
     },
 }
 
+/// What restoring a workload takes of its stop beyond what it takes any of its kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Restoring {
+    /// In any case.
+    pub needed: Duration,
+    /// More, where there is time for it: memory is saved so.
+    pub wished: Duration,
+}
+
 /// A running workload on the host that it leaves. Used by one session at a time.
 pub trait SourceWorkload: Send {
     /// What the destination must know before anything is touched.
@@ -94,6 +105,34 @@ pub trait SourceWorkload: Send {
     fn spaces(&mut self) -> Result<Vec<SpaceInfo>>;
     /// A reader of all spaces, shared by the page threads. Asked again when spaces changed.
     fn reader(&mut self) -> Result<Arc<dyn PageReader>>;
+    /// Told before anything is sent: what becomes of each of its trees. Those that travel as pages are among
+    /// its spaces from here on.
+    fn carry(&mut self, trees: &[FileTree]) -> Result<()> {
+        if trees.iter().any(FileTree::is_paged) {
+            return Err(WorkloadError::Unsupported("A file that travels as pages"));
+        }
+        Ok(())
+    }
+    /// Of files that move to another place of this very host while the workload runs: from now on writes to the file
+    /// of `tree`, one that could travel as pages, are noted, without those to memory, and the file will be replaced
+    /// by `file`, which holds nothing and stands at `path`, and is made as long as the other. The first
+    /// [`SourceWorkload::harvest`] after the last of them gives all that they hold.
+    fn mirror(&mut self, tree: &FileTree, path: &Path, file: OwnedFd) -> Result<()> {
+        let _ = (tree, path, file);
+        Err(WorkloadError::Unsupported("A file that moves alone"))
+    }
+    /// The workload runs, and nothing is written to the files that are mirrored, until they are switched or it is
+    /// resumed. On return nothing is under way.
+    fn hold(&mut self) -> Result<()> {
+        Err(WorkloadError::Unsupported("A file that moves alone"))
+    }
+    /// What is held goes on with the new files: all of them, or on an error none. That they are the workload's from
+    /// here on is on disk, for `migration`, before the first write to them
+    /// ([`crate::keeper::switched_for`]). Refused while a write is noted that no harvest gave.
+    fn switch(&mut self, migration: &str) -> Result<()> {
+        let _ = migration;
+        Err(WorkloadError::Unsupported("A file that moves alone"))
+    }
     /// Starts dirty tracking. The next [`SourceWorkload::harvest`] gives every page that exists.
     fn track(&mut self) -> Result<()>;
     /// Adds to `dirty` what was written since the last harvest, and re-arms. While paused and
@@ -108,9 +147,14 @@ pub trait SourceWorkload: Send {
         Duration::ZERO
     }
     /// How much longer restoring will take in the stop than it takes any workload of its kind, as the last
-    /// harvest had it. Zero for whoever is restored like any other.
-    fn restoring(&self) -> Duration {
-        Duration::ZERO
+    /// harvest had it. Nothing for whoever is restored like any other.
+    fn restoring(&self) -> Restoring {
+        Restoring::default()
+    }
+    /// Told once, when it is about to be paused: so much of the stop is left for what restoring wishes. Who is
+    /// not told takes what it wishes.
+    fn spare(&mut self, time: Duration) {
+        let _ = time;
     }
     /// What ends, once it is set, a look for written pages that is under way, and all that follow: with an
     /// error, after which [`SourceWorkload::resume`] works as ever. Nothing where no look takes long.
@@ -180,6 +224,16 @@ impl Place {
         self.dir.join("console.log")
     }
 
+    /// Where clients of its console connect, if it has one: [`crate::console`].
+    pub fn console(&self) -> PathBuf {
+        self.dir.join("console.sock")
+    }
+
+    /// Where they tell how large their window is, if its console has a size.
+    pub fn console_size(&self) -> PathBuf {
+        self.dir.join("console.size")
+    }
+
     /// What the keeper itself says.
     pub fn keeper_log(&self) -> PathBuf {
         self.dir.join("keeper.log")
@@ -212,6 +266,9 @@ pub struct HostTools {
     /// How containers may be moved.
     #[serde(default)]
     pub methods: Methods,
+    /// The bridges that interfaces go to which hung on another one on their source, by that one's name.
+    #[serde(default)]
+    pub bridges: BTreeMap<String, String>,
 }
 
 /// A file tree of a workload after the destination chose its place.
@@ -241,6 +298,11 @@ pub trait Backend: Send + Sync {
     fn kind(&self) -> Kind;
     /// Everything that keeps `spec` from running here; empty when it can. Touches nothing.
     fn check(&self, spec: &serde_json::Value) -> Vec<Refusal>;
+    /// What CPU a fresh workload of this kind would see here, in the backend's own JSON, for a host that
+    /// computes what several have in common. Touches nothing.
+    fn cpu_offer(&self) -> Result<Vec<u8>> {
+        Err(WorkloadError::Unsupported("A choice of CPU"))
+    }
     /// Starts the workload under a keeper of its own and returns when it runs.
     fn run(&self, spec: &serde_json::Value, place: &Place) -> Result<()>;
     /// Looks at a workload that somebody else started, which `what` names in the backend's own words.
@@ -268,8 +330,9 @@ pub trait Backend: Send + Sync {
     }
     /// The running workload behind `place`, for a session that moves it away.
     fn source(&self, spec: &serde_json::Value, place: &Place) -> Result<Box<dyn SourceWorkload>>;
-    /// The running workload behind `place`, to be stopped and written into a file: nothing of it is
-    /// tracked, and its state holds all that the page engine does not read.
+    /// The running workload behind `place`, which goes to no other host: it is stopped and written into a file, and
+    /// then nothing of it is tracked, and its state holds all that the page engine does not read; or files of it move
+    /// within this host.
     fn source_for_file(
         &self,
         spec: &serde_json::Value,
@@ -283,6 +346,16 @@ pub trait Backend: Send + Sync {
     fn preflight(&self, manifest: &Manifest, trees: &[PlacedTree]) -> Vec<Refusal>;
     /// The spec as it reads on this host, once its files stand at `trees`.
     fn respec(&self, manifest: &Manifest, trees: &[PlacedTree]) -> Result<serde_json::Value>;
+    /// The spec of a workload of this host whose `files`, old and new paths, have moved within it. What is at its new
+    /// place already stays there.
+    fn relocated(
+        &self,
+        spec: &serde_json::Value,
+        files: &[(PathBuf, PathBuf)],
+    ) -> Result<serde_json::Value> {
+        let _ = (spec, files);
+        Err(WorkloadError::Unsupported("A file that moves alone"))
+    }
     /// Builds an empty workload for `manifest`, nothing running, under a keeper of its own. `spec`
     /// is what [`Backend::respec`] gave. Files may still be arriving.
     fn prepare(

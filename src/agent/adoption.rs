@@ -4,10 +4,12 @@
 use std::sync::Arc;
 
 use decamp_shared::workload::{Backend, Foreign, Kind, Place};
+use serde_json::Value;
 
 use super::Agent;
-use super::answer::{Answer, Result, chain};
+use super::answer::{Answer, Result};
 use super::registry::Workload;
+use super::supervise::exit_record;
 use super::workloads::{blocking, gone};
 use crate::backend::is_adopted;
 use crate::messages::{AdoptRequest, State, WorkloadView, is_workload_name};
@@ -55,14 +57,19 @@ impl Agent {
         }
     }
 
-    /// Gives an adopted workload, which runs, back.
-    pub(crate) async fn let_go(&self, workload: &Workload, place: &Place) -> Result<()> {
+    /// Gives an adopted workload, which runs, back. False: it had just ended by itself, which is not noted yet.
+    pub(crate) async fn let_go(&self, workload: &Workload, place: &Place) -> Result<bool> {
         let backend = self.backends.of(workload.kind)?;
-        give_back(backend, place.clone()).await?;
-        if gone(place).await? {
-            return Ok(());
+        let given = give_back(backend, place.clone()).await;
+        match (given, gone(place).await?) {
+            (Ok(()), true) => Ok(true),
+            (Err(_), true) if exit_record(place).is_some() => Ok(false),
+            (Err(answer), _) => Err(answer),
+            (Ok(()), false) => Err(Answer::Failed(format!(
+                "The keeper of {} does not end: try again",
+                workload.name
+            ))),
         }
-        Err(Answer::Failed(format!("The keeper of {} does not end: try again", workload.name)))
     }
 
     async fn look_at(
@@ -80,19 +87,10 @@ impl Agent {
         workload: &Workload,
         place: &Place,
     ) -> Result<Workload> {
-        let (owned, spec, at) = (Arc::clone(backend), workload.spec.clone(), place.clone());
-        let adopted = blocking(move || {
-            owned.adopt(&spec, &at).inspect_err(|_| {
-                if let Err(error) = owned.sweep(&spec, &at) {
-                    tracing::warn!("Cannot sweep after a failed adoption: {}", chain(&error));
-                }
-            })
-        })
-        .await?;
-        adopted?;
-        let written = match self.registry.change(&workload.name, Workload::becomes_running) {
+        let adopt = |backend: &dyn Backend, spec: &Value, at: &Place| backend.adopt(spec, at);
+        let written = match self.begin_to_run(backend, workload, place, adopt).await? {
             Ok(running) => return Ok(running),
-            Err(error) => Answer::from(error),
+            Err(error) => error,
         };
         give_back(Arc::clone(backend), place.clone()).await?;
         Err(written)

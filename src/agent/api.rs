@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{Path as Part, Query, State as Shared};
+use axum::extract::{Path as Part, Query, Request, State as Shared};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -19,11 +19,11 @@ use tokio::net::UnixListener;
 
 use super::Agent;
 use super::answer::{Answer, Result};
-use super::{hooked, recovery};
+use super::{consoles, hooked, recovery};
 use crate::messages::{
-    AdoptRequest, CheckpointRequest, HookAnswer, HookRequest, HostView, MigrationRequest,
-    MigrationView, RemoveAnswer, ResolveAnswer, ResolveRequest, RestoreRequest, RunRequest,
-    WorkloadDetail, WorkloadView,
+    AdoptRequest, BaselineAnswer, BaselineRequest, CheckpointRequest, HookAnswer, HookRequest,
+    HostView, MigrationRequest, MigrationView, RemoveAnswer, ResolveAnswer, ResolveRequest,
+    RestoreRequest, RunRequest, WorkloadDetail, WorkloadView,
 };
 
 type Agency = Shared<Arc<Agent>>;
@@ -82,11 +82,13 @@ fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/host", get(host))
         .route("/v1/workloads", get(list).post(run))
         .route("/v1/adopt", post(adopt))
+        .route("/v1/cpu/baseline", post(baseline))
         .route("/v1/hook", post(hook))
         .route("/v1/workloads/{name}", get(inspect).delete(remove))
         .route("/v1/workloads/{name}/start", post(start))
         .route("/v1/workloads/{name}/stop", post(stop))
         .route("/v1/workloads/{name}/logs", get(logs))
+        .route("/v1/workloads/{name}/console", get(console))
         .route("/v1/workloads/{name}/checkpoint", post(checkpoint))
         .route("/v1/restore", post(restore))
         .route("/v1/migrations", get(migrations).post(migrate))
@@ -148,6 +150,11 @@ async fn run(agent: Agency, body: Bytes) -> Result<(StatusCode, Json<WorkloadVie
     Ok((StatusCode::CREATED, Json(view)))
 }
 
+async fn baseline(agent: Agency, body: Bytes) -> Result<Json<BaselineAnswer>> {
+    let request: BaselineRequest = read(&body)?;
+    agent.cpu_baseline(request).await.map(Json)
+}
+
 async fn adopt(agent: Agency, body: Bytes) -> Result<(StatusCode, Json<WorkloadView>)> {
     let request: AdoptRequest = read(&body)?;
     let view = to_its_end(async move { agent.adopt_new(request).await }).await?;
@@ -184,6 +191,10 @@ async fn logs(agent: Agency, name: Part<String>, query: Queried<LogsQuery>) -> R
     let LogsQuery { follow } = asked(query)?;
     let body = super::logs::read(agent.0, name.0, follow.0).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response())
+}
+
+async fn console(agent: Agency, name: Part<String>, request: Request) -> Result<Response> {
+    consoles::attach(agent.0, &name, request).await
 }
 
 async fn checkpoint(agent: Agency, name: Part<String>, body: Bytes) -> Result<Response> {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use decamp_shared::methods::Methods;
+use decamp_shared::network::is_interface_name;
 use decamp_shared::protocol::PORT;
 use decamp_shared::transport::PeerAddress;
 use decamp_shared::workload::{HostTools, is_plain_absolute};
@@ -99,6 +100,9 @@ pub(crate) struct Config {
     /// Where arriving files go that stood below another path on their source.
     #[serde(default, deserialize_with = "mappings")]
     pub(crate) paths: Vec<(PathBuf, PathBuf)>,
+    /// Bridges that arriving interfaces go to which hung on another one on their source, by that one's name.
+    #[serde(default, deserialize_with = "bridges")]
+    pub(crate) bridges: BTreeMap<String, String>,
 }
 
 impl Config {
@@ -151,6 +155,7 @@ impl Config {
             crun: self.crun.clone(),
             resume_after: self.resume_after,
             methods: self.containers,
+            bridges: self.bridges.clone(),
         }
     }
 
@@ -311,6 +316,19 @@ fn mappings<'de, D: Deserializer<'de>>(
     })
 }
 
+fn bridges<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<BTreeMap<String, String>, D::Error> {
+    checked(deserializer, |table: BTreeMap<String, String>| {
+        let mut names = table.keys().chain(table.values());
+        let wrong = names.find(|name| !is_interface_name(name)).cloned();
+        match wrong {
+            Some(name) => Err(format!("{name:?} cannot be the name of a bridge")),
+            None => Ok(table),
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use decamp_shared::methods::{HidingChoice, RestoreChoice, TrackerChoice};
@@ -331,6 +349,9 @@ six = "[fd77::4]:7422"
 
 [paths]
 "/srv/old" = "/srv/new"
+
+[bridges]
+vmbr0 = "br0"
 "#;
 
     fn load(text: &str) -> Result<Config, String> {
@@ -359,6 +380,7 @@ six = "[fd77::4]:7422"
         assert_eq!(config.containers, Methods::default());
         assert_eq!(config.resume_after, Duration::from_secs(5));
         assert_eq!(config.paths, [("/srv/old".into(), "/srv/new".into())]);
+        assert_eq!(config.tools("decamp".into()).bridges["vmbr0"], "br0");
     }
 
     #[test]
@@ -433,6 +455,7 @@ six = "[fd77::4]:7422"
             (GOOD.replace("\"alpha\"", "7"), 2, "invalid type"),
             (GOOD.replace("\"10.77.0.2\"", "\"10.77.0.2:0\""), 7, "of beta is not ADDR"),
             (GOOD.replace("\"/srv/new\"", "\"new\""), 13, "two absolute paths"),
+            (GOOD.replace("\"br0\"", "\"br/0\""), 16, "cannot be the name of a bridge"),
             ("name = \"alpha".to_owned(), 1, "string"),
         ] {
             let error = load(&text).expect_err(&text);

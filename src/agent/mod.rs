@@ -3,7 +3,7 @@
 //! forgotten is in the registry and in the session journal.
 //!
 //! [`api`] and [`peers`] are its two doors; [`workloads`], [`moves`], [`checkpoints`] and
-//! [`restores`] (with [`awakening`]) do what is asked at the first, [`hooked`] what runtimes' hooks ask,
+//! [`restores`] (with [`awakening`]) do what is asked at the first, [`consoles`] lets clients at consoles, [`cpu`] asks other hosts for theirs, [`hooked`] what runtimes' hooks ask,
 //! [`host`] answers at the second; [`supervise`] and [`recovery`] make sense of what a restart left, the
 //! former with [`fenced`], the latter with [`departures`] and [`arrivals`].
 
@@ -15,6 +15,8 @@ mod awakening;
 mod checkpoints;
 mod claims;
 pub(crate) mod config;
+mod consoles;
+mod cpu;
 mod departures;
 mod fenced;
 mod hooked;

@@ -16,6 +16,7 @@ use decamp_shared::workload::Place;
 
 use super::Agent;
 use super::answer::{Result, chain};
+use super::moves::within;
 use super::recovery::see;
 use super::registry::Workload;
 use super::restores::{keep_files, landing_record};
@@ -58,6 +59,12 @@ pub(crate) async fn adopt(agent: &Arc<Agent>) -> Result<()> {
 }
 
 async fn adopt_one(agent: &Arc<Agent>, workload: Workload) -> Result<()> {
+    within::intent::take_up(agent, &workload).await?;
+    if within::intent::is_open(&agent.place(&workload)) {
+        // Whoever settles it says how it is; until then it is nobody's.
+        return Ok(());
+    }
+    let workload = agent.find(&workload.name)?;
     match workload.state {
         State::Running => {
             super::fenced::take_up(agent, &workload.name).await?;

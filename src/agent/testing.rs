@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use decamp_shared::keeper::{
-    Beginning, ExitRecord, ExitSignal, Harvest, KeeperClient, KeeperConfig, Kept, serve_on,
+    Beginning, ExitRecord, ExitSignal, Harvest, KeeperClient, KeeperConfig, Kept, Phase, serve_on,
 };
 use decamp_shared::pages::{PageSet, SpaceId};
 use decamp_shared::session::commit::Record;
@@ -168,6 +168,7 @@ pub(crate) fn fenced(place: &Place, token: u64) -> Holder {
             crun: "crun".into(),
             resume_after: Duration::from_secs(60),
             methods: Default::default(),
+            bridges: Default::default(),
         },
         spec: Value::Null,
     };
@@ -179,7 +180,7 @@ pub(crate) fn fenced(place: &Place, token: u64) -> Holder {
     client.pause().expect("pauses");
     client.fence(token).expect("fences");
     said.lock().expect("no panic").clear();
-    Holder { said, refuses, exit, server: Some(server) }
+    Holder { said, refuses, exit, place: place.clone(), server: Some(server) }
 }
 
 /// What was asked of a keeper, and the keeper, which ends with this.
@@ -188,6 +189,7 @@ pub(crate) struct Holder {
     /// So many times it fails.
     pub(crate) refuses: Arc<AtomicUsize>,
     exit: ExitSignal,
+    place: Place,
     server: Option<JoinHandle<std::io::Result<()>>>,
 }
 
@@ -202,6 +204,13 @@ impl Holder {
 impl Drop for Holder {
     fn drop(&mut self) {
         self.exit.raise(ExitRecord { status: 0, text: "the test is over".to_owned() });
+        // While it is fenced, that alone ends no keeper.
+        self.refuses.store(0, Ordering::SeqCst);
+        if let Ok(mut client) = KeeperClient::connect(&self.place)
+            && let Ok(Phase::Fenced { token }) = client.phase()
+        {
+            let _ = client.release(token);
+        }
         if let Some(server) = self.server.take() {
             let _ = server.join();
         }
@@ -327,6 +336,11 @@ impl Backend for Fake {
 
     fn respec(&self, _: &Manifest, _: &[PlacedTree]) -> Result<Value> {
         Ok(json!({}))
+    }
+
+    fn relocated(&self, _: &Value, files: &[(PathBuf, PathBuf)]) -> Result<Value> {
+        let disks: Vec<_> = files.iter().map(|(_, new)| json!({ "path": new })).collect();
+        Ok(json!({ "disks": disks }))
     }
 
     fn prepare(&self, _: &Manifest, _: &Value, _: &Place) -> Result<Box<dyn DestinationWorkload>> {

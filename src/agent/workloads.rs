@@ -154,8 +154,11 @@ impl Agent {
             State::Stopped if is_podmans(&workload.spec) => stays(&workload, PODMANS),
             State::Stopped => stays(&workload, "files of a stopped workload are never removed"),
             State::Running if is_adopted(&workload.spec) => {
-                self.let_go(&workload, &place).await?;
-                stays(&workload, "it runs on under its runtime")
+                match self.let_go(&workload, &place).await? {
+                    true => stays(&workload, "it runs on under its runtime"),
+                    false if is_podmans(&workload.spec) => stays(&workload, PODMANS),
+                    false => stays(&workload, "it has ended, and its runtime has it"),
+                }
             }
             State::Moved if keep_files => stays(&workload, "as asked"),
             State::Moved => self.remove_files(&workload).await?,
@@ -247,26 +250,40 @@ impl Agent {
         }
     }
 
-    /// Starts the keeper; whatever is left of one that did not start is swept away.
+    /// Has `start` make a keeper, sweeps away what is left of one that did not come to be, and notes that the
+    /// workload runs. Why that could not be noted is the inner error: it does run then.
+    pub(super) async fn begin_to_run(
+        &self,
+        backend: &Arc<dyn Backend>,
+        workload: &Workload,
+        place: &Place,
+        start: impl FnOnce(&dyn Backend, &Value, &Place) -> decamp_shared::workload::Result<()>
+        + Send
+        + 'static,
+    ) -> Result<std::result::Result<Workload, Answer>> {
+        let (owned, spec, at) = (Arc::clone(backend), workload.spec.clone(), place.clone());
+        let started = blocking(move || {
+            start(&*owned, &spec, &at).inspect_err(|_| {
+                if let Err(error) = owned.sweep(&spec, &at) {
+                    tracing::warn!("Cannot sweep after a failed start: {}", chain(&error));
+                }
+            })
+        });
+        started.await??;
+        Ok(self.registry.change(&workload.name, Workload::becomes_running).map_err(Answer::from))
+    }
+
+    /// Starts the keeper.
     async fn bring_up(
         &self,
         backend: &Arc<dyn Backend>,
         workload: &Workload,
         place: &Place,
     ) -> Result<Workload> {
-        let (owned, spec, at) = (Arc::clone(backend), workload.spec.clone(), place.clone());
-        let started = blocking(move || {
-            owned.run(&spec, &at).inspect_err(|_| {
-                if let Err(error) = owned.sweep(&spec, &at) {
-                    tracing::warn!("Cannot sweep after a failed start: {}", chain(&error));
-                }
-            })
-        })
-        .await?;
-        started?;
-        let written = match self.registry.change(&workload.name, Workload::becomes_running) {
+        let start = |backend: &dyn Backend, spec: &Value, at: &Place| backend.run(spec, at);
+        let written = match self.begin_to_run(backend, workload, place, start).await? {
             Ok(running) => return Ok(running),
-            Err(error) => Answer::from(error),
+            Err(error) => error,
         };
         // One that runs and that nobody knows of would be started a second time.
         match end(Arc::clone(backend), workload.spec.clone(), place.clone()).await {

@@ -1,6 +1,7 @@
 //! What became of a move whose agent went away while it was watched: the next agent knows, as soon as
 //! it has settled what the last one left.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use decamp_shared::session::Outcome;
@@ -101,6 +102,13 @@ fn judge(found: Result<WorkloadDetail, Failure>, request: &MigrationRequest) -> 
                 "{name} moved to {to}. The agent was restarted meanwhile, so there is no report"
             ),
         ),
+        // Only of disks that were to move within the host anything is where it was to be here.
+        State::Running if moved_within(&detail, &options.paths) => ended(
+            Outcome::Completed,
+            format!(
+                "The disks of {name} moved. The agent was restarted meanwhile, so there is no report"
+            ),
+        ),
         State::Running => ended(
             Outcome::Failed,
             format!("{name} did not move to {to}, because the agent here ended. It runs on here"),
@@ -122,10 +130,17 @@ fn judge(found: Result<WorkloadDetail, Failure>, request: &MigrationRequest) -> 
     }
 }
 
+/// Whether every file is at the new one of its `paths`, old and new, and no longer at the old one. Of a move to another
+/// host that is never so here: its files stay where they were, and both may have the same path.
+fn moved_within(detail: &WorkloadDetail, paths: &[(PathBuf, PathBuf)]) -> bool {
+    let has = |path: &PathBuf| detail.view.files.iter().any(|file| file.path == *path);
+    !paths.is_empty() && paths.iter().all(|(old, new)| old != new && has(new) && !has(old))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::messages::WorkloadView;
+    use crate::messages::{FileEntry, WorkloadView};
     use decamp_shared::session::MoveOptions;
     use decamp_shared::workload::Kind;
 
@@ -134,7 +149,11 @@ mod tests {
     }
 
     fn aftermath(state: State) -> Option<Aftermath> {
-        let view = WorkloadView {
+        judge(Ok(detail(view(state))), &request(false))
+    }
+
+    fn view(state: State) -> WorkloadView {
+        WorkloadView {
             name: "web".into(),
             uuid: "u".into(),
             kind: Kind::Vm,
@@ -145,10 +164,12 @@ mod tests {
             migration: Some("m".into()),
             exit: None,
             files: Vec::new(),
-        };
+        }
+    }
+
+    fn detail(view: WorkloadView) -> WorkloadDetail {
         let spec = serde_json::json!({});
-        let detail = WorkloadDetail { view, spec, log: "/log".into(), keeper: None };
-        judge(Ok(detail), &request(false))
+        WorkloadDetail { view, spec, log: "/log".into(), keeper: None }
     }
 
     fn request(remove_source: bool) -> MigrationRequest {
@@ -169,6 +190,36 @@ mod tests {
         let exit = |state| aftermath(state).map(|aftermath| aftermath.exit_code());
         assert_eq!(exit(State::Running), Some(4), "it runs on here");
         assert_eq!(exit(State::Stopped), Some(1), "it runs nowhere");
+    }
+
+    #[test]
+    fn where_the_disks_are_says_whether_they_moved() {
+        let state = |files: &[&str]| {
+            let entry =
+                |path: &&str| FileEntry { role: "disk".into(), path: path.into(), shared: false };
+            let files = files.iter().map(entry).collect();
+            WorkloadView { files, ..view(State::Running) }
+        };
+        let options =
+            MoveOptions { paths: vec![("/a".into(), "/b".into())], ..MoveOptions::default() };
+        let request = MigrationRequest { to: "alpha".into(), options, ..request(false) };
+        for (files, outcome) in
+            [(["/k", "/a"], Outcome::Failed), (["/k", "/b"], Outcome::Completed)]
+        {
+            let found = judge(Ok(detail(state(&files))), &request).expect("known");
+            assert_eq!(found.outcome, outcome);
+        }
+        // As where a disk is to have the same place on the other host.
+        for paths in [("/k", "/k"), ("/a", "/k")] {
+            let options = MoveOptions {
+                paths: vec![(paths.0.into(), paths.1.into())],
+                ..MoveOptions::default()
+            };
+            let request = MigrationRequest { options, ..request.clone() };
+            let request = MigrationRequest { to: "beta".into(), ..request };
+            let found = judge(Ok(detail(state(&["/k", "/a"]))), &request).expect("known");
+            assert_eq!((found.outcome, found.exit_code()), (Outcome::Failed, 4), "{found:?}");
+        }
     }
 
     #[test]

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
-use hyper::{Method, Request, Response};
+use hyper::http::request;
+use hyper::upgrade::Upgraded;
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -83,28 +85,54 @@ impl Client {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<Response<Incoming>, Failure> {
+        let bytes = match body {
+            Some(body) => serde_json::to_vec(body)
+                .map_err(|error| Failure::other(format!("Cannot write the request: {error}")))?,
+            None => Vec::new(),
+        };
+        let request =
+            Request::builder().method(method).uri(path).header("content-type", "application/json");
+        self.exchange(request, bytes, StatusCode::is_success).await
+    }
+
+    /// Asks for a connection of its own that speaks `protocol`.
+    pub(crate) async fn upgrade(
+        &self,
+        path: &str,
+        protocol: &str,
+    ) -> Result<TokioIo<Upgraded>, Failure> {
+        let request = Request::builder()
+            .method(Method::GET)
+            .uri(path)
+            .header("connection", "upgrade")
+            .header("upgrade", protocol);
+        let switched = |status: &StatusCode| *status == StatusCode::SWITCHING_PROTOCOLS;
+        let response = self.exchange(request, Vec::new(), switched).await?;
+        let upgraded = hyper::upgrade::on(response).await.map_err(|error| self.lost(&error))?;
+        Ok(TokioIo::new(upgraded))
+    }
+
+    /// Sends the request on a connection of its own; an answer that is not `right` becomes a [`Failure`].
+    async fn exchange(
+        &self,
+        request: request::Builder,
+        body: Vec<u8>,
+        right: impl FnOnce(&StatusCode) -> bool,
+    ) -> Result<Response<Incoming>, Failure> {
+        let request = request
+            .header("host", "decamp")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|error| Failure::other(format!("Cannot write the request: {error}")))?;
         let stream = UnixStream::connect(&self.socket)
             .await
             .map_err(|error| unreachable(&self.socket, &error))?;
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.lost(&error))?;
         // Ends with the response; errors reach the response too.
-        tokio::spawn(connection);
-        let bytes = match body {
-            Some(body) => serde_json::to_vec(body)
-                .map_err(|error| Failure::other(format!("Cannot write the request: {error}")))?,
-            None => Vec::new(),
-        };
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("host", "decamp")
-            .header("content-type", "application/json")
-            .body(Full::new(Bytes::from(bytes)))
-            .map_err(|error| Failure::other(format!("Cannot write the request: {error}")))?;
+        tokio::spawn(connection.with_upgrades());
         let response = sender.send_request(request).await.map_err(|error| self.lost(&error))?;
         let status = response.status();
-        if status.is_success() {
+        if right(&status) {
             return Ok(response);
         }
         let bytes = self.collect(response.into_body()).await?;

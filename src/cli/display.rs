@@ -244,19 +244,21 @@ pub(crate) fn word(phase: Phase) -> &'static str {
         Phase::Fence => "fence",
         Phase::Commit => "commit",
         Phase::Release => "release",
+        Phase::Switch => "switch",
     }
 }
 
 fn doing(phase: Phase) -> &'static str {
     match phase {
-        Phase::Negotiate => "asking the destination whether it can take it",
-        Phase::Prepare => "building an empty workload there, sending files",
-        Phase::PreCopy => "copying memory while it runs",
+        Phase::Negotiate => "asking whether it can be taken",
+        Phase::Prepare => "making room, sending files",
+        Phase::PreCopy => "copying while it runs",
         Phase::Pause => "stopping it for the switch",
         Phase::Final => "sending what is left, and its state",
         Phase::Fence => "giving it up here",
         Phase::Commit => "waiting for the destination to let it run",
         Phase::Release => "taking the copy here away",
+        Phase::Switch => "holding the disks, copying what is left, and switching",
     }
 }
 

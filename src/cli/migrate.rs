@@ -25,14 +25,15 @@ use crate::messages::{MigrationRequest, MigrationView};
 /// not; the move goes on.
 #[derive(Debug, Args)]
 #[command(after_help = "Example: decamp migrate web --to edge-2\n         \
-    decamp migrate db --to edge-2 --storage /var/lib/db=copy --storage /media=shared\n\n\
+    decamp migrate db --to edge-2 --storage /var/lib/db=copy --storage /media=shared\n         \
+    decamp migrate box --to THIS-HOST --path /srv/box.img=/fast/box.img   only the disk, within this host\n\n\
     Exit codes: 0 moved; 3 refused, nothing was touched; 4 failed or cancelled, it runs on here;\n\
     5 not known where it runs, `decamp resolve` is needed.")]
 pub(crate) struct Migrate {
     /// Names of workloads; moved one after the other
     #[arg(required = true, value_name = "NAME", value_parser = values::workload)]
     names: Vec<String>,
-    /// Destination: a host of the agent's configuration
+    /// Destination: a host of the agent's configuration, or this very host for disks that move alone (--path)
     #[arg(long, value_name = "HOST[:PORT]", value_parser = values::host)]
     to: String,
     /// How memory travels
@@ -51,7 +52,8 @@ pub(crate) struct Migrate {
     /// Give up, workload running on, when it has not come to the stop by then
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = values::time)]
     timeout: Duration,
-    /// Put files from below OLD below NEW on the destination
+    /// Put files from below OLD below NEW on the destination. Where --to is this very host: move the disk OLD of a
+    /// running VM to the new file NEW; of several all move, or none
     #[arg(long, value_name = "OLD=NEW", value_parser = values::mapping)]
     path: Vec<(PathBuf, PathBuf)>,
     /// What becomes of what is mounted into a container from outside of its bundle: copied, or shared, where
@@ -61,6 +63,10 @@ pub(crate) struct Migrate {
     /// Remove the files here once the workload runs there
     #[arg(long)]
     remove_source: bool,
+    /// Do not ask whether the destination's bridges lead to the network segments that it is on, nor whether they
+    /// tell the same VLANs apart
+    #[arg(long)]
+    no_network_check: bool,
     /// Check everything, touch nothing
     #[arg(long)]
     dry_run: bool,
@@ -165,6 +171,7 @@ impl Migrate {
                 .collect(),
             dry_run: self.dry_run,
             remove_source: self.remove_source,
+            no_network_check: self.no_network_check,
         }
     }
 

@@ -13,6 +13,8 @@ mod archive;
 mod cancel;
 mod checkpoint;
 mod client;
+mod console;
+mod cpu;
 mod display;
 mod failure;
 mod hook;
@@ -76,6 +78,8 @@ enum Verb {
     Ls(ls::Ls),
     Inspect(inspect::Inspect),
     Logs(logs::Logs),
+    Console(console::Console),
+    Cpu(cpu::Cpu),
     Start(start::Start),
     Stop(stop::Stop),
     Rm(rm::Rm),
@@ -126,6 +130,8 @@ async fn ask(verb: Verb, client: &Client, json: bool) -> Result<u8, Failure> {
         Verb::Ls(verb) => verb.run(client, json).await,
         Verb::Inspect(verb) => verb.run(client, json).await,
         Verb::Logs(verb) => verb.run(client, json).await,
+        Verb::Console(verb) => verb.run(client, json).await,
+        Verb::Cpu(verb) => verb.run(client, json).await,
         Verb::Start(verb) => verb.run(client, json).await,
         Verb::Stop(verb) => verb.run(client, json).await,
         Verb::Rm(verb) => verb.run(client, json).await,

@@ -9,6 +9,9 @@ use super::units;
 
 /// What happened, in one sentence or a few.
 pub(crate) fn headline(report: &Report, dry_run: bool) -> String {
+    if is_within(report) {
+        return headline_within(report, dry_run);
+    }
     let Report { workload, from, to, .. } = report;
     let reason =
         with_reasons(report.reason.as_deref().unwrap_or("no reason was given"), &report.refusals);
@@ -46,13 +49,43 @@ pub(crate) fn headline(report: &Report, dry_run: bool) -> String {
     }
 }
 
+/// Whether it tells of disks that moved within a host.
+fn is_within(report: &Report) -> bool {
+    report.from == report.to
+}
+
+/// The same of disks that moved within a host. Where they are, its notes say.
+fn headline_within(report: &Report, dry_run: bool) -> String {
+    let Report { workload, from, .. } = report;
+    let reason = report.reason.as_deref().unwrap_or("no reason was given");
+    match report.outcome {
+        Outcome::Completed if dry_run => {
+            format!("Disks of {workload} can move so within {from}; nothing was touched")
+        }
+        Outcome::Completed => {
+            let held = report.downtime_ms.map_or_else(String::new, |ms| {
+                format!(", in which nothing was read or written for {}", units::milliseconds(ms))
+            });
+            let total = units::milliseconds(report.total_ms);
+            format!("Disks of {workload} moved within {from} in {total}{held}")
+        }
+        Outcome::Cancelled => {
+            let reason = reason.strip_prefix("Cancelled. ").unwrap_or(reason);
+            format!("The move of disks of {workload} was cancelled: {reason}")
+        }
+        _ => format!("Disks of {workload} did not move: {reason}"),
+    }
+}
+
 /// The headline and what the move cost.
 pub(crate) fn text(report: &Report, dry_run: bool) -> String {
     let head = headline(report, dry_run);
+    let notes = report.notes.iter().map(|note| format!("Note: {note}"));
+    let mut lines: Vec<_> = [head].into_iter().chain(notes).collect();
     if report.outcome == Outcome::Refused || dry_run {
-        return head;
+        return lines.join("\n");
     }
-    let mut lines = vec![head, String::new()];
+    lines.push(String::new());
     for (key, value) in rows(report) {
         lines.push(format!("  {key:<11} {value}").trim_end().to_owned());
     }
@@ -80,10 +113,16 @@ fn rows(report: &Report) -> Vec<(&'static str, String)> {
         let compared = units::milliseconds(report.compare_ms);
         rows.push(("", format!("{compared:<10} of the downtime to compare all memory")));
     }
-    rows.push(("memory", format!("{:<10} {}", units::bytes(report.memory_bytes), wire(report))));
+    if !is_within(report) {
+        let memory = units::bytes(report.memory_bytes);
+        rows.push(("memory", format!("{memory:<10} {}", wire(report))));
+    }
     let pages = pages(report);
     if !pages.is_empty() {
         rows.push(("pages", pages));
+    }
+    if report.disk_bytes > 0 {
+        rows.push(("disks", format!("{} on the wire", units::bytes(report.disk_bytes))));
     }
     if report.file_bytes > 0 {
         rows.push(("files", format!("{} on the wire", units::bytes(report.file_bytes))));
@@ -134,7 +173,10 @@ fn wire(report: &Report) -> String {
         many => format!("{many} streams"),
     };
     let secrecy = if report.encrypted { "encrypted" } else { "NOT encrypted" };
-    format!("{} on the wire, {streams}, {secrecy}", units::bytes(report.wire_bytes))
+    format!(
+        "{} on the wire, {streams}, {secrecy}",
+        units::bytes(report.wire_bytes.saturating_sub(report.disk_bytes))
+    )
 }
 
 fn pages(report: &Report) -> String {
@@ -215,6 +257,7 @@ mod tests {
             ],
             memory_bytes: 1 << 30,
             wire_bytes: (1 << 30) + (33 << 20),
+            disk_bytes: 0,
             file_bytes: 12 << 10,
             pages: PageCounts { zero: 62_144, raw: 208_301, ..PageCounts::default() },
             streams: 2,
@@ -225,6 +268,7 @@ mod tests {
             dump: None,
             restore: None,
             fallbacks: Vec::new(),
+            notes: Vec::new(),
         }
     }
 
@@ -244,6 +288,38 @@ web moved from alpha to beta in 1.42 s, stopped for 12.3 ms
   mode        pre-copy (KVM dirty log)
   migration   3f2a9c81d04e5b76";
         assert_eq!(text(&report(), false), expected);
+    }
+
+    #[test]
+    fn disks_that_moved_within_a_host() {
+        let moved = Report {
+            to: "alpha".into(),
+            notes: vec!["The disk /srv/a is /fast/a now".into()],
+            tracker: Some("the disk's device".into()),
+            wire_bytes: 0,
+            file_bytes: 0,
+            ..report()
+        };
+        let shown = text(&moved, false);
+        let head = "Disks of web moved within alpha in 1.42 s, in which nothing was read or written for \
+                    12.3 ms\nNote: The disk /srv/a is /fast/a now\n";
+        assert!(shown.starts_with(head), "{shown}");
+        assert!(!shown.contains("on the wire") && shown.contains("208,301 raw"), "{shown}");
+        let reason = Some("Cancelled. web runs on at alpha".to_owned());
+        let cancelled = Report { outcome: Outcome::Cancelled, reason, ..moved };
+        assert_eq!(
+            headline(&cancelled, false),
+            "The move of disks of web was cancelled: web runs on at alpha"
+        );
+    }
+
+    #[test]
+    fn what_disks_took_is_told_apart_from_memory() {
+        let moved = Report { disk_bytes: 33 << 20, ..report() };
+        let text = text(&moved, false);
+        let memory = "  memory      1.0 GiB    1.0 GiB on the wire, 2 streams, encrypted\n";
+        assert!(text.contains(memory), "{text}");
+        assert!(text.contains("\n  disks       33.0 MiB on the wire\n"), "{text}");
     }
 
     #[test]

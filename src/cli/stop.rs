@@ -23,7 +23,10 @@ impl Stop {
         if json {
             output::json(&stopped);
         } else {
-            output::line(format!("{} is stopped", stopped.name));
+            // A VM's says whether it switched itself off, or why that was not waited for.
+            let how = stopped.exit.filter(|exit| exit.text != "stopped");
+            let how = how.map_or_else(String::new, |exit| format!(": {}", exit.text));
+            output::line(format!("{} is stopped{how}", stopped.name));
         }
         Ok(0)
     }

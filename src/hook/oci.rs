@@ -2,10 +2,12 @@
 //! container chose its name and its annotations, so nothing of it is believed before it is checked.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io::{self, IsTerminal, Read};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -174,9 +176,23 @@ impl Called {
 }
 
 /// The executable that called us.
-pub(crate) fn caller() -> std::path::PathBuf {
+pub(crate) fn caller() -> PathBuf {
     let parent = nix::unistd::getppid();
-    std::fs::read_link(format!("/proc/{parent}/exe")).unwrap_or_default()
+    let executable = fs::read_link(format!("/proc/{parent}/exe")).unwrap_or_default();
+    let words = fs::read(format!("/proc/{parent}/cmdline")).unwrap_or_default();
+    named(executable, &words)
+}
+
+/// An executable by its own name, or by what it was called where it has none: crun runs from a mount of its
+/// binary, or a copy in memory, that no container can write to. What it says of a container that runs is held
+/// to what crun has written down.
+fn named(executable: PathBuf, words: &[u8]) -> PathBuf {
+    let is_memory = executable.as_os_str().as_bytes().starts_with(b"/memfd:");
+    if executable.file_name().is_some() && !is_memory {
+        return executable;
+    }
+    let first = words.split(|byte| *byte == 0).next().unwrap_or_default();
+    PathBuf::from(OsStr::from_bytes(first))
 }
 
 #[cfg(test)]
@@ -248,6 +264,18 @@ mod tests {
         ] {
             let refused = request(&text, caller).expect_err(&text);
             assert!(refused.contains(says), "{text}: {refused}");
+        }
+    }
+
+    #[test]
+    fn a_runtime_without_a_name_of_its_own_is_what_it_was_called() {
+        for (executable, words, name) in [
+            ("/usr/sbin/runc", &b"x\0run\0"[..], "/usr/sbin/runc"),
+            ("/", b"/usr/bin/crun\0run\0", "/usr/bin/crun"),
+            ("/memfd:crun (deleted)", b"crun\0", "crun"),
+            ("", b"", ""),
+        ] {
+            assert_eq!(named(executable.into(), words), Path::new(name), "{executable}");
         }
     }
 

@@ -29,16 +29,16 @@ pub(crate) fn tests() -> Vec<Test> {
 }
 
 /// A file in the directory that both hosts see, gone when this is dropped.
-struct File(PathBuf);
+pub(crate) struct File(PathBuf);
 
 impl File {
-    fn new(hosts: &Hosts, name: &str) -> Self {
+    pub(crate) fn new(hosts: &Hosts, name: &str) -> Self {
         let path = hosts.shared().join(name);
         let _ = fs::remove_file(&path);
         Self(path)
     }
 
-    fn path(&self) -> &str {
+    pub(crate) fn path(&self) -> &str {
         self.0.to_str().expect("a plain path")
     }
 }

@@ -114,7 +114,20 @@ pub(crate) fn hold(
     point: &str,
     options: &[&str],
 ) -> Held {
-    let (to, holder) = (other(from), holder(from, point));
+    hold_to(hosts, from, other(from), name, point, options)
+}
+
+/// The same of a move to a host that is said: the same one, for disks that move alone.
+#[track_caller]
+pub(crate) fn hold_to(
+    hosts: &'static Hosts,
+    from: &'static str,
+    to: &'static str,
+    name: &str,
+    point: &str,
+    options: &[&str],
+) -> Held {
+    let holder = holder(from, point);
     let (mark, begun) = (hosts.log_mark(holder), hosts.log_mark(from));
     // Moves that were held teach the agents that a stop takes seconds; that is not the subject here.
     let words = ["migrate", name, "--to", to, "--json", "--max-downtime", "60s"];
@@ -133,7 +146,8 @@ pub(crate) fn hold(
 
 /// The host on which a fail point is.
 fn holder(from: &'static str, point: &str) -> &'static str {
-    if point.starts_with("source.") { from } else { other(from) }
+    let is_here = ["source.", "relocate."].iter().any(|begins| point.starts_with(begins));
+    if is_here { from } else { other(from) }
 }
 
 impl Held {

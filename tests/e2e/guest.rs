@@ -32,11 +32,24 @@ impl Guest {
         memory: &str,
         options: &str,
     ) -> Self {
+        Self::start_with(hosts, host, name, memory, options, &[])
+    }
+
+    /// The same with more words for `decamp run vm`.
+    #[track_caller]
+    pub(crate) fn start_with(
+        hosts: &'static Hosts,
+        host: &str,
+        name: &'static str,
+        memory: &str,
+        options: &str,
+        more: &[&str],
+    ) -> Self {
         let guest = Self { hosts, name };
         guest.remove();
         let words =
             ["run", "vm", name, "--kernel", "/srv/guest.elf", "--memory", memory, "--cmdline"];
-        hosts.decamp(host, &[&words[..], &[options]].concat()).expect(0);
+        hosts.decamp(host, &[&words[..], &[options], more].concat()).expect(0);
         until(&format!("{name} to report"), VERIFY_WITHIN, || {
             guest.log(host).contains("verdict=clean")
         });

@@ -41,6 +41,7 @@ int main(void) {
 pub(crate) fn tests() -> Vec<Test> {
     vec![
         Test::new("hooks::registered_and_moved", Needs::Containers, registered_and_moved),
+        Test::new("hooks::registered_under_crun", Needs::Containers, registered_under_crun),
         Test::new("hooks::left", Needs::Containers, left),
         Test::new("hooks::checkpoint_refused", Needs::Containers, checkpoint_refused),
         Test::new("hooks::checkpoint", Needs::Containers, checkpoint),
@@ -126,6 +127,52 @@ fn registered_and_moved() {
     hosts.decamp(BETA, &["rm", "hooked", "--yes"]).expect(0);
     hosts.decamp(ALPHA, &["rm", "hooked", "--yes"]).expect(0);
     hosts.exec(BETA, &["rm", "-r", "/srv/hooked"]).expect(0);
+}
+
+/// crun runs from a mount of its binary, which has no name there.
+fn registered_under_crun() {
+    const UNIFIED: &str = "/sys/fs/cgroup/unified";
+    let hosts = hosts();
+    // It starts nothing where that has controllers, or where there is a place for it.
+    let mixed = hosts.exec(ALPHA, &["test", "-d", UNIFIED]).code == Some(0);
+    for host in [ALPHA, BETA].into_iter().filter(|_| mixed) {
+        let line = format!("umount -l {UNIFIED} && rmdir {UNIFIED}");
+        hosts.exec(host, &["sh", "-c", &line]).expect(0);
+    }
+    let hook = install(hosts);
+    make_bundle(hosts, "crunch", with_hook(&hook, "true"));
+    let line = "crun run --detach --bundle /srv/crunch crunch </dev/null >/dev/null 2>&1";
+    hosts.exec(ALPHA, &["sh", "-c", line]).expect(0);
+    is(hosts, "crunch", Some("running"));
+    // It ends, and its runtime lets go of it.
+    hosts.exec(ALPHA, &["crun", "delete", "--force", "crunch"]).expect(0);
+    is(hosts, "crunch", None);
+    hosts.exec(ALPHA, &["sh", "-c", line]).expect(0);
+    is(hosts, "crunch", Some("running"));
+    let detail = hosts.decamp(ALPHA, &["inspect", "crunch", "--json"]).expect(0).json();
+    assert_eq!(detail["spec"]["runtime"], "crun");
+    let count = |host| {
+        let words = ["crun", "exec", "crunch", "/bin/busybox", "cat", "/data/count"];
+        let said = hosts.exec(host, &words).expect(0).stdout;
+        said.trim().parse::<u64>().expect("a number")
+    };
+    let path = hosts.path(ALPHA, "srv/crunch/rootfs/data/count");
+    until("it to count", SOON, || path.exists());
+    let before = count(ALPHA);
+    hosts.decamp(ALPHA, &["migrate", "crunch", "--to", BETA]).expect(0);
+    assert!(count(BETA) >= before);
+    assert_eq!(hosts.state(ALPHA, "crunch").as_deref(), Some("moved"));
+    assert_eq!(hosts.state(BETA, "crunch").as_deref(), Some("running"));
+    let list = hosts.exec(BETA, &["crun", "list"]).expect(0).stdout;
+    assert!(list.lines().any(|line| line.starts_with("crunch ")), "{list}");
+    hosts.decamp(BETA, &["stop", "crunch"]).expect(0);
+    hosts.decamp(BETA, &["rm", "crunch", "--yes"]).expect(0);
+    hosts.decamp(ALPHA, &["rm", "crunch", "--yes"]).expect(0);
+    hosts.exec(BETA, &["rm", "-r", "/srv/crunch"]).expect(0);
+    for host in [ALPHA, BETA].into_iter().filter(|_| mixed) {
+        let line = format!("mkdir {UNIFIED} && mount -t cgroup2 cgroup2 {UNIFIED}");
+        hosts.exec(host, &["sh", "-c", &line]).expect(0);
+    }
 }
 
 fn left() {

@@ -141,7 +141,14 @@ impl Hosts {
 
     /// Starts `decamp` in a host.
     pub(crate) fn begin(&self, host: &str, words: &[&str]) -> Pending {
-        Pending::start(self.script().args(["exec", host, "--", "decamp"]).args(words))
+        Pending::start(&mut self.command(host, words))
+    }
+
+    /// `decamp` in a host, to be started.
+    pub(crate) fn command(&self, host: &str, words: &[&str]) -> Command {
+        let mut command = self.script();
+        command.args(["exec", host, "--", "decamp"]).args(words);
+        command
     }
 
     /// The state of a workload on a host as `decamp ls --all` has it; nothing when it has none.

@@ -10,21 +10,28 @@
 
 mod adoption;
 mod after_fence;
+mod apps;
 mod before_fence;
 mod certificates;
 mod checkpoints;
+mod console;
+mod cpu;
+mod disks;
 mod failures;
 mod guest;
 mod hooks;
 mod hosts;
 mod keepers;
 mod moves;
+mod nets;
 mod peers;
 mod podman;
 mod redis;
 mod refusals;
+mod relocation;
 mod running;
 mod snapshot;
+mod vm_refusals;
 mod volumes;
 mod watch;
 mod ways;
@@ -45,8 +52,12 @@ enum Needs {
     Containers,
     /// Both.
     Both,
+    /// What containers need, and PostgreSQL with its clients.
+    Postgres,
     /// What containers need, and a kernel that keeps no soft-dirty bits.
     NoSoftDirty,
+    /// What containers need, and the program that podman has for `--init`.
+    Init,
 }
 
 fn main() -> ExitCode {
@@ -54,14 +65,21 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     let tests = [
         refusals::tests(),
+        vm_refusals::tests(),
         peers::tests(),
         podman::tests(),
         moves::tests(),
+        nets::tests(),
+        apps::tests(),
         ways::tests(),
         volumes::tests(),
+        disks::tests(),
+        relocation::tests(),
         adoption::tests(),
         hooks::tests(),
         keepers::tests(),
+        console::tests(),
+        cpu::tests(),
         checkpoints::tests(),
         before_fence::tests(),
         after_fence::tests(),
@@ -120,13 +138,15 @@ impl Needs {
         if self == Needs::NoSoftDirty && smaps().contains(" sd") {
             return Some("kernel without soft-dirty bits");
         }
-        if matches!(self, Needs::Containers | Needs::Both | Needs::NoSoftDirty) {
-            for program in [hosts::CRIU, "runc", "redis-server"] {
-                if !runs(program) {
-                    return Some(program);
-                }
-            }
-        }
-        None
+        let mut programs = match self {
+            Needs::Hosts | Needs::Kvm => vec![],
+            _ => vec![hosts::CRIU, "runc", "redis-server"],
+        };
+        programs.extend_from_slice(match self {
+            Needs::Postgres => &["psql", "pgbench"],
+            Needs::Init => &["catatonit"],
+            _ => &[],
+        });
+        programs.into_iter().find(|program| !runs(program))
     }
 }

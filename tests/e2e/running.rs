@@ -6,6 +6,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 /// Between two looks at something that is awaited.
@@ -73,6 +75,12 @@ impl Pending {
     /// Whether it has ended.
     pub(crate) fn has_ended(&mut self) -> bool {
         self.child.try_wait().expect("a child can be waited for").is_some()
+    }
+
+    /// Interrupts it (SIGINT).
+    #[track_caller]
+    pub(crate) fn interrupt(&self) {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGINT).expect("it can be interrupted");
     }
 
     /// Waits for its end; panics when it takes longer than `within`.

@@ -10,13 +10,34 @@ use crate::hosts::{ALPHA, BETA, Hosts};
 const CLEAN_WITHIN: Duration = Duration::from_secs(20);
 
 /// Lists everything, one thing a line. Processes first and without starting any, so that it sees none of
-/// its own. Not named: a database's working files, and what runc and CRIU make for themselves at their first
-/// use and keep.
+/// its own. Not named: a database's working files, what runc and CRIU make for themselves at their first use and
+/// keep, and what a container's own processes start: that comes and goes as the workload likes, and is there
+/// as long as the container's first process is, which is named. Who came in from outside has a parent outside.
 const SCRIPT: &str = r#"
 export LC_ALL=C
+numbers() { # PID: in each of its PID namespaces, and its parent's number here
+    local line lines
+    numbers=() parent=0
+    # All at once: `read` goes back to where a line ended, and the kernel writes the file anew for that, longer or
+    # shorter by then.
+    mapfile -t lines <"/proc/$1/status"
+    for line in "${lines[@]}"; do
+        case $line in
+            PPid:*) parent=${line##*[[:space:]]} ;;
+            NSpid:*) read -ra numbers <<<"${line#*:}"; return ;;
+        esac
+    done
+    return 1 # It has gone.
+}
 for dir in /proc/[0-9]*; do
     mapfile -d '' -t words <"$dir/cmdline" 2>/dev/null || continue
     ((${#words[@]})) || continue
+    numbers "${dir##*/}" || continue
+    if ((${#numbers[@]} > 1 && numbers[-1] != 1)); then
+        depth=${#numbers[@]}
+        numbers "$parent" || continue
+        ((${#numbers[@]} < depth)) || continue
+    fi
     case "${words[*]}" in *decamp-e2e-snapshot*|"sleep infinity") continue ;; esac
     echo "process ${words[*]}"
 done 2>/dev/null

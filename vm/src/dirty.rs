@@ -43,6 +43,9 @@ impl Tracker {
         if *self == Self::Off {
             let logged = guest.log_dirty(true);
             logged.map_err(|error| VmError::refused("switch the dirty log on", error))?;
+            // What the VMM wrote before this is found by its being there. Of what it gave back nothing is there,
+            // here or at a destination that has had nothing yet: those pages would be read for nothing.
+            guest.memory().take_own_writes(&mut PageSet::new());
         }
         *self = Self::Fresh;
         Ok(())

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use decamp_shared::console::ConsoleError;
+use decamp_shared::network::NetworkError;
 use decamp_shared::workload::WorkloadError;
 
 /// What went wrong with a virtual machine.
@@ -15,6 +17,14 @@ pub enum VmError {
     #[error("File {path} cannot be booted: {reason}")]
     Image {
         /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A disk cannot be used.
+    #[error("Disk {path} cannot be used: {reason}")]
+    Disk {
+        /// Its file or device.
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
@@ -48,6 +58,12 @@ pub enum VmError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The guest's console.
+    #[error(transparent)]
+    Console(ConsoleError),
+    /// The host's network did not do what was asked.
+    #[error(transparent)]
+    Network(NetworkError),
     /// The guest is not in the state that was needed.
     #[error("{0}")]
     State(String),
@@ -61,14 +77,7 @@ impl VmError {
 
     /// The message with those beneath it, for a refusal.
     pub(crate) fn with_causes(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
-        }
-        text
+        with_causes(self)
     }
 
     /// `section` is wrong because of `reason`.
@@ -81,10 +90,26 @@ impl From<VmError> for WorkloadError {
     fn from(error: VmError) -> Self {
         let what = error.to_string();
         match error {
-            VmError::Refused { source, .. } => WorkloadError::new(what, source),
+            VmError::Refused { source, .. }
+            | VmError::Network(NetworkError::Refused { source, .. }) => {
+                WorkloadError::new(what, source)
+            }
+            VmError::Console(error) => error.into(),
             _ => WorkloadError::plain(what),
         }
     }
+}
+
+/// What `error` says, with all that is beneath it.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }
 
 /// Result of work on a virtual machine.

@@ -7,6 +7,7 @@ use decamp_shared::workload::{Refusal, RefusalCode};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::error::{Result, VmError};
+use crate::sys;
 
 /// The one version of KVM's interface that there is.
 const API_VERSION: i32 = 12;
@@ -53,6 +54,7 @@ pub(crate) fn open_kvm() -> Result<Kvm> {
     let lacking: Vec<_> =
         required(&kvm).filter(|(_, there)| !there).map(|(name, _)| name).collect();
     if lacking.is_empty() {
+        sys::permit_guest_tiles();
         Ok(kvm)
     } else {
         let lacking = lacking.join(", ");
@@ -91,6 +93,32 @@ pub(crate) fn lacks_memory(needed: u64) -> Option<Refusal> {
     }
 }
 
+/// Why a guest with `wanted` vCPUs has no room here, if so: more of them than processors make a guest slower,
+/// and its vCPUs wait for each other's locks.
+pub(crate) fn lacks_cpus(wanted: u32) -> Option<Refusal> {
+    let text = fs::read_to_string("/sys/devices/system/cpu/online").ok();
+    match text.and_then(|text| online(&text)) {
+        Some(online) if online >= wanted => None,
+        Some(online) => Some(Refusal::new(
+            RefusalCode::Cpu,
+            format!("The guest has {wanted} vCPUs, and this host has {online} processors online"),
+        )),
+        None => Some(Refusal::new(
+            RefusalCode::Cpu,
+            "Could not read from /sys/devices/system/cpu/online how many processors are online",
+        )),
+    }
+}
+
+/// How many processors a list such as `0-3,8` names.
+fn online(list: &str) -> Option<u32> {
+    list.trim().split(',').try_fold(0u32, |sum, part| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+        sum.checked_add(last.checked_sub(first)?.checked_add(1)?)
+    })
+}
+
 /// Bytes that the text of `/proc/meminfo` says are available.
 fn available(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
@@ -108,6 +136,17 @@ mod tests {
         assert_eq!(available(text), Some(24_209_968 * 1024));
         assert_eq!(available("MemTotal: 5 kB"), None);
         assert_eq!(available("MemAvailable: x kB"), None);
+    }
+
+    #[test]
+    fn processors_are_counted_and_too_many_vcpus_refused_with_numbers() {
+        assert_eq!(online("0-1\n"), Some(2));
+        assert_eq!(online("0-3,8,10-11"), Some(7));
+        assert_eq!((online(""), online("3-1"), online("0-x")), (None, None, None));
+        let refusal = lacks_cpus(100_000).expect("too many");
+        assert_eq!(refusal.code, i32::from(RefusalCode::Cpu));
+        assert!(refusal.text.contains("100000 vCPUs"), "{}", refusal.text);
+        assert!(lacks_cpus(1).is_none());
     }
 
     #[test]

@@ -1,23 +1,36 @@
 //! A VM as its keeper holds it: what the keeper's server asks for, done to a [`Machine`]. The
 //! keeper of a VM is its VMM; it ends with its guest.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use decamp_shared::keeper::{
-    Beginning, ExitRecord, ExitSignal, Harvest, KeeperConfig, Kept, serve,
+    Beginning, ExitRecord, ExitSignal, Harvest, KeeperConfig, Kept, record_switch, serve,
+    write_exit_record,
 };
 use decamp_shared::pages::{PageSet, SpaceId};
 use decamp_shared::workload::{Liveness, Place, Result, Section, SpaceInfo, WorkloadError};
 use fail::fail_point;
 
-use crate::backend::console_socket;
+use crate::caretaker::{self, Shared};
+use crate::disk::keeping::Storing;
+use crate::disk::{self, Disk};
+use crate::error::VmError;
 use crate::host;
+use crate::interfaces::Interfaces;
 use crate::machine::{ConsolePaths, Machine};
 use crate::memory::GUEST_MEMORY;
 use crate::needs::Needs;
 use crate::spec::VmSpec;
+
+/// Status of a guest that was switched off by force, as that of a process that was killed.
+const FORCED: i32 = 128 + 9;
+
+/// How long the lock of a disk is waited for that another host's keeper is about to give up.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Runs the keeper of a VM until the VM was released, discarded, stopped or ended by itself.
 ///
@@ -29,9 +42,9 @@ pub fn keeper_main(config: KeeperConfig) -> Result<()> {
     let exit = ExitSignal::new()
         .map_err(|error| WorkloadError::new("Could not make the exit signal", error))?;
     let incoming = config.beginning == Beginning::Incoming;
-    let mut kept = VmKept::build(&spec, &config.place, incoming, exit.clone())?;
+    let kept = VmKept::build(&spec, &config.place, incoming, exit.clone())?;
     if !incoming {
-        kept.machine()?.run()?;
+        kept.with(|machine| machine.run())?;
     }
     serve(&config, Box::new(kept), &exit)
 }
@@ -39,31 +52,94 @@ pub fn keeper_main(config: KeeperConfig) -> Result<()> {
 /// A VM in its keeper.
 #[derive(Debug)]
 struct VmKept {
-    machine: Option<Machine>,
+    machine: Shared,
+    interfaces: Interfaces,
+    exit: ExitSignal,
+    end: caretaker::End,
+    place: Place,
     memory_bytes: u64,
     /// Nothing has run here, and others may still write guest memory.
     incoming: bool,
+    /// Disks whose content comes as pages, with what stores it.
+    filling: Vec<(Arc<Disk>, Storing)>,
 }
 
 impl VmKept {
     fn build(spec: &VmSpec, place: &Place, incoming: bool, exit: ExitSignal) -> Result<Self> {
-        let console = ConsolePaths { log: place.log(), socket: console_socket(place) };
-        let on_end = Arc::new(move |record: ExitRecord| exit.raise(record));
+        let console = ConsolePaths { log: place.log(), socket: place.console() };
+        let (on_event, events) = caretaker::channel();
+        let (interfaces, nets) = Interfaces::make(spec, place, !incoming)?;
         let machine = if incoming {
-            Machine::empty(spec, &console, on_end)
+            Machine::empty(spec, &console, nets, on_event)
         } else {
-            Machine::boot(spec, &console, on_end)
+            Machine::boot(spec, &console, nets, on_event)
         }?;
-        Ok(Self { machine: Some(machine), memory_bytes: spec.memory_bytes, incoming })
+        let machine = caretaker::share(machine);
+        let end = events.start(&machine, exit.clone())?;
+        let (place, memory_bytes) = (place.clone(), spec.memory_bytes);
+        let filling = Vec::new();
+        Ok(Self { machine, interfaces, exit, end, place, memory_bytes, incoming, filling })
     }
 
-    fn machine(&mut self) -> Result<&mut Machine> {
-        self.machine.as_mut().ok_or_else(|| WorkloadError::plain("The VM is gone already"))
+    /// The machine, for as long as nobody else has it. A reset that is under way is waited for.
+    fn lock(&self) -> MutexGuard<'_, Option<Machine>> {
+        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&mut Machine) -> crate::error::Result<T>) -> Result<T> {
+        let mut machine = self.lock();
+        let machine = machine.as_mut();
+        let machine = machine.ok_or_else(|| WorkloadError::plain("The VM is gone already"))?;
+        Ok(work(machine)?)
+    }
+
+    /// Ends it as it is, interfaces first, as ever.
+    fn take_away(&mut self) {
+        self.interfaces = Interfaces::default();
+        drop(self.lock().take());
     }
 
     fn space(&mut self) -> Result<SpaceInfo> {
-        let page_limit = self.machine()?.memory().page_limit();
+        let page_limit = self.with(|machine| Ok(machine.memory().page_limit()))?;
         Ok(SpaceInfo { id: GUEST_MEMORY.0, page_limit, label: "guest memory".into(), process: 0 })
+    }
+
+    /// The disk whose pages are `space`, if its guest writes it.
+    fn disk_of(&self, space: SpaceId) -> Result<Arc<Disk>> {
+        let found = self.with(|machine| Ok(machine.disk_of(space)))?;
+        found.ok_or_else(|| WorkloadError::plain(format!("A VM has no {space}")))
+    }
+
+    /// Makes room for the pages of a disk that comes.
+    fn make_room(&mut self, space: &SpaceInfo) -> Result<()> {
+        let disk = self.disk_of(SpaceId(space.id))?;
+        if self.filling.iter().any(|(other, _)| other.space() == disk.space()) {
+            return Ok(());
+        }
+        disk.open_to_fill(space.page_limit)?;
+        let storing = Storing::start(disk.clone())?;
+        self.filling.push((disk, storing));
+        Ok(())
+    }
+}
+
+/// A disk, for `inspect` and for the manifest.
+fn facts_of(disk: &Arc<Disk>) -> serde_json::Value {
+    serde_json::json!({
+        "label": disk.label(),
+        "path": disk.path(),
+        "bytes": disk.bytes(),
+        "readonly": disk.is_readonly(),
+    })
+}
+
+/// A disk that is carried.
+fn space_of(disk: &Arc<Disk>) -> SpaceInfo {
+    SpaceInfo {
+        id: disk.space().0,
+        page_limit: disk.page_limit(),
+        label: disk::shown(&disk.label(), &disk.path()),
+        process: 0,
     }
 }
 
@@ -75,29 +151,73 @@ impl Kept for VmKept {
     fn facts(&mut self) -> Result<serde_json::Value> {
         let memory_bytes = self.memory_bytes;
         let capabilities = host::capabilities(&host::open_kvm()?);
-        let machine = self.machine()?;
-        let needs = Needs {
-            vmm: env!("CARGO_PKG_VERSION").into(),
-            cpuid: machine.cpuid().to_vec(),
-            tsc_khz: machine.tsc_khz(),
-            capabilities,
-        };
-        Ok(serde_json::json!({
-            "pid": std::process::id(),
-            "memory_bytes": memory_bytes,
-            "vcpu_threads": machine.vcpu_threads(),
-            "console_lost_bytes": machine.console_losses(),
-            "needs": needs,
-        }))
+        let networks = self.interfaces.facts();
+        self.with(|machine| {
+            let registers = machine.registers()?;
+            let needs = Needs {
+                vmm: env!("CARGO_PKG_VERSION").into(),
+                cpuid: machine.cpuid().to_vec(),
+                tsc_khz: machine.tsc_khz(),
+                capabilities,
+                msrs: registers.used,
+                registers: registers.told,
+            };
+            Ok(serde_json::json!({
+                "pid": std::process::id(),
+                "memory_bytes": memory_bytes,
+                "vcpu_threads": machine.vcpu_threads(),
+                "console_lost_bytes": machine.console_losses(),
+                "disks": machine.disks().iter().map(facts_of).collect::<Vec<_>>(),
+                "needs": needs,
+                "networks": networks,
+            }))
+        })
     }
 
     fn spaces(&mut self) -> Result<Vec<SpaceInfo>> {
-        Ok(vec![self.space()?])
+        let mut spaces = vec![self.space()?];
+        spaces.extend(
+            self.with(|machine| Ok(machine.carried().iter().map(space_of).collect::<Vec<_>>()))?,
+        );
+        Ok(spaces)
+    }
+
+    fn carry(&mut self, spaces: &[SpaceId]) -> Result<()> {
+        let disks: Result<Vec<_>> = spaces.iter().map(|space| self.disk_of(*space)).collect();
+        let disks = disks?;
+        self.with(|machine| {
+            machine.carry(disks);
+            Ok(())
+        })
+    }
+
+    fn mirror(&mut self, space: SpaceId, path: &Path, file: File) -> Result<()> {
+        let disk = self.disk_of(space)?;
+        self.with(|machine| machine.mirror(disk, file, path))
+    }
+
+    fn hold(&mut self) -> Result<()> {
+        self.with(|machine| machine.hold())
+    }
+
+    fn switch(&mut self, migration: &str) -> Result<()> {
+        fail_point!("vm-switch", |_| Err(WorkloadError::plain("Failpoint vm-switch")));
+        let place = self.place.clone();
+        self.with(|machine| {
+            machine.switch(|| {
+                record_switch(&place, migration)
+                    .map_err(|error| VmError::refused("note that disks move", error))
+            })
+        })
     }
 
     fn make_spaces(&mut self, spaces: &[SpaceInfo]) -> Result<()> {
         let own = self.space()?;
         for space in spaces {
+            if space.id != GUEST_MEMORY.0 {
+                self.make_room(space)?;
+                continue;
+            }
             if (space.id, space.page_limit) != (own.id, own.page_limit) {
                 return Err(WorkloadError::plain(format!(
                     "Space {} with {} pages is not the guest memory of this VM, which is space {} \
@@ -110,67 +230,132 @@ impl Kept for VmKept {
     }
 
     fn memory(&mut self, space: SpaceId) -> Result<OwnedFd> {
-        if space != GUEST_MEMORY {
-            return Err(WorkloadError::plain(format!("A VM has no {space}")));
-        }
         let writable = self.incoming;
-        Ok(self.machine()?.memory().descriptor(writable)?)
+        if space != GUEST_MEMORY {
+            return Ok(self.disk_of(space)?.descriptor(writable)?);
+        }
+        self.with(|machine| machine.memory().descriptor(writable))
     }
 
     fn track(&mut self) -> Result<()> {
-        Ok(self.machine()?.track()?)
+        self.with(|machine| machine.track())
     }
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<Harvest> {
-        self.machine()?.harvest(dirty)?;
+        self.with(|machine| machine.harvest(dirty))?;
         // Guest memory neither comes nor goes, and KVM tracks it without a stop.
         Ok(Harvest::default())
     }
 
     fn throttle(&mut self, percent: u8) -> Result<()> {
-        Ok(self.machine()?.throttle(percent)?)
+        self.with(|machine| machine.throttle(percent))
     }
 
     fn pause(&mut self) -> Result<()> {
         fail_point!("vm-pause", |_| Err(WorkloadError::plain("Failpoint vm-pause")));
-        Ok(self.machine()?.pause()?)
+        self.with(|machine| {
+            // One that is not what the guest knows does not travel.
+            machine.check_disks()?;
+            machine.pause()
+        })?;
+        let disconnected = self.interfaces.disconnect();
+        if disconnected.is_err() {
+            self.with(|machine| machine.resume())?;
+        }
+        Ok(disconnected?)
     }
 
     fn save(&mut self) -> Result<Vec<Section>> {
         fail_point!("vm-save", |_| Err(WorkloadError::plain("Failpoint vm-save")));
-        Ok(self.machine()?.save()?)
+        self.with(|machine| {
+            let sections = machine.save()?;
+            machine.store_disks()?;
+            Ok(sections)
+        })
+    }
+
+    /// What the destination opens where it lies is let go; it was stored before.
+    fn fenced(&mut self) -> Result<()> {
+        self.with(|machine| {
+            machine.let_disks_go();
+            Ok(())
+        })
     }
 
     fn resume(&mut self) -> Result<()> {
-        Ok(self.machine()?.resume()?)
+        // Nothing runs, and nothing is on the network, before all of them are its own again.
+        self.with(|machine| machine.take_disks(PATIENCE))?;
+        let was_off = self.interfaces.is_off();
+        // Before the guest runs, so that it finds what it speaks to.
+        self.interfaces.reconnect();
+        if let Err(error) = self.with(|machine| machine.resume()) {
+            // What stands does not answer, and what runs one day is announced then.
+            if was_off && let Err(error) = self.interfaces.disconnect() {
+                let error = error.with_causes();
+                tracing::error!(error, "A guest that stands stays on the network");
+            }
+            return Err(error);
+        }
+        if was_off {
+            self.interfaces.announce();
+        }
+        Ok(())
     }
 
     fn load(&mut self, sections: Vec<Section>) -> Result<()> {
         fail_point!("vm-load", |_| Err(WorkloadError::plain("Failpoint vm-load")));
-        Ok(self.machine()?.load(&sections)?)
+        self.with(|machine| machine.load(&sections))?;
+        for (disk, storing) in self.filling.drain(..) {
+            drop(storing);
+            disk.filled()?;
+        }
+        self.with(|machine| machine.check_closed_disks())
     }
 
     fn activate(&mut self) -> Result<()> {
         fail_point!("vm-activate", |_| Err(WorkloadError::plain("Failpoint vm-activate")));
-        self.machine()?.run()?;
+        self.with(|machine| machine.take_disks(PATIENCE))?;
+        self.interfaces.connect()?;
+        if let Err(error) = self.with(|machine| machine.run()) {
+            self.interfaces.disconnect()?;
+            return Err(error);
+        }
         self.incoming = false;
+        self.interfaces.announce();
         Ok(())
     }
 
     fn release(&mut self) -> Result<()> {
-        self.machine = None;
+        self.take_away();
         Ok(())
     }
 
     fn discard(&mut self) -> Result<()> {
-        self.machine = None;
+        self.take_away();
         Ok(())
     }
 
-    /// A guest of this version has no power button that it could be asked by (no ACPI), so it is
-    /// taken away at once.
-    fn stop(&mut self, _grace: Duration) -> Result<()> {
-        self.machine = None;
+    /// Presses its power button and waits until it has switched itself off. One that has no handler for the
+    /// button, is paused, or does not end in time is taken away as it is.
+    fn stop(&mut self, grace: Duration) -> Result<()> {
+        let listens = self.with(|machine| Ok(machine.press_power_button()))?;
+        let record = if listens { self.end.wait(grace) } else { None };
+        let record = record.unwrap_or_else(|| {
+            let why = if listens {
+                format!("did not switch itself off within {} s", grace.as_secs_f32())
+            } else {
+                "does not listen to its power button".into()
+            };
+            let text = format!("switched off by force: it {why}");
+            tracing::warn!("The guest was {text}");
+            ExitRecord { status: FORCED, text }
+        });
+        self.take_away();
+        write_exit_record(&self.place, &record);
+        self.exit.raise(record);
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

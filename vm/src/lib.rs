@@ -5,20 +5,30 @@
 
 #![deny(unsafe_code)]
 
+mod acpi;
 mod archive;
 mod backend;
 mod boot;
+mod caretaker;
 mod console;
 mod cpuid;
+mod devices;
 mod dirty;
+mod disk;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod host;
+mod interfaces;
 mod kept;
+mod layout;
 mod machine;
 mod memory;
 mod needs;
 mod ports;
+mod power;
 mod reader;
+mod sandbox;
 mod serial;
 mod spec;
 mod state;
@@ -27,13 +37,17 @@ mod sys;
 #[cfg(test)]
 mod testing;
 mod throttle;
+mod topology;
 mod vcpu;
+mod virtio;
 
-pub use backend::{VmBackend, console_socket};
+pub use backend::{VmBackend, vsock_socket};
 pub use cpuid::CpuidEntry;
+pub use cpuid::baseline::{Baseline, Held, Offer};
+pub use cpuid::registers::FeatureRegister;
 pub use error::VmError;
 pub use kept::keeper_main;
 pub use memory::GUEST_MEMORY;
 pub use needs::Needs;
 pub use reader::GuestReader;
-pub use spec::VmSpec;
+pub use spec::{DiskSpec, VmSpec, VsockSpec};

@@ -1,9 +1,15 @@
 //! One virtual machine: KVM's VM, guest memory, vCPUs and ports, and what can be done with the
 //! whole of it. Who asks for that and why is not known here.
 
-use std::collections::BTreeMap;
+mod disks;
+mod mirror;
+mod reset;
+mod whole;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use decamp_shared::pages::PageSet;
 use decamp_shared::workload::Section;
@@ -11,22 +17,32 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::boot;
-use crate::console::{Console, Keyboard, Output};
+use crate::console::{Console, Gate, Keyboard, Output, Voice};
+use crate::cpuid::baseline::Held;
+use crate::cpuid::registers::{self, FeatureRegister};
 use crate::cpuid::{self, CpuidEntry};
+use crate::devices;
 use crate::dirty::Tracker;
+use crate::disk::Disk;
 use crate::error::{Result, VmError};
 use crate::host;
+use crate::layout::Slot;
 use crate::memory::Memory;
 use crate::ports::Ports;
+use crate::power::Power;
 use crate::serial::SerialPort;
 use crate::spec::VmSpec;
 use crate::state::clock::ClockState;
+use crate::state::msrs;
 use crate::state::vcpu::{HostFacts, VcpuState};
-use crate::state::vm::VmState;
-use crate::state::{msrs, serial, vcpu, vm};
 use crate::sys::{self, Backed, XsaveSize};
 use crate::throttle::Throttle;
-use crate::vcpu::{OnEnd, Vcpu};
+use crate::topology;
+use crate::vcpu::{OnEvent, Vcpu};
+use crate::virtio::bus::{Line, Named, VirtioBus};
+use crate::virtio::console::Typing;
+use mirror::Mirroring;
+use whole::Whole;
 
 /// Where KVM on Intel keeps two pages and one of its own: within the hole for devices.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -41,6 +57,15 @@ pub(crate) struct ConsolePaths {
     pub(crate) socket: PathBuf,
 }
 
+/// What the registers of a guest's vCPUs say that a host has to have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Registers {
+    /// Those that hold anything for the guest, of any vCPU.
+    pub(crate) used: Vec<u32>,
+    /// What the guest is told of its CPU, the same by each.
+    pub(crate) told: Vec<FeatureRegister>,
+}
+
 /// A virtual machine. Dropped, it stops and is gone.
 #[derive(Debug)]
 pub(crate) struct Machine {
@@ -50,60 +75,108 @@ pub(crate) struct Machine {
     vcpus: Arc<Vec<Vcpu>>,
     ports: Ports,
     output: Output,
+    /// Open while it runs.
+    gate: Gate,
     guest: Arc<Backed>,
     host: HostFacts,
     cpuid: Vec<CpuidEntry>,
     tsc_khz: u32,
-    memory_bytes: u64,
+    spec: VmSpec,
+    /// What a reset goes back to.
+    first: Whole,
     tracker: Tracker,
+    disks: Vec<Arc<Disk>>,
+    /// Those of them whose content leaves as pages.
+    carried: Vec<Arc<Disk>>,
+    /// How far it is, while these are followed without guest memory.
+    mirroring: Option<Mirroring>,
     paused: bool,
+    /// Why nothing of it may ever run again.
+    dead: Option<String>,
 }
 
 impl Machine {
-    /// A machine with the files of `spec` loaded, standing before its first instruction.
-    pub(crate) fn boot(spec: &VmSpec, console: &ConsolePaths, on_end: OnEnd) -> Result<Self> {
-        Self::build(spec, console, on_end, true)
+    /// A machine with the files of `spec` loaded and `nets` for interfaces, standing before its first instruction.
+    pub(crate) fn boot(
+        spec: &VmSpec,
+        console: &ConsolePaths,
+        nets: Vec<Named>,
+        on_event: OnEvent,
+    ) -> Result<Self> {
+        Self::build(spec, console, nets, on_event, true)
     }
 
     /// An empty machine in the shape of `spec`, for state that arrives.
-    pub(crate) fn empty(spec: &VmSpec, console: &ConsolePaths, on_end: OnEnd) -> Result<Self> {
-        Self::build(spec, console, on_end, false)
+    pub(crate) fn empty(
+        spec: &VmSpec,
+        console: &ConsolePaths,
+        nets: Vec<Named>,
+        on_event: OnEvent,
+    ) -> Result<Self> {
+        Self::build(spec, console, nets, on_event, false)
     }
 
-    fn build(spec: &VmSpec, console: &ConsolePaths, on_end: OnEnd, boots: bool) -> Result<Self> {
+    fn build(
+        spec: &VmSpec,
+        console: &ConsolePaths,
+        nets: Vec<Named>,
+        on_event: OnEvent,
+        boots: bool,
+    ) -> Result<Self> {
         let memory = Memory::create(spec.memory_bytes)?;
+        let disks = devices::disks_of(spec);
+        if boots {
+            disks.iter().try_for_each(|disk| disk.open(Duration::ZERO))?;
+        }
         // Before KVM is touched, so that a bad file costs nothing.
-        let entry = if boots { Some(boot::load(spec, &memory)?) } else { None };
+        let entry =
+            if boots { Some(boot::load(spec, &memory, &devices::slots(spec))?) } else { None };
         let kvm = host::open_kvm()?;
         let guest = Backed::new(create_vm(&kvm)?, memory)
             .map_err(|error| VmError::refused("give guest memory to KVM", error))?;
         guest.advise_huge_pages();
         let fds = create_vcpus(guest.vm(), spec.cpus)?;
-        let first = fds.first().ok_or_else(|| VmError::State("A VM without vCPUs".into()))?;
-        let tsc_khz = first
+        let boots_first = fds.first().ok_or_else(|| VmError::State("A VM without vCPUs".into()))?;
+        let tsc_khz = boots_first
             .get_tsc_khz()
             .map_err(|error| VmError::refused("read the counter's frequency", error))?;
         let host = HostFacts {
             xsave: XsaveSize::of(guest.vm()),
             msrs: msrs::listed(&kvm)?,
-            tsc_offset: sys::has_attribute(first, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET.into()),
+            features: msrs::features(&kvm)?,
+            tsc_khz,
+            tsc_offset: sys::has_attribute(
+                boots_first,
+                KVM_VCPU_TSC_CTRL,
+                KVM_VCPU_TSC_OFFSET.into(),
+            ),
         };
-        // An empty machine gets its CPUID with the state that arrives.
-        let mut cpuid = Vec::new();
-        if let Some(entry) = entry {
-            let wanted = cpuid::for_guest(&kvm, tsc_khz)?;
-            for fd in &fds {
-                cpuid = cpuid::grant(fd, &wanted)?;
-            }
-            boot::enter(first, entry)?;
+        // An empty machine gets another CPUID with the state that arrives; a vCPU's first state is one that knows
+        // what the vCPU is.
+        let cpuid = grant_cpuid(&kvm, &fds, tsc_khz, spec.cpu_baseline.as_ref())?;
+        if let Some(held) = spec.cpu_baseline.as_ref().filter(|_| boots) {
+            held.tell(&kvm, fds.iter(), &cpuid)?;
         }
         let output = Output::to_log(&console.log)?;
-        let ports = Ports::new(SerialPort::new(guest.clone(), output.clone()));
-        let console = Console::listen(&console.socket, output.clone(), keyboard(&ports))?;
+        let typing = Typing::new()?;
+        let devices = devices::of(spec, &disks, &output, &typing, &console.socket, nets)?;
+        let virtio = VirtioBus::new(devices, guest.memory().map(), |slot| line(&guest, slot))?;
+        virtio.register_kicks(&guest)?;
+        let serial = SerialPort::new(guest.clone(), output.clone());
+        let ports = Ports::new(serial, Power::new(guest.clone()), virtio);
+        let all: Vec<_> = fds.iter().collect();
+        let first = Whole::read(&ports, &all, &guest, &host, spec.memory_bytes)?;
+        if let Some(entry) = entry {
+            boot::enter(boots_first, entry)?;
+        }
+        let gate = Gate::default();
+        let keyboard = keyboard(&ports, &output, typing, &gate);
+        let console = Console::listen(&console.socket, output.places(), keyboard, None)
+            .map_err(VmError::Console)?;
         let vcpus = (0u32..)
             .zip(fds)
             .map(|(number, fd)| {
-                Vcpu::start(number, fd, guest.clone(), ports.clone(), on_end.clone())
+                Vcpu::start(number, fd, guest.clone(), ports.clone(), on_event.clone())
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
@@ -112,13 +185,19 @@ impl Machine {
             vcpus: Arc::new(vcpus),
             ports,
             output,
+            gate,
             guest,
             host,
             cpuid,
             tsc_khz,
-            memory_bytes: spec.memory_bytes,
+            spec: spec.clone(),
+            first,
             tracker: Tracker::Off,
+            disks,
+            carried: Vec::new(),
+            mirroring: None,
             paused: true,
+            dead: None,
         })
     }
 
@@ -130,6 +209,20 @@ impl Machine {
     /// What the guest sees of its CPU.
     pub(crate) fn cpuid(&self) -> &[CpuidEntry] {
         &self.cpuid
+    }
+
+    /// What its vCPUs' registers say now, whether it runs or not.
+    pub(crate) fn registers(&self) -> Result<Registers> {
+        let mut used = BTreeSet::new();
+        for vcpu in self.vcpus.iter() {
+            let read = vcpu.visit(|fd| msrs::read(fd, vcpu.number(), &self.host.msrs))??;
+            used.extend(msrs::of_the_guest(&read));
+        }
+        let told = match self.vcpus.first() {
+            Some(first) => first.visit(registers::of_vcpu)??,
+            None => Vec::new(),
+        };
+        Ok(Registers { used: used.into_iter().collect(), told })
     }
 
     /// Frequency of the guest's time stamp counter.
@@ -147,37 +240,71 @@ impl Machine {
         self.output.lost()
     }
 
-    /// Lets every vCPU run. On an error none does.
+    /// Lets every device work and every vCPU run. On an error none does.
     pub(crate) fn run(&mut self) -> Result<()> {
+        self.must_live()?;
+        self.ports.virtio().resume();
         for vcpu in self.vcpus.iter() {
             if let Err(error) = vcpu.run() {
                 self.vcpus.iter().for_each(Vcpu::ask_to_park);
+                self.ports.virtio().pause();
                 return Err(error);
             }
         }
         self.paused = false;
+        self.gate.set(true);
         Ok(())
     }
 
-    /// Stops every vCPU. On an error it runs on.
+    /// Stops every vCPU, and then every device. On an error it runs on, unless it has ended.
     pub(crate) fn pause(&mut self) -> Result<()> {
+        if let Err(error) = self.park() {
+            if self.must_live().is_ok() {
+                for vcpu in self.vcpus.iter() {
+                    let _ = vcpu.run();
+                }
+            }
+            return Err(error);
+        }
+        self.must_live()?;
+        self.paused = true;
+        self.gate.set(false);
+        // A guest that asked for a reset is moved as one that was reset. When that fails nothing of it may run on:
+        // its memory is gone. The caretaker, which was told of the reset too, ends it.
+        if let Err(error) = self.reset_if_asked() {
+            self.paused = false;
+            return Err(error);
+        }
+        self.ports.virtio().pause();
+        Ok(())
+    }
+
+    /// Stops what still runs of a guest that has ended. Nothing of it runs after that.
+    pub(crate) fn halt(&mut self) {
+        self.dead.get_or_insert_with(|| "it was halted".into());
         self.vcpus.iter().for_each(Vcpu::ask_to_park);
         for vcpu in self.vcpus.iter() {
-            if let Err(error) = vcpu.wait_parked() {
-                for other in self.vcpus.iter() {
-                    let _ = other.run();
-                }
-                return Err(error);
-            }
+            let _ = vcpu.wait_parked();
         }
-        self.paused = true;
-        Ok(())
+        self.ports.virtio().pause();
+    }
+
+    fn park(&self) -> Result<()> {
+        self.vcpus.iter().for_each(Vcpu::ask_to_park);
+        self.vcpus.iter().try_for_each(Vcpu::wait_parked)
+    }
+
+    /// Presses the power button of a guest that runs. `false` when it would not notice.
+    pub(crate) fn press_power_button(&self) -> bool {
+        !self.paused && self.must_live().is_ok() && self.ports.power().press()
     }
 
     /// As if there had been no move: runs, untracked, at full speed. On an error no vCPU runs: a log
     /// that KVM will not switch off costs speed, and is no reason to call a running guest lost.
     pub(crate) fn resume(&mut self) -> Result<()> {
         self.throttle = None;
+        self.end_mirroring();
+        self.carried.drain(..).for_each(|disk| disk.stop_tracking());
         let tracked = self.tracker.stop(&self.guest);
         if self.paused {
             for vcpu in self.vcpus.iter() {
@@ -194,12 +321,19 @@ impl Machine {
 
     /// Starts dirty tracking.
     pub(crate) fn track(&mut self) -> Result<()> {
+        self.must_not_mirror()?;
+        self.carried.iter().for_each(|disk| disk.track());
         self.tracker.start(&self.guest)
     }
 
-    /// Adds what was written since the last harvest.
+    /// Adds what was written since the last harvest, into memory and onto the disks that are carried.
     pub(crate) fn harvest(&mut self, dirty: &mut PageSet) -> Result<()> {
-        self.tracker.harvest(&self.guest, dirty)
+        if self.mirroring.is_some() {
+            return self.harvest_mirrored(dirty);
+        }
+        let all = self.tracker != Tracker::Following;
+        self.tracker.harvest(&self.guest, dirty)?;
+        self.carried.iter().try_for_each(|disk| disk.harvest(all, dirty))
     }
 
     /// Takes `percent` of their time from the vCPUs.
@@ -215,25 +349,33 @@ impl Machine {
     /// The state of everything but memory, while paused.
     pub(crate) fn save(&self) -> Result<Vec<Section>> {
         self.must_stand()?;
-        // The serial port first: a byte that is typed from here on is in no section, and the
-        // interrupt that it raises is one too many, not one too few.
-        let mut sections = vec![serial::encode(&self.ports.serial().state())];
-        for vcpu in self.vcpus.iter() {
-            let state = VcpuState::read(&vcpu.fd(), vcpu.number(), &self.host)?;
-            sections.push(state.encode(vcpu.number()));
-        }
-        sections.push(VmState::read(self.guest.vm(), self.memory_bytes)?.encode());
-        Ok(sections)
+        let fds: Vec<_> = self.vcpus.iter().map(Vcpu::fd).collect();
+        let state =
+            Whole::read(&self.ports, &fds, &self.guest, &self.host, self.spec.memory_bytes)?;
+        Ok(state.encode())
     }
 
     /// Puts a machine that never ran into the state of `sections`; each must be used up. After an
     /// error it can only be dropped.
     pub(crate) fn load(&mut self, sections: &[Section]) -> Result<()> {
         self.must_stand()?;
-        let arrived = self.sort_out(sections)?;
+        let numbers: Vec<_> = self.vcpus.iter().map(Vcpu::number).collect();
+        let arrived = Whole::decode(sections, &numbers, &self.ports, self.spec.memory_bytes)?;
         self.ports.serial().load(arrived.serial)?;
-        for (vcpu, state) in self.vcpus.iter().zip(&arrived.vcpus) {
-            state.write_early(&vcpu.fd(), vcpu.number(), &self.host)?;
+        self.ports.power().load(arrived.power)?;
+        let mut virtio: BTreeMap<_, _> =
+            arrived.virtio.iter().map(|section| (section.kind.as_str(), section)).collect();
+        self.ports.virtio().load(|kind| {
+            let came = virtio.remove(kind.as_str());
+            came.ok_or_else(|| VmError::section(kind, "it did not come"))
+        })?;
+        let first = self.first.vcpus.iter_mut();
+        for ((vcpu, state), first) in self.vcpus.iter().zip(&arrived.vcpus).zip(first) {
+            let (fd, number) = (vcpu.fd(), vcpu.number());
+            state.write_identity(&fd, number)?;
+            // It is reset as what it is now, not as what this host made of it when it was empty.
+            *first = VcpuState::read(&fd, number, &self.host)?;
+            state.write_early(&fd, number, &self.host)?;
         }
         arrived.vm.write(self.guest.vm())?;
         let here = ClockState::read(self.guest.vm())?;
@@ -248,38 +390,13 @@ impl Machine {
         Ok(())
     }
 
-    /// Decodes every section, before any of them is put to use.
-    fn sort_out(&self, sections: &[Section]) -> Result<Arrived> {
-        let mut rest = BTreeMap::new();
-        for section in sections {
-            if rest.insert(section.kind.clone(), section).is_some() {
-                return Err(VmError::section(&section.kind, "it came twice"));
-            }
+    /// That it has not ended.
+    fn must_live(&self) -> Result<()> {
+        let ended = || self.vcpus.iter().find_map(Vcpu::ended);
+        match self.dead.clone().or_else(ended) {
+            Some(why) => Err(VmError::State(format!("The guest has ended: {why}"))),
+            None => Ok(()),
         }
-        let mut take = |kind: String| {
-            let found = rest.remove(&kind);
-            found.ok_or_else(|| VmError::section(kind, "it did not come"))
-        };
-        let arrived = Arrived {
-            serial: serial::decode(take(serial::KIND.into())?)?,
-            vm: VmState::decode(take(vm::KIND.into())?)?,
-            vcpus: self
-                .vcpus
-                .iter()
-                .map(|vcpu| VcpuState::decode(take(vcpu::kind(vcpu.number()))?))
-                .collect::<Result<_>>()?,
-        };
-        if let Some(kind) = rest.keys().next() {
-            return Err(VmError::section(kind, "this VM has nothing that it belongs to"));
-        }
-        if arrived.vm.memory_bytes != self.memory_bytes {
-            let reason = format!(
-                "it is of a VM with {} bytes of memory, this one has {}",
-                arrived.vm.memory_bytes, self.memory_bytes
-            );
-            return Err(VmError::section(vm::KIND, reason));
-        }
-        Ok(arrived)
     }
 
     fn must_stand(&self) -> Result<()> {
@@ -291,11 +408,15 @@ impl Machine {
     }
 }
 
-/// Decoded sections.
-struct Arrived {
-    serial: crate::serial::PortState,
-    vm: VmState,
-    vcpus: Vec<VcpuState>,
+/// The interrupt line of the virtio device in `slot`. Through when it returns, so that nothing is under way when
+/// the interrupt chips are saved.
+fn line(guest: &Arc<Backed>, slot: Slot) -> Line {
+    let guest = guest.clone();
+    Box::new(move |high| {
+        if let Err(error) = guest.vm().set_irq_line(slot.line, high) {
+            tracing::error!("KVM does not take interrupt {}: {error}", slot.line);
+        }
+    })
 }
 
 fn create_vm(kvm: &Kvm) -> Result<VmFd> {
@@ -323,14 +444,34 @@ fn create_vcpus(vm: &VmFd, count: u32) -> Result<Vec<VcpuFd>> {
         .collect()
 }
 
-/// What is typed goes to the serial port.
-fn keyboard(ports: &Ports) -> Keyboard {
-    let ports = ports.clone();
+/// Gives every vCPU, none of which has run, what it shall see of its CPU, held to `baseline` if there is one; what
+/// the first has then.
+fn grant_cpuid(
+    kvm: &Kvm,
+    fds: &[VcpuFd],
+    tsc_khz: u32,
+    baseline: Option<&Held>,
+) -> Result<Vec<CpuidEntry>> {
+    let own = cpuid::for_guest(kvm, tsc_khz)?;
+    let wanted = baseline.map_or(own.clone(), |baseline| baseline.pin(&own));
+    let count = fds.len() as u32;
+    let mut granted = Vec::new();
+    for (number, fd) in (0..count).zip(fds) {
+        let mut entries = wanted.clone();
+        topology::place(&mut entries, number, count);
+        granted.push(cpuid::grant(fd, &entries)?);
+    }
+    Ok(granted.into_iter().next().unwrap_or_default())
+}
+
+/// What is typed goes to the device that the guest printed by last, while `gate` is open.
+fn keyboard(ports: &Ports, output: &Output, typing: Typing, gate: &Gate) -> Keyboard {
+    let (ports, output, gate) = (ports.clone(), output.clone(), gate.clone());
     Box::new(move |bytes: &[u8]| {
-        let taken = ports.serial().type_in(bytes);
-        if taken < bytes.len() {
-            tracing::debug!("{} typed bytes were lost", bytes.len() - taken);
-        }
+        gate.pass(|| match output.heard() {
+            Voice::Serial => ports.serial().type_in(bytes),
+            Voice::Virtio => typing.type_in(bytes),
+        })
     })
 }
 

@@ -10,23 +10,20 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet, SpaceId};
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use decamp_shared::sparse::Data;
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::{Whence, lseek64};
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     MmapRegion,
 };
 
 use crate::error::{Result, VmError};
+use crate::layout::{HOLE_END, HOLE_START};
 
 /// The one space of a VM.
 pub const GUEST_MEMORY: SpaceId = SpaceId(0);
-/// Where the hole for devices begins: memory below it is low memory.
-pub(crate) const HOLE_START: u64 = 0xc000_0000;
-/// Where memory goes on after the hole.
-pub(crate) const HOLE_END: u64 = 1 << 32;
 
 /// The mapping of guest memory, with the bitmap of the VMM's own writes.
 pub(crate) type Map = GuestMemoryMmap<AtomicBitmap>;
@@ -84,6 +81,11 @@ impl Memory {
         end / PAGE_SIZE as u64
     }
 
+    /// One past the last byte below the hole of a VM with `bytes` of memory.
+    pub(crate) fn low_end_of(bytes: u64) -> u64 {
+        layout(bytes).first().map_or(0, |(start, len)| start + len)
+    }
+
     /// A descriptor of its own for another process: reads, and writes if `writable`.
     pub(crate) fn descriptor(&self, writable: bool) -> Result<OwnedFd> {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
@@ -98,21 +100,24 @@ impl Memory {
     /// Adds every page that holds anything (that was ever touched) to `set`.
     pub(crate) fn populated(&self, set: &mut PageSet) -> Result<()> {
         let failed = |error| VmError::refused("find the populated pages of guest memory", error);
-        let mut at = 0;
-        loop {
-            let data = match lseek64(&*self.file, at, Whence::SeekData) {
-                Ok(data) => data,
-                Err(nix::errno::Errno::ENXIO) => return Ok(()),
-                Err(error) => return Err(failed(error)),
-            };
-            at = lseek64(&*self.file, data, Whence::SeekHole).map_err(failed)?;
-            let (first, end) = (data as u64 / PAGE_SIZE as u64, at as u64);
-            set.insert(PageRange::new(
-                GUEST_MEMORY,
-                first,
-                end.div_ceil(PAGE_SIZE as u64).saturating_sub(first),
-            ));
+        for data in Data::of(&*self.file).pages() {
+            let data = data.map_err(failed)?;
+            set.insert(PageRange::new(GUEST_MEMORY, data.start, data.end - data.start));
         }
+        Ok(())
+    }
+
+    /// Empties all of it. What was there counts as written by the VMM.
+    pub(crate) fn clear(&self) -> Result<()> {
+        let mut had = PageSet::new();
+        self.populated(&mut had)?;
+        for range in had.ranges() {
+            let bytes = range.bytes() as u64;
+            discard(&self.map, range.address(), bytes).map_err(|error| {
+                VmError::refused(format!("empty {bytes} bytes of guest memory"), error)
+            })?;
+        }
+        Ok(())
     }
 
     /// Adds what the VMM itself wrote since the last call to `set`, and forgets it.
@@ -123,6 +128,36 @@ impl Memory {
             set.insert_bitmap(GUEST_MEMORY, first, &mapping.bitmap().get_and_reset());
         }
     }
+}
+
+/// Gives the whole pages among `bytes` bytes at guest address `start` back to the host: they are holes from then on,
+/// and read as zeros until the guest writes them again.
+///
+/// They count as written by the VMM, so that another host that has their former contents gets zeros too. They count
+/// from after they are gone: who took the mark earlier could still have read what was there.
+///
+/// # Errors
+/// `InvalidInput` when the bytes are not all memory; or what the kernel says.
+pub(crate) fn discard(map: &Map, start: u64, bytes: u64) -> io::Result<()> {
+    let nowhere = || io::Error::from(io::ErrorKind::InvalidInput);
+    let region = map.find_region(GuestAddress(start)).ok_or_else(nowhere)?;
+    let at = start - region.start_addr().raw_value();
+    if bytes > region.len() - at {
+        return Err(nowhere());
+    }
+    let page = PAGE_SIZE as u64;
+    let (first, end) = (at.next_multiple_of(page), (at + bytes) / page * page);
+    if first >= end {
+        return Ok(());
+    }
+    let place = region.file_offset().ok_or_else(nowhere)?;
+    let offset = libc::off_t::try_from(place.start() + first).map_err(|_| nowhere())?;
+    let length = libc::off_t::try_from(end - first).map_err(|_| nowhere())?;
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(place.file(), hole, offset, length)?;
+    let mapping: &MmapRegion<AtomicBitmap> = region;
+    mapping.bitmap().mark_dirty(first as usize, (end - first) as usize);
+    Ok(())
 }
 
 /// Where `bytes` of memory lie, as (guest address, bytes).
@@ -176,6 +211,74 @@ mod tests {
         let mut again = PageSet::new();
         memory.take_own_writes(&mut again);
         assert!(again.is_empty());
+    }
+
+    #[test]
+    fn whole_pages_are_given_back_and_nothing_else() {
+        let memory = Memory::create(HOLE_START + (64 << 20)).expect("sparse memory");
+        let map = memory.map();
+        let bases = [0x10_0000, HOLE_END + 0x10_0000];
+        for page in 0..4 {
+            for base in bases {
+                map.write_slice(&[7; 4096], GuestAddress(base + page * 4096)).expect("write");
+            }
+        }
+        let mut own = PageSet::new();
+        memory.take_own_writes(&mut own);
+        for base in bases {
+            discard(map, base + 1, 3 * 4096).expect("two whole pages");
+            discard(map, base, 4095).expect("no whole page");
+        }
+        let held = bases.iter().flat_map(|base| [(base / 4096, 1), (base / 4096 + 3, 1)]);
+        let gone = bases.iter().map(|base| (base / 4096 + 1, 2));
+        let pages = |runs: &mut dyn Iterator<Item = (u64, u64)>| {
+            runs.map(|(first, count)| PageRange::new(GUEST_MEMORY, first, count)).collect()
+        };
+        let (held, gone): (PageSet, PageSet) = (pages(&mut { held }), pages(&mut { gone }));
+        let mut populated = PageSet::new();
+        memory.populated(&mut populated).expect("populated");
+        assert_eq!(populated, held);
+        let mut marked = PageSet::new();
+        memory.take_own_writes(&mut marked);
+        assert_eq!(marked, gone, "another host has to hear of them");
+        let read = |address| map.read_obj::<u8>(GuestAddress(address)).expect("read");
+        assert_eq!((read(0x10_0000), read(0x10_1000), read(0x10_3000)), (7, 0, 7));
+        for (start, bytes) in [
+            (HOLE_START, 4096),
+            (HOLE_START - 4096, 8192),
+            (HOLE_END - 4096, 8192),
+            (HOLE_END + (64 << 20) - 4096, 4097),
+            (0, u64::MAX),
+            (u64::MAX - 4095, 4096),
+        ] {
+            let error = discard(map, start, bytes).expect_err("not memory");
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{start:#x} {bytes:#x}");
+        }
+        let mut still = PageSet::new();
+        memory.populated(&mut still).expect("populated");
+        assert!(still.contains(GUEST_MEMORY, 0x100) && still.contains(GUEST_MEMORY, 0x103));
+    }
+
+    #[test]
+    fn memory_that_is_cleared_is_empty_and_was_written() {
+        let memory = Memory::create(HOLE_START + (64 << 20)).expect("sparse memory");
+        let places = [0x3000, HOLE_START - 8, HOLE_END + 0x2_0000];
+        for address in places {
+            memory.map().write_obj(7u64, GuestAddress(address)).expect("write");
+        }
+        let mut own = PageSet::new();
+        memory.take_own_writes(&mut own);
+        memory.clear().expect("clear");
+        let mut populated = PageSet::new();
+        memory.populated(&mut populated).expect("populated");
+        assert!(populated.is_empty(), "{populated:?}");
+        let mut again = PageSet::new();
+        memory.take_own_writes(&mut again);
+        assert_eq!(again, own);
+        for address in places {
+            let value: u64 = memory.map().read_obj(GuestAddress(address)).expect("read");
+            assert_eq!(value, 0);
+        }
     }
 
     #[test]

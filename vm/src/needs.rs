@@ -5,9 +5,12 @@ use decamp_shared::workload::{Refusal, RefusalCode};
 use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
 
-use crate::cpuid::{self, CpuidEntry};
+use crate::cpuid::registers::{self, FeatureRegister};
+use crate::cpuid::{self, CpuidEntry, Offered};
 use crate::error::{Result, VmError};
 use crate::host;
+use crate::state::msrs;
+use crate::sys::XsaveSize;
 
 /// A host whose counter runs at another rate than the guest's by more than this many parts in a
 /// million must be able to scale it. It is KVM's own tolerance.
@@ -28,6 +31,13 @@ pub struct Needs {
     pub tsc_khz: u32,
     /// KVM capabilities that the VMM builds on, with the kernel's names.
     pub capabilities: Vec<String>,
+    /// Model-specific registers that hold anything for a vCPU of the guest, and that travel. Whoever was started by
+    /// an older decamp does not say.
+    #[serde(default)]
+    pub msrs: Vec<u32>,
+    /// What the guest is told of its CPU by registers. Whoever was started by an older decamp does not say.
+    #[serde(default)]
+    pub registers: Vec<FeatureRegister>,
 }
 
 impl Needs {
@@ -46,6 +56,10 @@ impl Needs {
         if needs.cpuid.len() > cpuid::MAX_ENTRIES {
             return Err(wrong(format!("{} CPUID entries", needs.cpuid.len())));
         }
+        if needs.msrs.len() > msrs::MAX {
+            return Err(wrong(format!("{} model-specific registers", needs.msrs.len())));
+        }
+        registers::check(&needs.registers).map_err(wrong)?;
         Ok(needs)
     }
 
@@ -61,15 +75,46 @@ impl Needs {
                 format!("KVM here lacks {}, which the guest's VMM builds on", lacking.join(", ")),
             ));
         }
-        match cpuid::of_this_host(kvm) {
-            Ok((here, khz)) => {
-                refusals.extend(features_refusal(&cpuid::missing(&self.cpuid, &here)));
+        match Offered::here(kvm) {
+            Ok(here) => {
+                refusals.extend(features_refusal(&here.lacks(&self.cpuid, &self.registers)));
                 let scales = kvm.check_extension(Cap::TscControl);
-                refusals.extend(frequency_refusal(self.tsc_khz, khz, scales));
+                refusals.extend(frequency_refusal(self.tsc_khz, here.tsc_khz, scales));
             }
             Err(error) => refusals.push(Refusal::new(RefusalCode::Kvm, error.with_causes())),
         }
+        match self.state_refusals(kvm) {
+            Ok(found) => refusals.extend(found),
+            Err(error) => refusals.push(Refusal::new(RefusalCode::Kvm, error.with_causes())),
+        }
         refusals
+    }
+
+    /// State that a vCPU of the guest has and one of `kvm` has no room for.
+    fn state_refusals(&self, kvm: &Kvm) -> Result<Vec<Refusal>> {
+        let failed = |error| VmError::refused("make a vCPU to see its state", error);
+        let vm = kvm.create_vm().map_err(failed)?;
+        vm.create_irq_chip().map_err(failed)?;
+        let vcpu = vm.create_vcpu(0).map_err(failed)?;
+        cpuid::grant(&vcpu, &cpuid::of_this_host(kvm)?.0)?;
+        let mut refusals = Vec::new();
+        let listed = msrs::listed(kvm)?;
+        let mut unknown: Vec<u32> =
+            self.msrs.iter().filter(|index| !listed.contains(index)).copied().collect();
+        // A kernel need not list what it keeps.
+        let kept = msrs::read(&vcpu, 0, &unknown)?;
+        unknown.retain(|index| !kept.iter().any(|msr| msr.index == *index));
+        refusals.extend(registers_refusal(&unknown));
+        let (needed, room) = (cpuid::extended_state_bytes(&self.cpuid), XsaveSize::of(&vm).bytes());
+        if needed > room {
+            refusals.push(Refusal::new(
+                RefusalCode::Cpu,
+                format!(
+                    "The guest has {needed} bytes of extended state, and KVM here keeps {room}"
+                ),
+            ));
+        }
+        Ok(refusals)
     }
 }
 
@@ -77,15 +122,29 @@ fn features_refusal(missing: &[String]) -> Option<Refusal> {
     if missing.is_empty() {
         return None;
     }
+    let text = format!("The CPU here lacks what the guest sees: {}", named(missing));
+    Some(Refusal::new(RefusalCode::Cpu, text))
+}
+
+/// The first of them, and how many more there are.
+pub(crate) fn named(missing: &[String]) -> String {
     let named = missing.iter().take(NAMED).cloned().collect::<Vec<_>>().join(", ");
-    let more = match missing.len().saturating_sub(NAMED) {
-        0 => String::new(),
-        more => format!(" and {more} more"),
-    };
-    Some(Refusal::new(
-        RefusalCode::Cpu,
-        format!("The CPU here lacks what the guest sees: {named}{more}"),
-    ))
+    match missing.len().saturating_sub(NAMED) {
+        0 => named,
+        more => format!("{named} and {more} more"),
+    }
+}
+
+fn registers_refusal(unknown: &[u32]) -> Option<Refusal> {
+    if unknown.is_empty() {
+        return None;
+    }
+    let numbers: Vec<String> = unknown.iter().map(|index| format!("{index:#x}")).collect();
+    let text = format!(
+        "KVM here does not keep model-specific registers that the guest has: {}",
+        named(&numbers)
+    );
+    Some(Refusal::new(RefusalCode::Cpu, text))
 }
 
 fn frequency_refusal(guest: u32, host: u32, scales: bool) -> Option<Refusal> {
@@ -107,8 +166,15 @@ mod tests {
     use super::*;
 
     fn own(kvm: &Kvm) -> Needs {
-        let (cpuid, tsc_khz) = cpuid::of_this_host(kvm).expect("CPUID");
-        Needs { vmm: "0".into(), cpuid, tsc_khz, capabilities: host::capabilities(kvm) }
+        let here = Offered::here(kvm).expect("an offer");
+        Needs {
+            vmm: "0".into(),
+            cpuid: here.entries,
+            tsc_khz: here.tsc_khz,
+            capabilities: host::capabilities(kvm),
+            msrs: msrs::listed(kvm).expect("a list"),
+            registers: here.registers,
+        }
     }
 
     #[test]
@@ -136,6 +202,42 @@ mod tests {
             refusals[1].text.contains("CPUID 0x7.2 EDX bit 31")
                 || refusals[1].text.contains("more")
         );
+    }
+
+    #[test]
+    fn state_that_there_is_no_room_for_is_named() {
+        let kvm = host::open_kvm().expect("KVM");
+        let mut needs = own(&kvm);
+        needs.msrs.push(0xdead_beef);
+        let state = needs.cpuid.iter_mut().find(|one| (one.leaf, one.subleaf) == (0xd, 0));
+        state.expect("leaf 0xD").ecx = 1 << 20;
+        let texts: Vec<_> = needs.refusals(&kvm).into_iter().map(|one| one.text).collect();
+        assert!(texts.iter().any(|text| text.contains("has: 0xdeadbeef")), "{texts:?}");
+        assert!(texts.iter().any(|text| text.contains("1048576 bytes of extended")), "{texts:?}");
+        // Older keepers say nothing of them.
+        let mut json = serde_json::to_value(own(&kvm)).expect("JSON");
+        for unsaid in ["msrs", "registers"] {
+            json.as_object_mut().expect("an object").remove(unsaid);
+        }
+        let old = Needs::parse(json.to_string().as_bytes()).expect("needs");
+        assert!(old.msrs.is_empty() && old.registers.is_empty() && old.refusals(&kvm).is_empty());
+    }
+
+    #[test]
+    fn what_the_guest_was_told_of_flaws_is_compared_beside_its_cpuid() {
+        let kvm = host::open_kvm().expect("KVM");
+        let mut needs = own(&kvm);
+        // Bits that no CPU has.
+        needs.registers.retain(|one| one.index != 0x10a);
+        needs.registers.push(FeatureRegister { index: 0x10a, value: 1 << 50 });
+        let leaf = needs.cpuid.iter_mut().find(|one| (one.leaf, one.subleaf) == (7, 0));
+        let leaf = leaf.expect("leaf 7");
+        (leaf.ebx, leaf.edx) = (leaf.ebx | 1 << 22, leaf.edx | 1 << 29);
+        let texts: Vec<_> = needs.refusals(&kvm).into_iter().map(|one| one.text).collect();
+        assert_eq!(texts.len(), 1, "{texts:?}");
+        let lacks = "The CPU here lacks what the guest sees: (CPUID 0x7.0 EBX bit 22), ";
+        assert!(texts[0].starts_with(lacks), "{texts:?}");
+        assert!(texts[0].ends_with("(IA32_ARCH_CAPABILITIES bit 50)"), "{texts:?}");
     }
 
     #[test]

@@ -17,8 +17,8 @@ use crate::sys::Backed;
 /// First of the port's eight addresses.
 pub(crate) const PORT: u16 = 0x3f8;
 /// The port's interrupt line.
-const INTERRUPT: u32 = 4;
-/// The most typed bytes that wait for the guest; more are lost.
+pub(crate) const INTERRUPT: u32 = 4;
+/// The most typed bytes that wait for the guest; more are not taken yet.
 pub(crate) const MAX_QUEUE: usize = 4096;
 /// Bytes that the device's own receive FIFO holds.
 pub(crate) const FIFO: usize = 64;

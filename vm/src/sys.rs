@@ -1,5 +1,6 @@
 //! The one room of this crate where `unsafe` is allowed: the KVM calls that `kvm-ioctls` does not
-//! wrap, the tie between guest memory and the VM that maps it, and the signal that kicks a vCPU.
+//! wrap, the tie between guest memory and the VM that maps it, files that are read into it and written
+//! from it, and the signal that kicks a vCPU.
 //!
 //! State that KVM hands out as structures of a fixed ABI is moved as bytes ([`Block`]), so that
 //! nothing here interprets it and no padding of a Rust structure is ever read. Ioctl numbers carry
@@ -7,10 +8,11 @@
 //! `kvm-bindings` has them.
 
 use std::cell::Cell;
+use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::size_of;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,10 +25,15 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use libc::{c_int, c_ulong, c_void};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
+use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::memory::Memory;
+
+pub(crate) mod frames;
+pub(crate) mod tap;
 
 const KVMIO: c_ulong = 0xae;
 const WRITE: c_ulong = 1;
@@ -148,6 +155,18 @@ pub(crate) fn set_xsave(vcpu: &VcpuFd, size: XsaveSize, bytes: &[u8]) -> io::Res
     check(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_XSAVE, bytes.as_ptr()) })
 }
 
+/// ARCH_REQ_XCOMP_GUEST_PERM (the kernel's `Documentation/arch/x86/xstate.rst`).
+const REQUEST_GUEST_COMPONENT: c_int = 0x1025;
+/// The state component with the tiles of AMX.
+const TILE_DATA: c_ulong = 18;
+
+/// Lets guests of this process use the tiles of AMX where the host has them: KVM offers no extended state that
+/// was not asked for before the first vCPU. Where there are none, or when it comes too late, nothing changes.
+pub(crate) fn permit_guest_tiles() {
+    // SAFETY: the request takes the component's number and no address.
+    let _ = unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_GUEST_COMPONENT, TILE_DATA) };
+}
+
 /// Whether the vCPU has the 64-bit attribute `attr` of `group`.
 pub(crate) fn has_attribute(vcpu: &VcpuFd, group: u32, attr: u64) -> bool {
     let wanted = kvm_device_attr { group, attr, ..Default::default() };
@@ -257,6 +276,79 @@ impl Backed {
             let _ = unsafe { libc::madvise(region.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
         }
     }
+}
+
+/// The request for a block device's size in bytes (`linux/fs.h`).
+const BLKGETSIZE64: c_ulong = 0x8008_1272;
+
+/// Bytes of the block device `file`.
+pub(crate) fn device_bytes(file: &File) -> io::Result<u64> {
+    let mut bytes = 0u64;
+    // SAFETY: the kernel writes one u64 to `bytes`, which outlives the call; what is no block device refuses.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, ptr::from_mut(&mut bytes)) })?;
+    Ok(bytes)
+}
+
+/// The most pieces that one call reads or writes (UIO_MAXIOV, `linux/uio.h`).
+const PIECES: usize = 1024;
+
+/// Reads from `offset` of `file` into guest memory, as much as one call gives. What may have been written counts
+/// as dirty.
+pub(crate) fn read_slices_at<B: BitmapSlice>(
+    file: &File,
+    into: &[VolatileSlice<'_, B>],
+    offset: u64,
+) -> io::Result<usize> {
+    let offset = i64::try_from(offset).map_err(io::Error::other)?;
+    let into = &into[..into.len().min(PIECES)];
+    let guards: Vec<_> = into.iter().map(VolatileSlice::ptr_guard_mut).collect();
+    let pieces: Vec<_> = guards
+        .iter()
+        .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
+        .collect();
+    let count = pieces.len() as c_int;
+    // SAFETY: each piece is a slice of mapped guest memory that `guards` keep, as long as it says; nothing in Rust
+    // refers to what is in it.
+    let read = unsafe { libc::preadv(file.as_raw_fd(), pieces.as_ptr(), count, offset) };
+    let error = io::Error::last_os_error();
+    let read = usize::try_from(read);
+    // One that failed may have written anywhere.
+    let mut left = read.unwrap_or(usize::MAX);
+    for slice in into {
+        let part = left.min(slice.len());
+        slice.bitmap().mark_dirty(0, part);
+        left -= part;
+    }
+    read.map_err(|_| error)
+}
+
+/// Writes guest memory to `offset` of `file`, as much as one call takes.
+pub(crate) fn write_slices_at<B: BitmapSlice>(
+    file: &File,
+    from: &[VolatileSlice<'_, B>],
+    offset: u64,
+) -> io::Result<usize> {
+    let offset = i64::try_from(offset).map_err(io::Error::other)?;
+    let from = &from[..from.len().min(PIECES)];
+    let guards: Vec<_> = from.iter().map(VolatileSlice::ptr_guard).collect();
+    let pieces: Vec<_> = guards
+        .iter()
+        .map(|guard| libc::iovec {
+            iov_base: guard.as_ptr().cast_mut().cast(),
+            iov_len: guard.len(),
+        })
+        .collect();
+    let count = pieces.len() as c_int;
+    // SAFETY: each piece is a slice of mapped guest memory that `guards` keep, as long as it says; the kernel only
+    // reads it.
+    let written = unsafe { libc::pwritev(file.as_raw_fd(), pieces.as_ptr(), count, offset) };
+    usize::try_from(written).map_err(|_| io::Error::last_os_error())
+}
+
+/// The descriptor of `event`, as the standard library lends descriptors.
+pub(crate) fn borrow_event(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: `event` owns the descriptor and lives for as long as it is lent.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 thread_local! {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use decamp_shared::keeper::{ExitRecord, KeeperClient, Phase};
 use decamp_shared::pages::{PageRange, PageReader, PageSet, PageWriter};
 use decamp_shared::workload::{Backend, HostTools, Place, PlacedTree, SourceWorkload};
-use decamp_vm::{VmBackend, VmSpec, console_socket};
+use decamp_vm::{VmBackend, VmSpec};
 
 /// Pages copied in one go.
 const BATCH: u64 = 64;
@@ -36,9 +36,19 @@ impl Bench {
             crun: PathBuf::new(),
             resume_after: Duration::from_secs(2),
             methods: Default::default(),
+            bridges: Default::default(),
         };
-        let spec =
-            VmSpec { kernel, initrd: None, cmdline: cmdline.into(), cpus: 1, memory_bytes: memory };
+        let spec = VmSpec {
+            kernel,
+            initrd: None,
+            cmdline: cmdline.into(),
+            cpus: 1,
+            memory_bytes: memory,
+            cpu_baseline: None,
+            vsock: None,
+            disks: Vec::new(),
+            net: Vec::new(),
+        };
         let spec = serde_json::to_value(spec).expect("spec");
         let backend = VmBackend::new(tools);
         assert_eq!(backend.check(&spec), []);
@@ -159,15 +169,20 @@ fn copy(pages: &PageSet, reader: &dyn PageReader, writer: &dyn PageWriter) {
 
 /// Has the guest check everything and end, and gives what it said last.
 fn verdict(place: &Place) -> String {
-    let mut console = UnixStream::connect(console_socket(place)).expect("console");
+    let mut console = UnixStream::connect(place.console()).expect("console");
     console.write_all(b"q").expect("type");
     wait_for("the guest to end", || place.exit_record().exists());
-    let record = fs::read(place.exit_record()).expect("exit record");
-    let record: ExitRecord = serde_json::from_slice(&record).expect("exit record");
+    let record = ended(place);
     assert_eq!(record.status, 0, "{}", record.text);
     let log = log(place);
     let line = log.lines().rfind(|line| line.starts_with("verified"));
     line.unwrap_or_else(|| panic!("no verdict in {log}")).to_owned()
+}
+
+/// How the guest ended.
+fn ended(place: &Place) -> ExitRecord {
+    let record = fs::read(place.exit_record()).expect("exit record");
+    serde_json::from_slice(&record).expect("exit record")
 }
 
 fn log(place: &Place) -> String {
@@ -279,7 +294,10 @@ fn a_paused_guest_that_loses_its_agent_goes_on_by_itself() {
     assert_eq!(phase.expect("phase"), Phase::Running);
     bench.backend.stop(&bench.spec, &here).expect("stop");
     wait_for("the keeper to end", || KeeperClient::connect(&here).is_err());
-    assert!(!console_socket(&here).exists(), "its console socket is gone");
+    assert!(!here.console().exists(), "its console socket is gone");
+    let record = ended(&here);
+    assert_eq!(record.status, 137);
+    assert!(record.text.contains("by force: it does not listen to its power button"), "{record:?}");
 }
 
 #[test]
@@ -290,7 +308,7 @@ fn a_kernel_that_cannot_boot_is_said_by_the_keeper() {
     let place = bench.place(0);
     let error = bench.backend.run(&spec, &place).expect_err("no kernel");
     assert!(error.to_string().contains("ELF"), "{error}");
-    assert!(!place.log().exists() && !console_socket(&place).exists());
+    assert!(!place.log().exists() && !place.console().exists());
 }
 
 #[test]

@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::IMAGES;
+use crate::confined::MOUNTS_CAP;
 use crate::facts::{HostNeeds, Needs};
 use crate::mounts::{ExternalKind, ExternalMount};
 use crate::podman::found::place_of;
@@ -180,6 +181,7 @@ pub(crate) fn describe(found: &Foreign, name: Option<&str>) -> Result<Described>
     let needs = Needs {
         config: oci.to_string(),
         resident,
+        shared_huge: 0,
         on_tmpfs: 0,
         // Images say themselves whether a CRIU can read them.
         criu: (0, 0),
@@ -227,6 +229,14 @@ fn bundle_config(config: &Config, mut oci: Value, against: &mut Vec<String>) -> 
     let devices = oci.pointer("/linux/devices").and_then(Value::as_array);
     if devices.is_some_and(|devices| !devices.is_empty()) {
         against.push("It has devices of the host (--device, --privileged)".to_owned());
+    }
+    let namespaces = oci.pointer("/linux/namespaces").and_then(Value::as_array);
+    if namespaces.into_iter().flatten().any(|one| one["type"] == "cgroup") {
+        against.push(
+            "It has a cgroup namespace of its own, whose mounts are not restored from podman's files yet \
+             (podman run --cgroupns=host)"
+                .to_owned(),
+        );
     }
     oci["root"]["path"] = json!(ROOT);
     if let Some(namespaces) = oci["linux"]["namespaces"].as_array_mut() {
@@ -341,6 +351,9 @@ pub(super) fn told(found: &Foreign, oci: &Value) -> Result<Told> {
     let bad = |what: String| ArchiveError::part(part, what);
     let image = Image::parse(bytes, MOUNTS_MAGIC)
         .ok_or_else(|| bad("is no list of mounts of CRIU's".to_owned()))?;
+    if image.messages.len() > MOUNTS_CAP {
+        return Err(bad(format!("has more than {MOUNTS_CAP} mounts")));
+    }
     let masked = oci.pointer("/linux/maskedPaths").and_then(|paths| paths.get(0)?.as_str());
     let mounted = |destination: &str| {
         let mounts = oci["mounts"].as_array().into_iter().flatten();
@@ -381,6 +394,20 @@ mod tests {
         for bad in ["", "..", ".web", "/etc", "a/b", "../../etc", "a\0", "a b"] {
             assert!(!is_plain_name(bad), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_cgroup_namespace_is_not_restored() {
+        let config: Config =
+            serde_json::from_value(json!({"name": "web"})).expect("a configuration");
+        let against = |kind: &str| {
+            let mut against = Vec::new();
+            let oci = json!({"linux": {"namespaces": [{"type": kind}]}});
+            bundle_config(&config, oci, &mut against).expect("a configuration");
+            against
+        };
+        assert_eq!(against("pid"), Vec::<String>::new());
+        assert!(against("cgroup")[0].contains("--cgroupns=host"));
     }
 
     #[test]

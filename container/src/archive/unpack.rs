@@ -24,8 +24,10 @@ use crate::facts::Needs;
 use crate::images::{self, HIDDEN, HiddenPages, PAGE_LIMIT, PREFIX, is_image_name, process_of};
 use crate::segments;
 
-/// Bytes of all pagemaps and lists of hidden pages of a file at most. Read, they take some ten times that.
+/// Bytes of all pagemaps and lists of hidden pages of a file at most.
 const LISTS_MOST: u64 = 256 << 20;
+/// And what part of the memory that is free here: read, they take some ten times as much.
+const LISTS_PART: u64 = 20;
 
 /// How much of lists may still be read.
 #[derive(Debug)]
@@ -35,7 +37,8 @@ pub(super) struct Lists {
 
 impl Default for Lists {
     fn default() -> Self {
-        Self { left: LISTS_MOST }
+        let room = available_memory().map_or(LISTS_MOST, |free| free / LISTS_PART);
+        Self { left: room.min(LISTS_MOST) }
     }
 }
 
@@ -333,6 +336,7 @@ mod tests {
         let needs = Needs {
             config: json!({"root": {"path": root}}).to_string(),
             resident: 0,
+            shared_huge: 0,
             on_tmpfs: 0,
             criu: (4, 2),
             obstacles: Vec::new(),

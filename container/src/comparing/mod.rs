@@ -17,10 +17,11 @@ use std::time::{Duration, Instant};
 use decamp_shared::methods::Ways;
 use decamp_shared::pages::{PAGE_SIZE, PageRange, PageReader, PageSet, SpaceId};
 use decamp_shared::workload::{
-    Liveness, Manifest, Result, Section, SourceWorkload, SpaceInfo, WorkloadError,
+    Liveness, Manifest, Restoring, Result, Section, SourceWorkload, SpaceInfo, WorkloadError,
 };
 
-use sums::{Key, Sums};
+use crate::keyed_hash::WideKey;
+use sums::Sums;
 
 /// Pages that are read and compared at a time.
 const PIECE: u64 = 128;
@@ -46,7 +47,7 @@ impl Comparing {
         Self {
             called_off: inner.call_off().unwrap_or_default(),
             inner,
-            sums: Arc::new(Sums::new(Key::draw())),
+            sums: Arc::new(Sums::new(WideKey::draw())),
             tracked: false,
             paused: false,
             compared: false,
@@ -96,7 +97,7 @@ impl SourceWorkload for Comparing {
     fn track(&mut self) -> Result<()> {
         self.inner.track()?;
         // Everything counts as dirty once, whatever an earlier attempt sent.
-        self.sums = Arc::new(Sums::new(Key::draw()));
+        self.sums = Arc::new(Sums::new(WideKey::draw()));
         self.tracked = true;
         Ok(())
     }
@@ -126,8 +127,12 @@ impl SourceWorkload for Comparing {
         self.look
     }
 
-    fn restoring(&self) -> Duration {
+    fn restoring(&self) -> Restoring {
         self.inner.restoring()
+    }
+
+    fn spare(&mut self, time: Duration) {
+        self.inner.spare(time);
     }
 
     fn call_off(&self) -> Option<Arc<AtomicBool>> {

@@ -96,6 +96,17 @@ impl Missing {
         Some(Span { addresses: span.addresses.start..span.addresses.start + length, ..span })
     }
 
+    /// The first of it in `addresses`, and no more than lies in them.
+    pub(super) fn first_in(&self, addresses: &Range<u64>) -> Option<Span> {
+        let span = self.at(addresses.start).or_else(|| {
+            let (start, piece) = self.pieces.range(addresses.clone()).next()?;
+            Some(piece.span(*start, 0))
+        })?;
+        let end = span.addresses.end.min(addresses.end);
+        let addresses = span.addresses.start..end;
+        (!addresses.is_empty()).then_some(Span { addresses, ..span })
+    }
+
     /// What has still to come from `address` on, without a gap.
     pub(super) fn at(&self, address: u64) -> Option<Span> {
         let (start, piece) = self.pieces.range(..=address).next_back()?;
@@ -234,6 +245,19 @@ mod tests {
                 .collect();
             prop_assert_eq!(told.len(), all.len());
             prop_assert_eq!(told.into_iter().collect::<BTreeSet<_>>(), all);
+            // And so it is when only a part is looked at.
+            let part = from * PAGE..(from + 40) * PAGE;
+            let (mut at, mut found) = (part.start, BTreeMap::new());
+            while let Some(span) = missing.first_in(&(at..part.end)) {
+                prop_assert!(part.contains(&span.addresses.start) && span.addresses.end <= part.end);
+                for index in 0..span.length() / PAGE {
+                    found.insert(span.addresses.start / PAGE + index, (span.of, span.offset / PAGE + index));
+                }
+                at = span.addresses.end;
+            }
+            let expected: BTreeMap<_, _> =
+                model.range(from..from + 40).map(|(page, place)| (*page, *place)).collect();
+            prop_assert_eq!(found, expected);
             // Walked on from anywhere, it is all found.
             let mut at = from * PAGE;
             let mut walked = BTreeMap::new();

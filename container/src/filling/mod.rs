@@ -2,15 +2,21 @@
 //! store, whose pages are on this host already.
 //!
 //! CRIU hands over a userfaultfd for each task that it restores, and leaves memory that is missing to us.
-//! A page that a task waits for is installed at once; the rest follows in the order of its place in the
-//! store, which gives its memory back as it empties. What tasks do to their memory meanwhile (fork, move
+//! A page that a task waits for is installed at once; the rest follows once the container runs, in the order of
+//! its place in the store, which gives its memory back as it empties: before that it would take a processor
+//! from those who have it run. What tasks do to their memory meanwhile (fork, move
 //! it, give it back) is told by the kernel. When nothing is missing the descriptors are closed, and the
 //! container is as any other. Until then they are never closed, whoever dies: see `holder`.
 //!
+//! Tasks in a user namespace may not make such a descriptor; how theirs are come by is said in `descent`.
+//!
 //! Protocol: CRIU's `criu/uffd.c`. Kernel document: `admin-guide/mm/userfaultfd`.
 
+mod descent;
 mod holder;
+mod huge;
 mod missing;
+pub(crate) mod sequences;
 mod space;
 mod wanted;
 
@@ -31,10 +37,12 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 use crate::error::{ContainerError, Result};
 use crate::forked::Alias;
+use crate::placing::HugeMappings;
 use crate::store::Store;
 use crate::sys;
 use crate::sys::userfault;
 
+pub(crate) use descent::{Descent, Settling, probe as probe_descent};
 pub(crate) use holder::Holder;
 use space::{Source, Sources, Space};
 
@@ -52,6 +60,9 @@ const FEATURES: u64 = userfault::FEATURE_EVENT_FORK
 const LOOK_AFTER: usize = 4;
 /// Pages of the store that are given back at a time when CRIU is done with them.
 const SPENT: u64 = 512;
+/// From the moment when CRIU is done until it is known that all has its place. Huge pages that are not promised
+/// are filled meanwhile.
+const PLACED_WITHIN: Duration = Duration::from_secs(60);
 /// Pause while a task's word cannot be heard.
 const UNHEARD: Duration = Duration::from_millis(20);
 
@@ -60,6 +71,7 @@ const UNHEARD: Duration = Duration::from_millis(20);
 pub(crate) struct Filling {
     shared: Arc<Shared>,
     stop: Arc<EventFd>,
+    runs: Arc<EventFd>,
     failed: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -67,7 +79,9 @@ pub(crate) struct Filling {
 /// How far it has come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Status {
-    /// CRIU restores, or pages are missing.
+    /// CRIU restores.
+    Begun,
+    /// Every task is restored, and pages are missing.
     Under,
     /// Everything is in its place.
     Done,
@@ -111,20 +125,22 @@ pub(crate) fn probe() -> std::result::Result<(), String> {
         .map_err(|error| format!("the kernel's userfaultfd does not tell of all events: {error}"))
 }
 
-/// Whether everybody may make one that sees faults of the kernel too, as CRIU makes it.
-pub(crate) fn is_for_all() -> bool {
+/// Whether memory that comes late does so without CRIU: where tasks have a user namespace of their own, and
+/// not everybody may make a userfaultfd that sees faults of the kernel too.
+pub(crate) fn comes_behind(is_mapped: bool) -> bool {
     const SETTING: &str = "/proc/sys/vm/unprivileged_userfaultfd";
-    std::fs::read_to_string(SETTING).is_ok_and(|said| said.trim() == "1")
+    let for_all = || std::fs::read_to_string(SETTING).is_ok_and(|said| said.trim() == "1");
+    is_mapped && !for_all()
 }
 
 impl Filling {
-    /// Waits for a CRIU that restores from `images`, to give it the `late` pages that `store` has. What it
-    /// reads of the store itself is `spent` when it is done. Each page is given back when the last one that
+    /// Waits for a CRIU that restores from `images`, to give it the `late` pages that `store` has, some of them
+    /// to mappings of huge pages. What it reads of the store itself is `spent` when it is done. Each page is given back when the last one that
     /// wants it has it.
     pub(crate) fn begin(
         images: &Path,
         store: &Store,
-        late: LatePages,
+        (late, huge): (LatePages, HugeMappings),
         spent: Vec<Alias>,
         holder: Holder,
     ) -> Result<Self> {
@@ -134,12 +150,11 @@ impl Filling {
         let listener =
             UnixListener::bind(format!("/proc/self/fd/{}/{SOCKET}", directory.as_raw_fd()))
                 .map_err(ContainerError::io("listen for CRIU's restored tasks"))?;
-        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
-            .map_err(ContainerError::errno("make an event"))?;
-        let stop = Arc::new(stop);
-        let failed = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)
-            .map_err(ContainerError::errno("make an event"))?;
-        let failed = Arc::new(failed);
+        let event = || {
+            let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC);
+            event.map(Arc::new).map_err(ContainerError::errno("make an event"))
+        };
+        let (stop, runs, failed) = (event()?, event()?, event()?);
         let mut sources = Sources::new();
         // Of what CRIU reads nothing is given back before it has: what nobody waits for is late.
         for Alias { pages, of } in late.values().flatten().chain(&spent) {
@@ -150,18 +165,20 @@ impl Filling {
             source.keep_pages(pages);
         }
         let shared = Arc::new(Shared {
-            status: Mutex::new(Status::Under),
+            status: Mutex::new(Status::Begun),
             changed: Condvar::new(),
             holder: Mutex::new(Some(holder)),
         });
         let daemon = Daemon {
             shared: shared.clone(),
             stop: stop.clone(),
+            runs: Some(runs.clone()),
             failed: failed.clone(),
             listener: Some(listener),
             criu: None,
             sources: Arc::new(sources),
             late,
+            huge,
             spent,
             spaces: Vec::new(),
             buffer: vec![0; space::CHUNK as usize],
@@ -174,7 +191,7 @@ impl Filling {
             .name("filling".to_owned())
             .spawn(move || daemon.run())
             .map_err(ContainerError::io("start a thread"))?;
-        Ok(Self { shared, stop, failed, thread: Some(thread) })
+        Ok(Self { shared, stop, runs, failed, thread: Some(thread) })
     }
 
     /// Whoever holds the descriptors when we are dead lets go when the container's first process ends.
@@ -182,6 +199,12 @@ impl Filling {
         let process = sys::pidfd_open(init)
             .map_err(ContainerError::io("open the container's first process"))?;
         self.shared.holder().as_ref().map_or(Ok(()), |holder| holder.until(process.as_fd()))
+    }
+
+    /// The container runs: what nobody waits for comes from now on too.
+    pub(crate) fn runs(&self) {
+        // The thread hears of it, or has ended.
+        let _ = self.runs.write(1);
     }
 
     /// Becomes readable when it cannot go on: whoever waits for a page then waits for ever.
@@ -199,8 +222,27 @@ impl Filling {
             Status::Failed(why) => {
                 Err(ContainerError::State(format!("Memory cannot be filled: {why}")))
             }
-            Status::Under | Status::Done => Ok(()),
+            Status::Begun | Status::Under | Status::Done => Ok(()),
         }
+    }
+
+    /// Waits until CRIU has said that every task is restored, and all that may come late has a place where it is
+    /// waited for. To be done before the container is let run: until then it can still be given up.
+    ///
+    /// # Errors
+    /// When it cannot go on, and why; or CRIU never said so.
+    pub(crate) fn await_places(&self) -> Result<()> {
+        let begun = |status: &mut Status| *status == Status::Begun;
+        let waited =
+            self.shared.changed.wait_timeout_while(self.shared.status(), PLACED_WITHIN, begun);
+        let mut status = waited.unwrap_or_else(PoisonError::into_inner).0;
+        if begun(&mut status) {
+            return Err(ContainerError::CriuProtocol(
+                "did not say that all is restored".to_owned(),
+            ));
+        }
+        drop(status);
+        self.check()
     }
 
     /// Waits until everything is in its place.
@@ -230,11 +272,13 @@ impl End {
         let waited = self
             .0
             .changed
-            .wait_timeout_while(status, patience, |status| *status == Status::Under)
+            .wait_timeout_while(status, patience, |status| {
+                matches!(status, Status::Begun | Status::Under)
+            })
             .unwrap_or_else(PoisonError::into_inner);
         match &*waited.0 {
             Status::Done => Ok(()),
-            Status::Under => Err(ContainerError::State(format!(
+            Status::Begun | Status::Under => Err(ContainerError::State(format!(
                 "Its memory is still being filled after its last move ({} s were waited): try again",
                 patience.as_secs()
             ))),
@@ -262,11 +306,14 @@ pub(crate) type LatePages = BTreeMap<i32, Vec<Alias>>;
 struct Daemon {
     shared: Arc<Shared>,
     stop: Arc<EventFd>,
+    /// Readable when the container runs; nothing once that is known.
+    runs: Option<Arc<EventFd>>,
     failed: Arc<EventFd>,
     listener: Option<UnixListener>,
     criu: Option<UnixStream>,
     sources: Arc<Sources>,
     late: LatePages,
+    huge: HugeMappings,
     /// What CRIU reads of the store, and whose part of it that is.
     spent: Vec<Alias>,
     spaces: Vec<Space>,
@@ -316,12 +363,12 @@ impl Daemon {
             if self.finished && !missing {
                 return Ok(true);
             }
-            let waited_for = self.spaces.iter().any(Space::is_waited_for);
-            let idle = !self.finished && !waited_for;
-            let ready =
-                self.await_something(if idle { PollTimeout::NONE } else { PollTimeout::ZERO })?;
+            let ready = self.await_something(self.patience())?;
             if ready.stop {
                 return Ok(false);
+            }
+            if ready.runs {
+                self.runs = None;
             }
             if ready.criu {
                 self.hear_criu()?;
@@ -347,9 +394,30 @@ impl Daemon {
                 fail::fail_point!("container-fill");
             }
             // Who waits comes first, and then again.
-            if self.finished && !busy {
+            if self.fills() && !busy {
                 self.fill_some()?;
             }
+        }
+    }
+
+    /// Whether pages come that nobody waits for.
+    fn fills(&self) -> bool {
+        self.finished && self.runs.is_none()
+    }
+
+    /// How long nothing need be done unless something is heard.
+    fn patience(&self) -> PollTimeout {
+        // First: whoever rests below did so here.
+        let rest = self.spaces.iter().filter_map(Space::rest).min();
+        let fills =
+            self.fills() && (!self.spent.is_empty() || self.spaces.iter().any(Space::takes));
+        match rest {
+            _ if fills || self.spaces.iter().any(Space::is_waited_for) => PollTimeout::ZERO,
+            // Not a moment too early.
+            Some(rest) => {
+                PollTimeout::try_from(rest + Duration::from_millis(1)).unwrap_or(PollTimeout::ZERO)
+            }
+            None => PollTimeout::NONE,
         }
     }
 
@@ -377,11 +445,11 @@ impl Daemon {
             }
             return Ok(());
         }
-        let anybody_else = self.spaces.iter().any(|space| space.lacks() && !space.is_forked());
+        let anybody_else = self.spaces.iter().any(|space| space.takes() && !space.is_forked());
         self.steps = self.steps.wrapping_add(1);
         if anybody_else && self.steps.is_multiple_of(LOOK_AFTER) {
             // A child that has ended tells nobody.
-            let forked = self.spaces.iter_mut().filter(|space| space.is_forked() && space.lacks());
+            let forked = self.spaces.iter_mut().filter(|space| space.is_forked() && space.takes());
             let mut forked: Vec<_> = forked.collect();
             if !forked.is_empty() {
                 let turn = self.steps / LOOK_AFTER % forked.len();
@@ -390,7 +458,7 @@ impl Daemon {
         }
         for step in 0..self.spaces.len() {
             let index = (self.turn + step) % self.spaces.len();
-            if self.spaces[index].lacks() && !(anybody_else && self.spaces[index].is_forked()) {
+            if self.spaces[index].takes() && !(anybody_else && self.spaces[index].is_forked()) {
                 // On with the same one until it is whole: its pages lie side by side.
                 self.turn = index;
                 let forked = self.spaces[index].fill_some(&mut self.buffer)?;
@@ -408,6 +476,8 @@ impl Daemon {
         };
         let mut events = vec![PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)];
         events.extend(criu.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)));
+        let runs = events.len();
+        events.extend(self.runs.iter().map(|event| PollFd::new(event.as_fd(), PollFlags::POLLIN)));
         let first = events.len();
         let spaces = self.spaces.iter();
         events
@@ -425,6 +495,7 @@ impl Daemon {
         Ok(Ready {
             stop: any(&events[0]),
             criu: criu.is_some() && any(&events[1]),
+            runs: runs < first && any(&events[runs]),
             spaces: (first..events.len())
                 .filter(|index| any(&events[*index]))
                 .map(|index| index - first)
@@ -453,7 +524,14 @@ impl Daemon {
         match i32::from_ne_bytes(word) {
             FINISHED => {
                 tracing::debug!(tasks = self.spaces.len(), "All tasks are restored");
+                if let Some((inner, _)) = self.huge.first_key_value() {
+                    return Err(ContainerError::CriuProtocol(format!(
+                        "gave no userfaultfd of process {inner}, which has huge pages"
+                    )));
+                }
+                self.spaces.iter_mut().try_for_each(Space::register)?;
                 self.finished = true;
+                self.shared.set(Status::Under);
             }
             // A zombie has no memory.
             ..=0 => {}
@@ -462,7 +540,9 @@ impl Daemon {
                 self.shared.hold(&uffd)?;
                 // Named again it would have what is kept for others given back.
                 let pages = self.late.remove(&inner).unwrap_or_default();
-                self.spaces.push(Space::new(uffd, self.sources.clone(), &pages));
+                let huge = self.huge.remove(&inner).unwrap_or_default();
+                let space = Space::new(uffd, self.sources.clone(), &pages);
+                self.spaces.push(space.with_huge(huge));
             }
         }
         Ok(())
@@ -473,6 +553,7 @@ impl Daemon {
 struct Ready {
     stop: bool,
     criu: bool,
+    runs: bool,
     spaces: BTreeSet<usize>,
 }
 

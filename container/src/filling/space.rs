@@ -8,18 +8,20 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use decamp_shared::pages::PAGE_SIZE;
 use nix::fcntl::{FallocateFlags, fallocate};
 
+use super::huge::Huge;
 use super::missing::{Missing, Place, Span};
 use super::wanted::Wanted;
 use crate::error::{ContainerError, Result};
 use crate::forked::Alias;
+use crate::placing::HugeMapping;
 use crate::sys::userfault::{self, Event};
 
-const PAGE: u64 = PAGE_SIZE as u64;
+pub(super) const PAGE: u64 = PAGE_SIZE as u64;
 /// Installed at a time when nobody waits, and so the length of the buffer that all have in common.
 pub(super) const CHUNK: u64 = 256 << 10;
 /// Installed at a time around a page that somebody waits for.
@@ -27,9 +29,9 @@ const NEIGHBOURS: u64 = 64 << 10;
 /// The store gives memory back in pieces as large as its own.
 const GIVEN_BACK: u64 = 2 << 20;
 /// Pause before something is tried again that must work in the end.
-const AGAIN: Duration = Duration::from_micros(50);
+pub(super) const AGAIN: Duration = Duration::from_micros(50);
 /// The same when there is no memory: somebody has to give some back.
-const NO_MEMORY: Duration = Duration::from_millis(20);
+pub(super) const NO_MEMORY: Duration = Duration::from_millis(20);
 
 /// The part of the store that one process's memory is in: a sparse file whose offset is the address that
 /// it had when it came.
@@ -48,6 +50,12 @@ pub(super) struct Space {
     sources: Arc<Sources>,
     /// A child has what its parent had until one of them gets something.
     missing: Arc<Missing>,
+    /// Where its pages are huge.
+    pub(super) huge: Huge,
+    /// Those that are still to be registered.
+    pub(super) huge_mappings: Vec<HugeMapping>,
+    /// Until then no huge page is tried for: there was none.
+    pub(super) rests_until: Option<Instant>,
     /// Faults that were told while something else was done.
     waiting: VecDeque<u64>,
     /// Where the pages that nobody waits for go on.
@@ -62,7 +70,7 @@ pub(super) struct Space {
 }
 
 /// How one installation ended.
-enum Outcome {
+pub(super) enum Outcome {
     /// As asked, or partly.
     Fine,
     /// The task changes its memory just now: its events have to be heard first.
@@ -135,6 +143,9 @@ impl Space {
             uffd,
             sources,
             missing,
+            huge: Huge::default(),
+            huge_mappings: Vec::new(),
+            rests_until: None,
             waiting: VecDeque::new(),
             at: 0,
             forked: false,
@@ -164,6 +175,11 @@ impl Space {
         self.gone
     }
 
+    /// Whether what it lacks may be given to it now.
+    pub(super) fn takes(&self) -> bool {
+        self.lacks() && self.rest().is_none()
+    }
+
     /// Hears what the task has to say and gives it what it waits for. Gives the memory of children that
     /// it made.
     pub(super) fn serve(&mut self, buffer: &mut [u8]) -> Result<Vec<Self>> {
@@ -171,7 +187,7 @@ impl Space {
         self.hear(&mut forked)?;
         for _ in 0..self.waiting.len() {
             let Some(address) = self.waiting.pop_front() else { break };
-            if !self.gone && !self.answer(address, buffer)? {
+            if !self.gone && (self.rests_at(address) || !self.answer(address, buffer)?) {
                 self.waiting.push_back(address);
             }
             self.hear(&mut forked)?;
@@ -179,9 +195,9 @@ impl Space {
         Ok(forked)
     }
 
-    /// Whether somebody waits for a page that could not be given at once.
+    /// Whether somebody waits for a page that could not be given at once, and may be given now.
     pub(super) fn is_waited_for(&self) -> bool {
-        !self.gone && !self.waiting.is_empty()
+        !self.gone && self.waiting.iter().any(|address| !self.rests_at(*address))
     }
 
     /// Installs a little of what nobody waits for yet.
@@ -189,7 +205,11 @@ impl Space {
         let mut forked = Vec::new();
         if let Some(span) = self.missing.next(self.at, CHUNK) {
             self.at = span.addresses.end;
-            match self.install(&span, buffer)? {
+            let outcome = match self.give_huge(span.addresses.start)? {
+                Some(outcome) => outcome,
+                None => self.install(&span, buffer)?,
+            };
+            match outcome {
                 Outcome::Fine => {}
                 Outcome::Changing => {
                     self.at = span.addresses.start;
@@ -208,10 +228,26 @@ impl Space {
 
     /// Installs one page, and so learns whether the task still lives.
     pub(super) fn look_after(&mut self, buffer: &mut [u8]) -> Result<()> {
-        match self.missing.next(self.at, PAGE) {
-            Some(span) => self.install(&span, buffer).map(drop),
-            None => Ok(()),
+        let Some(span) = self.missing.next(self.at, PAGE) else { return Ok(()) };
+        match self.give_huge(span.addresses.start)? {
+            Some(_) => Ok(()),
+            None => self.install(&span, buffer).map(drop),
         }
+    }
+
+    /// Pages that nobody waits for go on from here.
+    pub(super) fn start_at(&mut self, address: u64) {
+        self.at = address;
+    }
+
+    /// The first of what is missing in `addresses`, as far as it lies in them.
+    pub(super) fn missing_in(&self, addresses: &Range<u64>) -> Option<Span> {
+        self.missing.first_in(addresses)
+    }
+
+    /// The memory is gone, with its task or by an exec.
+    pub(super) fn is_no_more(&mut self) {
+        self.gone = true;
     }
 
     /// Takes what the task told; faults are put aside.
@@ -232,11 +268,17 @@ impl Space {
             match event {
                 None => return Ok(()),
                 Some(Event::Fault(address)) => self.waiting.push_back(address & !(PAGE - 1)),
-                Some(Event::Remove(range) | Event::Unmap(range)) => {
+                Some(Event::Remove(range)) => {
+                    let gone = Arc::make_mut(&mut self.missing).remove(&range);
+                    self.release(gone);
+                }
+                Some(Event::Unmap(range)) => {
+                    self.huge.unmapped(&range);
                     let gone = Arc::make_mut(&mut self.missing).remove(&range);
                     self.release(gone);
                 }
                 Some(Event::Remap { from, to, len }) => {
+                    self.huge.moved(from, to, len);
                     let gone = Arc::make_mut(&mut self.missing).moved(from, to, len);
                     self.release(gone);
                 }
@@ -249,6 +291,7 @@ impl Space {
                     let missing = self.missing.clone();
                     let mut child = Self::lacking(uffd, self.sources.clone(), missing);
                     child.forked = true;
+                    child.huge = self.huge.clone();
                     forked.push(child);
                 }
             }
@@ -259,12 +302,13 @@ impl Space {
     /// Gives a task the page that it waits for; false when it has to wait on, because somebody changes the
     /// memory or because there is none: others are heard meanwhile.
     fn answer(&mut self, address: u64, buffer: &mut [u8]) -> Result<bool> {
-        let outcome = match self.missing.at(address) {
-            Some(span) => {
+        let outcome = match (self.give_huge(address)?, self.missing.at(address)) {
+            (Some(outcome), _) => outcome,
+            (None, Some(span)) => {
                 let end = span.addresses.end.min(address + NEIGHBOURS);
                 self.install(&Span { addresses: address..end, ..span }, buffer)?
             }
-            None => self.install_zero(address)?,
+            (None, None) => self.install_zero(address)?,
         };
         match outcome {
             Outcome::Fine => {
@@ -301,17 +345,8 @@ impl Space {
 
     /// Installs `span`, all of which is missing and not longer than the buffer.
     fn install(&mut self, span: &Span, buffer: &mut [u8]) -> Result<Outcome> {
-        let sources = self.sources.clone();
-        let source = sources.get(&span.of).ok_or_else(|| {
-            ContainerError::State(format!("Memory of process {} never came", span.of))
-        })?;
         let length = span.length().min(CHUNK) as usize;
-        source.file.read_exact_at(&mut buffer[..length], span.offset).map_err(
-            ContainerError::io(format!(
-                "read {length} bytes at {:#x} of the page store",
-                span.offset
-            )),
-        )?;
+        self.read(span, &mut buffer[..length])?;
         let (mut done, mut part) = (0, length);
         while done < length {
             let address = span.addresses.start + done as u64;
@@ -360,7 +395,19 @@ impl Space {
         Ok(Outcome::Fine)
     }
 
-    fn has_come(&mut self, addresses: &Range<u64>) {
+    /// Reads the beginning of `span` from the store.
+    pub(super) fn read(&self, span: &Span, into: &mut [u8]) -> Result<()> {
+        let source = self.sources.get(&span.of).ok_or_else(|| {
+            ContainerError::State(format!("Memory of process {} never came", span.of))
+        })?;
+        source.file.read_exact_at(into, span.offset).map_err(ContainerError::io(format!(
+            "read {} bytes at {:#x} of the page store",
+            into.len(),
+            span.offset
+        )))
+    }
+
+    pub(super) fn has_come(&mut self, addresses: &Range<u64>) {
         if !addresses.is_empty() {
             let come = Arc::make_mut(&mut self.missing).remove(addresses);
             self.release(come);
@@ -388,7 +435,6 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::fs::MetadataExt;
     use std::process::{Command, Stdio};
-    use std::time::Instant;
 
     use super::*;
     use crate::inject::userfaultfd_of;

@@ -6,27 +6,26 @@ use std::fs;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use decamp_shared::methods::ForkedChoice;
 use decamp_shared::pages::PAGE_SIZE;
-use nix::errno::Errno;
+use decamp_shared::sparse::Data;
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::unistd::{Whence, lseek};
 
-use super::sharing::{Kin, Plan, Room, united};
-use super::{Alias, Aliases, count, owners};
+use super::sharing::{BUDGET, Kin, Plan, Room, united};
+use super::{Alias, Aliases, count, outside, owners};
+use crate::beside;
+use crate::contained;
 use crate::dump::ms;
 use crate::error::{ContainerError, Result};
-use crate::filling::LatePages;
+use crate::filling::{LatePages, sequences};
 use crate::images::{self, HiddenIn, HiddenPages};
-use crate::locked::Split;
-use crate::segments::message::{Image, MM_MAGIC, Message};
+use crate::placing::{HugeMappings, Split, cut};
+use crate::segments::message::{Image, MM_MAGIC, Message, PSTREE_MAGIC};
 use crate::store::Store;
 use decamp_shared::keeper::ends::available_memory;
 
-/// The second mark of the image of a tree of processes.
-const PSTREE_MAGIC: u32 = 0x5027_3030;
 /// The kernel's marks of a mapping, as CRIU writes them down: private, anonymous, huge, growing downwards.
 const PRIVATE: u64 = 0x2;
 const ANONYMOUS: u64 = 0x20;
@@ -47,11 +46,19 @@ pub(crate) struct Arriving<'a> {
     /// Bytes that it may have in swap beside that.
     pub(crate) swap: u64,
     pub(crate) choice: ForkedChoice,
+    /// Whether what comes late is not CRIU's business.
+    pub(crate) behind: bool,
+    /// How long sharing pages again may take, where the source says so.
+    pub(crate) spare: Option<Duration>,
 }
 
 /// How memory comes that comes late.
 pub(crate) struct Late {
     pub(crate) pages: LatePages,
+    /// Those of them that CRIU leaves absent, where it does not know of them.
+    pub(crate) absent: LatePages,
+    /// Mappings of huge pages that some of them are of.
+    pub(crate) huge: HugeMappings,
     /// What CRIU reads of the store, and does not need any more once it has restored: page numbers, and
     /// whose part it is.
     pub(crate) spent: Vec<Alias>,
@@ -67,8 +74,11 @@ impl Arriving<'_> {
         for (inner, ranges) in aliases {
             self.copy(*inner, ranges)?;
         }
+        let huge = Split::of(self.images, hidden.clone())?.huge;
+        self.contain(&huge)?;
         for (inner, pages) in hidden.iter().filter(|(_, pages)| !pages.is_empty()) {
-            self.enter(*inner, *inner, pages)?;
+            let huge = huge.get(inner).map_or(&[][..], Vec::as_slice);
+            self.enter(*inner, *inner, &without(*inner, pages, huge))?;
         }
         self.link()?;
         Ok(None)
@@ -79,12 +89,14 @@ impl Arriving<'_> {
         images::check_all_named(self.images, &hidden)?;
         self.check_stored(&hidden)?;
         let total = pages_of(&hidden);
-        let Split { late, locked } = Split::of(self.images, hidden)?;
-        let (plan, note) = self.plan(aliases, &locked, total)?;
+        let Split { late, locked, huge, huge_mappings } = Split::of(self.images, hidden)?;
+        let (total, counted) = (total - pages_of(&huge), outside(aliases, &huge));
+        let (plan, note) = self.plan(&counted, &locked, total)?;
         let mut eager: BTreeMap<i32, (i32, Vec<Range<u64>>)> = plan.eager;
+        let ours = |inner| aliases.get(&inner).map_or(&[][..], Vec::as_slice);
         for (inner, pages) in locked {
-            let ours = aliases.get(&inner).map_or(&[][..], Vec::as_slice);
-            let others = owners(inner, &pages, ours).into_iter().filter(|one| one.of != inner);
+            let others =
+                owners(inner, &pages, ours(inner)).into_iter().filter(|one| one.of != inner);
             let others: Vec<_> = others.collect();
             check_room(others.iter())?;
             self.copy(inner, &others)?;
@@ -95,21 +107,56 @@ impl Arriving<'_> {
         for (inner, (of, pages)) in &eager {
             self.enter(*inner, *of, pages)?;
         }
-        let mut pages = LatePages::new();
-        for (inner, ranges) in late {
+        // Whoever fills memory behind CRIU's back knows nothing of huge pages. CRIU's own daemon does, from the
+        // moment when all is restored: what the kernel writes to before that must be there.
+        let (contained, huge, huge_mappings) = match self.behind {
+            true => (huge, HiddenPages::new(), HugeMappings::new()),
+            false => {
+                let written = sequences::huge_pages(self.images, &huge_mappings)?;
+                let (contained, huge) = parted(huge, &written);
+                (contained, huge, huge_mappings)
+            }
+        };
+        // All who have a page of another's do so before that other's is given back.
+        for (inner, pages) in &contained {
+            let its = owners(*inner, pages, ours(*inner)).into_iter();
+            let others: Vec<_> = its.filter(|one| one.of != *inner).collect();
+            check_room(others.iter())?;
+            self.copy(*inner, &others)?;
+        }
+        self.contain(&contained)?;
+        let complete = |(inner, ranges): (i32, Vec<Range<u64>>)| -> Result<_> {
             let ranges = match eager.get(&inner) {
                 Some((_, eager)) => without(inner, &ranges, eager),
                 None => ranges,
             };
-            images::complete(self.images, HiddenIn::Daemon, inner, &ranges)?;
-            let ours = aliases.get(&inner).map_or(&[][..], Vec::as_slice);
-            pages.insert(inner, owners(inner, &ranges, ours));
+            let absent = match self.behind {
+                true => {
+                    owners(inner, &images::leave_out(self.images, inner, &ranges)?, ours(inner))
+                }
+                false => {
+                    images::complete(self.images, HiddenIn::Daemon, inner, &ranges)?;
+                    Vec::new()
+                }
+            };
+            Ok((inner, owners(inner, &ranges, ours(inner)), absent))
+        };
+        let (mut pages, mut absent) = (LatePages::new(), LatePages::new());
+        for (inner, its, left) in beside::each(late.into_iter().collect(), complete)? {
+            pages.insert(inner, its);
+            if self.behind {
+                absent.insert(inner, left);
+            }
         }
         if self.linked || !eager.is_empty() || pages.values().all(Vec::is_empty) {
             self.link()?;
         }
+        // Of these CRIU has the mappings, and knows of no page.
+        for (inner, ranges) in huge {
+            pages.entry(inner).or_default().extend(owners(inner, &ranges, ours(inner)));
+        }
         let spent = spent(&eager);
-        Ok(Late { pages, spent, note })
+        Ok(Late { pages, absent, huge: huge_mappings, spent, note })
     }
 
     /// What is shared again, and what is said of that.
@@ -130,7 +177,7 @@ impl Arriving<'_> {
         let limit = self.limit.map(pages);
         let free = available_memory().map(pages);
         let room = Room { sent: total - unsent, unsent, limit, free };
-        let wanted = plan.is_wanted(self.choice, &room);
+        let wanted = plan.is_wanted(self.choice, &room, self.spare.unwrap_or(BUDGET));
         tracing::debug!(
             ms = ms(begun),
             ?room,
@@ -165,6 +212,15 @@ impl Arriving<'_> {
         }
     }
 
+    /// Puts these pages, all of which are in the parts of their processes, into CRIU's own pages images.
+    fn contain(&self, pages: &HiddenPages) -> Result<()> {
+        for (inner, pages) in pages {
+            let from = fs::File::from(self.store.memory_of(*inner)?);
+            contained::enter(self.images, *inner, pages, &from)?;
+        }
+        Ok(())
+    }
+
     /// Has CRIU read these pages of `inner` from the part of `of`.
     fn enter(&self, inner: i32, of: i32, pages: &[Range<u64>]) -> Result<()> {
         let parent = self.store.parent();
@@ -192,10 +248,9 @@ impl Arriving<'_> {
             fallocate(&to, hole, offset as i64, length as i64 * PAGE_SIZE as i64)
                 .map_err(|error| failed()(error.into()))?;
             // What the other part has nothing of is zeros in both.
-            let mut at = pages.start;
-            while let Some(data) = seek(&from, at, Whence::SeekData)?.filter(|at| *at < pages.end) {
-                let end = seek(&from, data, Whence::SeekHole)?.unwrap_or(pages.end).min(pages.end);
-                for first in (data..end).step_by(PIECE as usize) {
+            for data in Data::within(&from, offset..offset + length * PAGE_SIZE as u64).pages() {
+                let Range { start, end } = data.map_err(failed())?;
+                for first in (start..end).step_by(PIECE as usize) {
                     let count = PIECE.min(end - first) as usize;
                     let bytes = &mut bytes[..count * PAGE_SIZE];
                     from.read_exact_at(bytes, first * PAGE_SIZE as u64).map_err(failed())?;
@@ -205,20 +260,9 @@ impl Arriving<'_> {
                         }
                     }
                 }
-                at = end;
             }
         }
         Ok(())
-    }
-}
-
-/// The first page from page `at` on that `file`, a part of the store, has or lacks; nothing where there is
-/// none.
-fn seek(file: &fs::File, at: u64, whence: Whence) -> Result<Option<u64>> {
-    match lseek(file, at as i64 * PAGE_SIZE as i64, whence) {
-        Ok(offset) => Ok(Some(offset as u64 / PAGE_SIZE as u64)),
-        Err(Errno::ENXIO) => Ok(None),
-        Err(error) => Err(ContainerError::errno("look for memory in the store")(error)),
     }
 }
 
@@ -252,7 +296,7 @@ fn note(plan: &Plan, again: u64, room: &Room) -> Option<String> {
             0 => "CRIU cannot share them again".to_owned(),
             not => format!(
                 "sharing {} MiB of them again would have taken about {} ms of the stop \
-                 (forked = \"shared\" has it done)",
+                 (a longer --max-downtime, or forked = \"shared\", has it done)",
                 mib(not),
                 plan.takes().as_millis()
             ),
@@ -271,6 +315,21 @@ fn mib(pages: u64) -> u64 {
 
 fn pages_of(hidden: &HiddenPages) -> u64 {
     hidden.values().flatten().map(|range| range.end - range.start).sum()
+}
+
+/// What of `hidden` lies in `places` (page numbers, ascending), whoever has it, and what does not.
+fn parted(hidden: HiddenPages, places: &[Range<u64>]) -> (HiddenPages, HiddenPages) {
+    let (mut inside, mut outside) = (HiddenPages::new(), HiddenPages::new());
+    for (inner, pages) in hidden {
+        let (mut these, mut others) = (Vec::new(), Vec::new());
+        pages.iter().for_each(|range| cut(range, places, &mut others, &mut these));
+        for (pages, into) in [(these, &mut inside), (others, &mut outside)] {
+            if !pages.is_empty() {
+                into.insert(inner, pages);
+            }
+        }
+    }
+    (inside, outside)
 }
 
 /// What of `ranges` is not in `others`.

@@ -3,17 +3,19 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use decamp_shared::methods::ForkedChoice;
 use decamp_shared::pages::{PAGE_SIZE, PageSet, SpaceId};
+use decamp_shared::workload::Restoring;
 
 use super::places::{self, PageTables};
-use super::sharing::{Kin, Plan, Room};
+use super::sharing::{BUDGET, Kin, Plan, Room};
 use super::unsent::{Memory, Unsent};
-use super::{Aliases, count};
+use super::{Aliases, count, outside};
 use crate::dump::ms;
 use crate::error::{ContainerError, Result};
+use crate::huge;
 use crate::memory::{self, HiddenProcess, Process, hideable_mappings};
 use crate::pagemap::{Pagemap, append};
 
@@ -95,6 +97,7 @@ impl Forked {
             look.round(processes, &mut all_pages(processes))?;
             aliases = look.aliases();
         }
+        let aliases = counted(&aliases, processes);
         let shareable = plan(&aliases, processes).again;
         let again = if self.choice == ForkedChoice::Apart { 0 } else { shareable };
         let growth = (count(&aliases) - again) * PAGE_SIZE as u64;
@@ -117,7 +120,7 @@ impl Forked {
         };
         Err(ContainerError::State(format!(
             "Its processes share {} MiB since they forked that are not shared again elsewhere: with what they \
-             have now, {} MiB, they would take {} MiB there, and its memory limit is {} MiB. It runs on here: \
+             have now, {} MiB, they would take {} MiB there, and its memory limit is {} MiB, swap included. It runs on here: \
              raise the limit, end some of them{hint}, and move it again",
             mib(growth),
             mib(used),
@@ -126,24 +129,31 @@ impl Forked {
         )))
     }
 
-    /// What sharing again will take of the stop, if the destination does as it would be done here, with
-    /// the `used` bytes of `limit` that they have.
+    /// What sharing again will take of the stop, or would where there is time for it, if the destination does as
+    /// it would be done here, with the `used` bytes of `limit` that they have.
     pub(crate) fn restoring(
         &self,
         processes: &[Process],
         used: Option<u64>,
         limit: Option<u64>,
-    ) -> Duration {
-        let aliases = self.aliases();
+    ) -> Restoring {
+        let aliases = counted(&self.aliases(), processes);
         let unsent = count(&aliases);
         if unsent == 0 {
-            return Duration::ZERO;
+            return Restoring::default();
         }
         let pages = |bytes: u64| bytes / PAGE_SIZE as u64;
         let room =
             Room { sent: used.map_or(0, pages), unsent, limit: limit.map(pages), free: None };
         let plan = plan(&aliases, processes);
-        if plan.is_wanted(self.choice, &room) { plan.takes() } else { Duration::ZERO }
+        let none = Restoring::default();
+        match plan.is_needed(self.choice, &room) {
+            true => Restoring { needed: plan.takes(), ..none },
+            false if plan.is_wanted(self.choice, &room, BUDGET) => {
+                Restoring { wished: plan.takes(), ..none }
+            }
+            false => none,
+        }
     }
 
     /// Pages that are held back.
@@ -173,6 +183,16 @@ fn all_pages(processes: &[Process]) -> PageSet {
         process.add_to(&mut all, &look().unwrap_or_default());
     }
     all
+}
+
+/// What of `aliases` is no huge page.
+fn counted(aliases: &Aliases, processes: &[Process]) -> Aliases {
+    let unsent = processes.iter().filter(|process| aliases.contains_key(&process.inner));
+    let huge = unsent.map(|process| {
+        let mappings = huge::tracked(process.pid);
+        (process.inner, mappings.iter().map(page_numbers).collect())
+    });
+    outside(aliases, &huge.collect())
 }
 
 /// What of `aliases` can be shared again, as far as that can be seen here.

@@ -14,15 +14,19 @@ pub(crate) mod unsent;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::time::Duration;
 
 use decamp_shared::workload::Section;
 
 use crate::error::{ContainerError, Result};
+use crate::hiding::visible;
 use crate::images::HiddenPages;
 use crate::pagemap::append;
 
 /// The section that says whose pages were not sent for themselves.
 pub(crate) const FORKED: &str = "container/forked";
+/// The section that says how long sharing them again may take.
+pub(crate) const SPARE: &str = "container/spare";
 const VERSION: u32 = 1;
 /// Bytes of one range in the section: two page numbers and a process.
 const RANGE: usize = 20;
@@ -48,6 +52,21 @@ pub(crate) type Aliases = BTreeMap<i32, Vec<Alias>>;
 /// How many pages were not sent.
 pub(crate) fn count(aliases: &Aliases) -> u64 {
     aliases.values().flatten().map(Alias::count).sum()
+}
+
+/// What of `aliases` lies in none of the pages `left`: what is left to be counted against limits of memory, among
+/// which huge pages do not count.
+pub(crate) fn outside(aliases: &Aliases, left: &HiddenPages) -> Aliases {
+    let of = |inner: &i32, ranges: &[Alias]| -> Vec<Alias> {
+        let left = left.get(inner).map_or(&[][..], Vec::as_slice);
+        let parts = |alias: &Alias| {
+            let of = alias.of;
+            visible(&alias.pages, left).into_iter().map(move |pages| Alias { pages, of })
+        };
+        ranges.iter().flat_map(parts).collect()
+    };
+    let parts = aliases.iter().map(|(inner, ranges)| (*inner, of(inner, ranges)));
+    parts.filter(|(_, ranges)| !ranges.is_empty()).collect()
 }
 
 /// The aliases as a section; none where there are none, so that a destination that knows nothing of them
@@ -106,6 +125,21 @@ pub(crate) fn read_section(section: &Section, hidden: &HiddenPages) -> Result<Al
     }
     check(&found, hidden)?;
     Ok(found)
+}
+
+/// So much of the stop is left for sharing pages again, as a section: microseconds.
+pub(crate) fn spare_section(time: Duration) -> Section {
+    let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    Section { kind: SPARE.to_owned(), version: VERSION, bytes: micros.to_le_bytes().to_vec() }
+}
+
+/// Reads what [`spare_section`] wrote.
+pub(crate) fn read_spare(section: &Section) -> Result<Duration> {
+    let micros = <[u8; 8]>::try_from(&section.bytes[..]).map(u64::from_le_bytes);
+    match micros.ok().filter(|_| section.version == VERSION) {
+        Some(micros) => Ok(Duration::from_micros(micros)),
+        None => Err(ContainerError::section(SPARE, "makes no sense")),
+    }
 }
 
 fn check(aliases: &Aliases, hidden: &HiddenPages) -> Result<()> {
@@ -200,6 +234,28 @@ mod tests {
         assert_eq!(read_section(&written, &hidden()).expect("our own"), aliases);
         assert_eq!(count(&aliases), 40);
         assert_eq!(section(&Aliases::new()), None);
+    }
+
+    #[test]
+    fn pages_that_do_not_count_are_left_out() {
+        let aliases = Aliases::from([
+            (2, vec![alias(10..20, 1), alias(40..60, 1)]),
+            (3, vec![alias(20..25, 2)]),
+        ]);
+        let left = HiddenPages::from([(2, vec![12..14, 50..70]), (3, vec![0..9, 9..25])]);
+        let expected =
+            Aliases::from([(2, vec![alias(10..12, 1), alias(14..20, 1), alias(40..50, 1)])]);
+        assert_eq!(outside(&aliases, &left), expected);
+        assert_eq!(outside(&aliases, &HiddenPages::new()), aliases);
+    }
+
+    #[test]
+    fn what_is_left_of_the_stop_comes_back() {
+        let time = Duration::from_micros(70_123);
+        let written = spare_section(time);
+        assert_eq!(read_spare(&written).expect("our own"), time);
+        assert!(read_spare(&Section { version: 2, ..written.clone() }).is_err());
+        assert!(read_spare(&Section { bytes: vec![1; 7], ..written }).is_err());
     }
 
     #[test]

@@ -29,8 +29,8 @@ const WORTH: u64 = (4 << 20) / PAGE_SIZE as u64;
 const GROWTH: u64 = 15;
 /// What CRIU takes to read a page of a child and compare it, as measured on two busy cores.
 const PER_PAGE: Duration = Duration::from_micros(6);
-/// Where there is memory enough, sharing is to take no more of the stop.
-const BUDGET: Duration = Duration::from_millis(100);
+/// Where there is memory enough, sharing is to take no more of the stop, however long that may be.
+pub(crate) const BUDGET: Duration = Duration::from_millis(100);
 
 /// A process as far as sharing goes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -128,15 +128,22 @@ impl Plan {
         plan
     }
 
-    /// Whether it is worth it, or wanted.
-    pub(crate) fn is_wanted(&self, choice: ForkedChoice, room: &Room) -> bool {
+    /// Whether it is worth `time` of the stop, or wanted.
+    pub(crate) fn is_wanted(&self, choice: ForkedChoice, room: &Room, time: Duration) -> bool {
+        self.is_needed(choice, room)
+            || choice == ForkedChoice::Auto
+                && self.again > 0
+                && room.is_growth(self.again)
+                && self.takes() <= time.min(BUDGET)
+    }
+
+    /// Whether it is done however long it takes.
+    pub(crate) fn is_needed(&self, choice: ForkedChoice, room: &Room) -> bool {
         match choice {
             _ if self.again == 0 => false,
             ForkedChoice::Shared => true,
             ForkedChoice::Apart | ForkedChoice::Each => false,
-            ForkedChoice::Auto => {
-                room.is_short() || room.is_growth(self.again) && self.takes() <= BUDGET
-            }
+            ForkedChoice::Auto => room.is_short(),
         }
     }
 
@@ -312,20 +319,31 @@ mod tests {
         let room = |sent| Room { sent, unsent: 8 * WORTH, ..Room::default() };
         let limited = |sent, limit| Room { limit: Some(limit), ..room(sent) };
         let auto = ForkedChoice::Auto;
-        assert!(plan.is_wanted(auto, &room(10 * WORTH)));
-        assert!(!plan.is_wanted(auto, &room(1000 * WORTH)), "it grows by less than 15 %");
-        assert!(plan.is_wanted(auto, &limited(1000 * WORTH, 1001 * WORTH)));
-        assert!(!plan.is_wanted(auto, &limited(1000 * WORTH, 1008 * WORTH)));
-        assert!(plan.is_wanted(auto, &Room { free: Some(7 * WORTH), ..room(1000 * WORTH) }));
-        assert!(!plan.is_wanted(auto, &Room { free: Some(8 * WORTH), ..room(1000 * WORTH) }));
-        assert!(plan.is_wanted(ForkedChoice::Shared, &room(1000 * WORTH)));
-        assert!(!plan.is_wanted(ForkedChoice::Apart, &limited(WORTH, 1)));
+        assert!(plan.is_wanted(auto, &room(10 * WORTH), BUDGET));
+        let less = Duration::from_millis(40);
+        assert!(!plan.is_wanted(auto, &room(10 * WORTH), less), "there is no time for it");
+        assert!(plan.is_wanted(auto, &limited(1000 * WORTH, 1001 * WORTH), less), "it has to be");
+        assert!(!plan.is_wanted(auto, &room(1000 * WORTH), BUDGET), "it grows by less than 15 %");
+        assert!(plan.is_wanted(auto, &limited(1000 * WORTH, 1001 * WORTH), BUDGET));
+        assert!(!plan.is_wanted(auto, &limited(1000 * WORTH, 1008 * WORTH), BUDGET));
+        assert!(plan.is_wanted(
+            auto,
+            &Room { free: Some(7 * WORTH), ..room(1000 * WORTH) },
+            BUDGET
+        ));
+        assert!(!plan.is_wanted(
+            auto,
+            &Room { free: Some(8 * WORTH), ..room(1000 * WORTH) },
+            BUDGET
+        ));
+        assert!(plan.is_wanted(ForkedChoice::Shared, &room(1000 * WORTH), BUDGET));
+        assert!(!plan.is_wanted(ForkedChoice::Apart, &limited(WORTH, 1), BUDGET));
         let few = Plan { again: WORTH - 1, ..Plan::default() };
-        assert!(!few.is_wanted(auto, &room(2)));
-        assert!(!Plan::default().is_wanted(ForkedChoice::Shared, &limited(2, 1)));
+        assert!(!few.is_wanted(auto, &room(2), BUDGET));
+        assert!(!Plan::default().is_wanted(ForkedChoice::Shared, &limited(2, 1), BUDGET));
         // What takes long has to be worth that.
         let many = Plan { again: 100 * WORTH, ..Plan::default() };
-        assert!(many.takes() > BUDGET && !many.is_wanted(auto, &room(100 * WORTH)));
-        assert!(many.is_wanted(auto, &limited(100 * WORTH, 101 * WORTH)));
+        assert!(many.takes() > BUDGET && !many.is_wanted(auto, &room(100 * WORTH), BUDGET));
+        assert!(many.is_wanted(auto, &limited(100 * WORTH, 101 * WORTH), BUDGET));
     }
 }

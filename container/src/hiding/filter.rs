@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::{Hidden, is_page_dump, is_set, overlaps, scan, try_on_a_thread};
+use super::{Hidden, is_page_dump, overlaps, scan, try_on_a_thread};
 use crate::error::{ContainerError, Result};
 use crate::limits;
 use crate::sys::{self, Calls, Notification, PmScanArg, Verdict};
@@ -109,11 +109,16 @@ fn supervise(
     hidden: &Hidden,
     answered: &AtomicU64,
 ) {
+    let (mut caller, mut is_called_off) = (Caller::default(), false);
     loop {
-        let mut events = [
+        let mut events = vec![
             PollFd::new(listener.as_fd(), PollFlags::POLLIN),
             PollFd::new(stop.as_fd(), PollFlags::POLLIN),
         ];
+        // Once it is known nobody need be woken up by it.
+        let called_off =
+            (!is_called_off).then(|| PollFd::new(called_off.as_fd(), PollFlags::POLLIN));
+        events.extend(called_off);
         match poll(&mut events, PollTimeout::NONE) {
             Err(nix::errno::Errno::EINTR) => continue,
             Err(error) => {
@@ -122,18 +127,23 @@ fn supervise(
             }
             Ok(_) => {}
         }
-        if events[1].any() == Some(true) {
+        let any = |place: usize| events.get(place).is_some_and(|event| event.any() == Some(true));
+        if any(1) {
             return;
+        }
+        is_called_off |= any(2);
+        if !any(0) {
+            continue;
         }
         // ENOENT: the caller was killed in between. The listener itself has no other way to fail.
         let Ok(notification) = sys::next_notification(listener.as_fd()) else { continue };
         let of_limits = notification.call == libc::SYS_prlimit64;
         let decided = match of_limits {
             true => limits::answer(&notification),
-            false => decide(listener, &notification, hidden),
+            false => decide(listener, &notification, &mut caller, hidden),
         };
         let verdict = match decided {
-            Ok(_) if is_set(called_off) => Verdict::Fail(libc::ECANCELED),
+            Ok(_) if is_called_off => Verdict::Fail(libc::ECANCELED),
             Ok(verdict) => verdict,
             Err(error) => {
                 tracing::error!(%error, "Cannot answer a call of CRIU");
@@ -152,13 +162,45 @@ fn supervise(
     }
 }
 
-fn decide(listener: &OwnedFd, notification: &Notification, hidden: &Hidden) -> io::Result<Verdict> {
+/// Whoever calls, held open: it is the same CRIU thousands of times.
+#[derive(Default)]
+struct Caller {
+    process: Option<(i32, OwnedFd)>,
+}
+
+impl Caller {
+    /// A duplicate of descriptor `fd` of the process that thread `thread` is of.
+    fn descriptor(&mut self, thread: i32, fd: i32) -> io::Result<OwnedFd> {
+        if let Some((of, process)) = &self.process
+            && *of == thread
+        {
+            match sys::pidfd_getfd(process.as_fd(), fd) {
+                // It has ended, and another has its number.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                taken => return taken,
+            }
+        }
+        let process = process_of(thread)?;
+        let taken = sys::pidfd_getfd(process.as_fd(), fd);
+        self.process = Some((thread, process));
+        taken
+    }
+}
+
+/// The process that thread `thread` is of.
+fn process_of(thread: i32) -> io::Result<OwnedFd> {
+    sys::pidfd_open(thread).or_else(|_| sys::pidfd_open(leader(thread)?))
+}
+
+fn decide(
+    listener: &OwnedFd,
+    notification: &Notification,
+    caller: &mut Caller,
+    hidden: &Hidden,
+) -> io::Result<Verdict> {
     let [fd, _, address, ..] = notification.arguments;
-    let caller = || {
-        sys::pidfd_open(notification.pid).or_else(|_| sys::pidfd_open(leader(notification.pid)?))
-    };
     if notification.call == libc::SYS_lseek {
-        let is_hidden = hidden.segments.has(&caller()?, fd)?;
+        let is_hidden = hidden.segments.has(&process_of(notification.pid)?, fd)?;
         if !sys::still_waits(listener.as_fd(), notification) {
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }
@@ -169,7 +211,7 @@ fn decide(listener: &OwnedFd, notification: &Notification, hidden: &Hidden) -> i
     if !is_page_dump(&argument) {
         return Ok(Verdict::Continue);
     }
-    let pagemap = opened_by(notification, fd)?;
+    let pagemap = caller.descriptor(notification.pid, fd as i32)?;
     if !sys::still_waits(listener.as_fd(), notification) {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
@@ -188,13 +230,6 @@ fn decide(listener: &OwnedFd, notification: &Notification, hidden: &Hidden) -> i
         &answer.walk_end.to_ne_bytes(),
     )?;
     Ok(Verdict::Return(answer.regions.len() as i64))
-}
-
-/// A duplicate of descriptor `fd` of whoever calls.
-fn opened_by(notification: &Notification, fd: u64) -> io::Result<OwnedFd> {
-    let process = sys::pidfd_open(notification.pid)
-        .or_else(|_| sys::pidfd_open(leader(notification.pid)?))?;
-    sys::pidfd_getfd(process.as_fd(), fd as i32)
 }
 
 /// The process that thread `thread` belongs to.
@@ -236,8 +271,8 @@ mod tests {
         }
         let found = std::os::unix::fs::MetadataExt::ino(&ours.metadata().expect("metadata"));
         let device = std::os::unix::fs::MetadataExt::dev(&ours.metadata().expect("metadata"));
-        let segments =
-            HiddenSegments { device, inodes: BTreeSet::from([found]), ..HiddenSegments::default() };
+        let memory = BTreeSet::from([(device, found)]);
+        let segments = HiddenSegments { memory, ..HiddenSegments::default() };
         let looked = std::thread::spawn(move || {
             let event = Arc::new(EventFd::new().expect("an event"));
             let hidden = Hidden { segments, ..Hidden::default() };

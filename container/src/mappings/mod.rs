@@ -6,7 +6,8 @@
 //! are all that CRIU reads of smaps ([`smaps`]).
 //!
 //! What is told is what the kernel says of a process that stands still. Where anything does not fit (a flag
-//! that is not known here, two lists that differ) nothing is told, and CRIU reads the kernel's own file.
+//! that is not known here or was not seen yet, two lists that differ) nothing is told, and CRIU reads the
+//! kernel's own file.
 
 mod program;
 mod types;
@@ -49,6 +50,9 @@ const NAMES: [(u32, &str); 24] = [
     (30, "nh"),
     (31, "mg"),
 ];
+/// Those of them that CRIU goes by (its `proc_parse.c`).
+const HEEDED: [&str; 14] =
+    ["gd", "lo", "nr", "ht", "sr", "rr", "dc", "dd", "mg", "hg", "nh", "wf", "io", "pf"];
 /// What has a bit above is not known here: protection keys, shadow stacks, and what is to come.
 const KNOWN: u64 = u32::MAX as u64;
 
@@ -71,7 +75,7 @@ pub(crate) fn prepare() {
 
 /// What CRIU reads in the smaps of those of `pids` that have much memory; they stand still.
 pub(crate) fn of_large(pids: &[i32]) -> Vec<(i32, String)> {
-    let large = pids.iter().filter(|pid| memory::resident(**pid) >= LARGE);
+    let large = pids.iter().filter(|pid| memory::roughly_resident(**pid) >= LARGE);
     large.filter_map(|pid| Some((*pid, smaps(*pid)?))).collect()
 }
 
@@ -89,17 +93,19 @@ pub(crate) fn cover(texts: &[(i32, String)], directory: &Path) -> Result<()> {
 
 /// What `/proc/PID/smaps` says, as far as CRIU goes by it.
 fn smaps(pid: i32) -> Option<String> {
-    let mappings = program::mappings(pid)?;
+    let (mappings, seen) = program::mappings(pid)?;
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).ok()?;
-    let text = with_flags(&maps, &mappings);
+    let text = with_flags(&maps, &mappings, seen);
     if text.is_none() {
         tracing::debug!(pid, "CRIU reads the kernel's own smaps: it has what is not known here");
     }
     text
 }
 
-/// The text of maps with the flags of each mapping; nothing when the two do not fit.
-fn with_flags(maps: &str, mappings: &[Mapping]) -> Option<String> {
+/// The text of maps with the flags of each mapping; nothing when the two do not fit, or when there are flags that
+/// CRIU goes by and that are none of `seen`.
+fn with_flags(maps: &str, mappings: &[Mapping], seen: u64) -> Option<String> {
+    let doubtful = heeded() & !seen;
     let (mut text, mut mappings) = (String::new(), mappings.iter());
     for line in maps.lines() {
         let mut words = line.split_ascii_whitespace();
@@ -111,7 +117,7 @@ fn with_flags(maps: &str, mappings: &[Mapping]) -> Option<String> {
                 let mapping = mappings.next()?;
                 let same = range == (mapping.start..mapping.end)
                     && rights_in(rights)? == mapping.flags & RIGHTS
-                    && mapping.flags & !KNOWN == 0;
+                    && mapping.flags & (!KNOWN | doubtful) == 0;
                 same.then_some(mapping.flags)?
             }
         };
@@ -121,6 +127,12 @@ fn with_flags(maps: &str, mappings: &[Mapping]) -> Option<String> {
         text.push('\n');
     }
     mappings.next().is_none().then_some(text)
+}
+
+/// Bits of the flags that CRIU goes by.
+fn heeded() -> u64 {
+    let heeded = NAMES.iter().filter(|(_, name)| HEEDED.contains(name));
+    heeded.map(|(bit, _)| 1 << bit).sum()
 }
 
 fn names(flags: u64) -> impl Iterator<Item = &'static str> {
@@ -153,7 +165,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
 
     #[test]
     fn lines_of_maps_get_their_flags() {
-        let text = with_flags(MAPS, &mappings()).expect("they fit");
+        let text = with_flags(MAPS, &mappings(), KNOWN).expect("they fit");
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.iter().step_by(2).copied().collect::<Vec<_>>(), {
             MAPS.lines().collect::<Vec<_>>()
@@ -165,8 +177,8 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
     #[test]
     fn what_does_not_fit_is_not_told() {
         let all = mappings();
-        assert_eq!(with_flags(MAPS, &all[..1]), None, "one is missing");
-        assert_eq!(with_flags(MAPS, &[&all[..], &all[..1]].concat()), None, "one too many");
+        assert_eq!(with_flags(MAPS, &all[..1], KNOWN), None, "one is missing");
+        assert_eq!(with_flags(MAPS, &[&all[..], &all[..1]].concat(), KNOWN), None, "one too many");
         let changes: [fn(&mut Mapping); 4] = [
             |mapping| mapping.end += 0x1000,
             |mapping| mapping.start += 0x1000,
@@ -176,7 +188,10 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         for change in changes {
             let mut changed = all.clone();
             change(&mut changed[0]);
-            assert_eq!(with_flags(MAPS, &changed), None, "{changed:?}");
+            assert_eq!(with_flags(MAPS, &changed, KNOWN), None, "{changed:?}");
         }
+        // Locked memory, a mark that was not seen yet; and what CRIU does not go by.
+        assert_eq!(with_flags(MAPS, &all, KNOWN & !(1 << 13)), None);
+        assert!(with_flags(MAPS, &all, KNOWN & !(1 << 20)).is_some());
     }
 }

@@ -2,8 +2,8 @@
 //! and writes where it begins and ends, and its flags (an iterator, `bpf_iter_task_vma`, Linux 6.1).
 //!
 //! It finds them by the kernel's own description of its types. That the bits mean what they are taken for is
-//! tried on mappings of this very process before anything is made of them; of the marks that those do not have
-//! (hugetlbfs, devices) it is taken from the kernel's history.
+//! tried on mappings of this very process before anything is made of them, with those that the kernel maps
+//! into it like a device. Of a mark that none of them has nothing is told.
 
 use std::fs;
 use std::fs::File;
@@ -21,9 +21,19 @@ const RECORD: usize = 24;
 /// A process has no more mappings than a few of the kernel's `vm.max_map_count`.
 const LONGEST: u64 = (RECORD as u64) << 22;
 
+/// Mappings that the kernel makes in each process, of its own pages.
+const OF_KERNEL: [&str; 3] = ["[vvar]", "[vvar_vclock]", "[vdso]"];
+
+/// The program, loaded.
+pub(super) struct Program {
+    descriptor: OwnedFd,
+    /// Flags that were seen to mean what they are taken for.
+    seen: u64,
+}
+
 /// The program, or nothing where it cannot be: why is in the log.
-pub(super) fn loaded() -> Option<&'static OwnedFd> {
-    static PROGRAM: OnceLock<Option<OwnedFd>> = OnceLock::new();
+pub(super) fn loaded() -> Option<&'static Program> {
+    static PROGRAM: OnceLock<Option<Program>> = OnceLock::new();
     let tried = PROGRAM.get_or_init(|| match load().and_then(checked) {
         Ok(program) => Some(program),
         Err(error) => {
@@ -34,10 +44,13 @@ pub(super) fn loaded() -> Option<&'static OwnedFd> {
     tried.as_ref()
 }
 
-/// The mappings of a process, ascending; nothing where they cannot be listed.
-pub(super) fn mappings(pid: i32) -> Option<Vec<Mapping>> {
-    let listed = list(loaded()?, pid);
-    listed.inspect_err(|error| tracing::debug!(pid, %error, "Cannot list mappings")).ok()
+/// The mappings of a process, ascending, and which of their flags are known; nothing where they cannot be
+/// listed.
+pub(super) fn mappings(pid: i32) -> Option<(Vec<Mapping>, u64)> {
+    let program = loaded()?;
+    let listed = list(&program.descriptor, pid);
+    let listed = listed.inspect_err(|error| tracing::debug!(pid, %error, "Cannot list mappings"));
+    Some((listed.ok()?, program.seen))
 }
 
 fn load() -> io::Result<OwnedFd> {
@@ -118,21 +131,24 @@ fn list(program: &OwnedFd, pid: i32) -> io::Result<Vec<Mapping>> {
 }
 
 /// The program, if it says of mappings of ours what the kernel's own smaps says.
-fn checked(program: OwnedFd) -> io::Result<OwnedFd> {
+fn checked(program: OwnedFd) -> io::Result<Program> {
     let marked = Marked::make()?;
     let listed = list(&program, std::process::id() as i32)?;
     let smaps = fs::read_to_string("/proc/self/smaps")?;
-    let mut seen = 0;
+    let (mut found_ours, mut seen) = (0, 0);
     let mut current = None;
+    let mut of_kernel = false;
     for line in smaps.lines() {
         if let Some(range) = line.split(' ').next().and_then(parse_range) {
             current = Some(range);
+            of_kernel = OF_KERNEL.iter().any(|name| line.ends_with(name));
         }
         let (Some(flags), Some(range)) = (line.strip_prefix("VmFlags:"), &current) else {
             continue;
         };
         // What others of this process map comes and goes meanwhile.
-        if !marked.ranges().contains(range) {
+        let ours = marked.ranges().any(|ours| ours == range);
+        if !ours && !of_kernel {
             continue;
         }
         let found = listed.iter().find(|found| (found.start..found.end) == *range);
@@ -144,10 +160,11 @@ fn checked(program: OwnedFd) -> io::Result<OwnedFd> {
         if !fits {
             return Err(io::Error::other(format!("{flags} is not {found:x?}")));
         }
-        seen += 1;
+        seen |= found.map_or(0, |found| found.flags);
+        found_ours += usize::from(ours);
     }
-    match seen == marked.ranges().len() {
-        true => Ok(program),
+    match found_ours == marked.ranges().count() {
+        true => Ok(Program { descriptor: program, seen }),
         false => Err(io::Error::other("not all mappings of our own were listed")),
     }
 }
@@ -162,6 +179,10 @@ mod tests {
             Ok(program) => program,
             Err(error) => return eprintln!("skipped: {error}: needs root, BPF and BTF"),
         };
+        // Of a device, in every process; and of huge pages, where there are such.
+        let huge = fs::exists("/sys/kernel/mm/hugepages/hugepages-2048kB").is_ok_and(|there| there);
+        let wanted: u64 = 1 << 10 | 1 << 14 | u64::from(huge) << 22;
+        assert_eq!(program.seen & wanted, wanted, "{:x}", program.seen);
         // One that a child has, which stands still.
         let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
         let pid = child.id() as i32;
@@ -169,10 +190,10 @@ mod tests {
             std::thread::yield_now();
         }
         std::thread::sleep(std::time::Duration::from_millis(100));
-        let listed = list(&program, pid).expect("it lives");
+        let listed = list(&program.descriptor, pid).expect("it lives");
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it lives");
         let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("it lives");
-        let text = super::super::with_flags(&maps, &listed);
+        let text = super::super::with_flags(&maps, &listed, program.seen);
         child.kill().and_then(|()| child.wait()).expect("ended");
         let text = text.expect("they fit");
         let is_ours = |name: &&str| NAMES.iter().any(|(_, ours)| ours == name);

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use super::files::Files;
+use super::files::{Files, Seen};
 use super::namespaces::Namespaces;
 use super::process::Process;
 use super::said::{Found, plain};
@@ -107,10 +107,11 @@ impl Ends {
             } else if let Some(inode) = inode_of(link, b"pipe:[") {
                 let mode = fs::symlink_metadata(path(pid, descriptor.number))
                     .map_or(0o600, |facts| facts.permissions().mode());
-                let held = self.pipes.entry(inode).or_default();
+                let by = (pid, descriptor.number);
+                let held =
+                    self.pipes.entry(inode).or_insert_with(|| Held { by, ..Held::default() });
                 held.reads |= mode & 0o400 != 0;
                 held.writes |= mode & 0o200 != 0;
-                held.by = (pid, descriptor.number);
             }
         }
     }
@@ -167,35 +168,35 @@ impl Judge<'_> {
     pub(crate) fn places(&mut self, process: &Process, found: &mut Found) {
         for (place, name) in [("cwd", "current directory"), ("root", "root"), ("exe", "program")] {
             let path = PathBuf::from(format!("/proc/{}/{place}", process.pid));
-            let Ok(link) = fs::read_link(&path) else { continue };
-            let Ok(Some(facts)) = Files::facts(&path) else { continue };
-            let who = format!("{}, {name}", process.label());
-            self.files.judge(&who, link.as_os_str(), &facts, found);
+            let Ok(Some(seen)) = Seen::at(&path) else { continue };
+            self.files.judge(&process.with(name), &seen, found);
         }
     }
 
     fn file(&mut self, process: &Process, descriptor: &Descriptor, found: &mut Found) {
         let who = process.with_descriptor(descriptor.number);
-        let facts = match Files::facts(&path(process.pid, descriptor.number)) {
-            Ok(Some(facts)) => facts,
-            Ok(None) => return,
+        let path = path(process.pid, descriptor.number);
+        let seen = match Seen::at(&path) {
+            // There may be another file by now; what is none is not judged here.
+            Ok(Some(seen)) if seen.link.as_bytes().starts_with(b"/") => seen,
+            Ok(_) => return,
             Err(error) => {
-                tracing::debug!(%error, who, "Cannot look at a descriptor");
+                tracing::debug!(%error, %who, "Cannot look at a descriptor");
                 return;
             }
         };
-        let is_memory = descriptor.link.as_bytes().starts_with(b"/memfd:");
-        match facts.kind() {
-            libc::S_IFCHR | libc::S_IFBLK if !is_known_device(&facts) => {
-                let (major, minor) = facts.node;
-                let shown = plain(descriptor.link.as_bytes());
+        let is_memory = seen.link.as_bytes().starts_with(b"/memfd:");
+        match seen.facts.kind() {
+            libc::S_IFCHR | libc::S_IFBLK if !is_known_device(&seen.facts) => {
+                let (major, minor) = seen.facts.node;
+                let shown = plain(seen.link.as_bytes());
                 let what = format!(
                     "it has {shown} open, a device ({major}:{minor}) whose state stays in this host's kernel"
                 );
                 found.say(&who, &what, "have it close the device, or stop what uses it");
             }
             _ if is_memory => {}
-            _ => self.files.judge(&who, &descriptor.link, &facts, found),
+            _ => self.files.judge(&who, &seen, found),
         }
     }
 

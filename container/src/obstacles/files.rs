@@ -2,26 +2,63 @@
 //! can find them again by a name, or take along what has none.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
+use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::Mode;
 
 use super::mounts::Mounts;
+use super::process::Who;
 use super::said::{Found, plain};
+use crate::confined::GhostImage;
 use crate::dump::GHOST_LIMIT;
+use crate::error::Result;
+use crate::ghosts::{DELETED, Ghost, Ground, Stray, undeleted};
 use crate::sys::look::{FileFacts, file_facts};
-
-/// What the kernel appends to the name of what has been removed.
-const DELETED: &[u8] = b" (deleted)";
 
 /// What is wrong with a file, and the remedy.
 type Wrong = Option<(String, &'static str)>;
+
+/// What a descriptor, a mapping, or another link below `/proc` leads to.
+#[derive(Debug)]
+pub(crate) struct Seen<'a> {
+    path: &'a Path,
+    /// How the kernel shows it.
+    pub(crate) link: OsString,
+    pub(crate) facts: FileFacts,
+}
+
+impl<'a> Seen<'a> {
+    /// Looks at what `path` leads to; nothing when that has just gone.
+    pub(crate) fn at(path: &'a Path) -> io::Result<Option<Self>> {
+        // Held, so that its name and what it is are of one file: by the same number there may be another by then.
+        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+        let opened = open(path, flags, Mode::empty()).map_err(io::Error::from);
+        let Some(file) = unless_gone(opened)? else { return Ok(None) };
+        let held = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let link = fs::read_link(&held)?.into_os_string();
+        Ok(Some(Self { path, link, facts: file_facts(&held)? }))
+    }
+
+    /// Whether it is still there, under that name.
+    fn is_there(&self) -> bool {
+        fs::read_link(self.path).is_ok_and(|link| link.as_os_str() == self.link)
+    }
+}
+
+fn unless_gone<T>(looked: io::Result<T>) -> io::Result<Option<T>> {
+    match looked {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
 
 /// Judges files, each once.
 pub(crate) struct Files<'a> {
@@ -40,24 +77,23 @@ impl<'a> Files<'a> {
         Self { mounts, root, judged: HashMap::new() }
     }
 
-    /// Looks at what `path` below `/proc` leads to; nothing when that has just gone.
-    pub(crate) fn facts(path: &Path) -> io::Result<Option<FileFacts>> {
-        match file_facts(path) {
-            Ok(facts) => Ok(Some(facts)),
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
+    /// Whether a file, when it is mapped, shows what this host's kernel or devices have.
+    pub(crate) fn shows_host(&self, facts: &FileFacts) -> bool {
+        self.mounts.shows_host(facts.mount)
     }
 
-    /// Judges a file with a name: what the kernel shows as `link`.
-    pub(crate) fn judge(&mut self, who: &str, link: &OsStr, facts: &FileFacts, found: &mut Found) {
+    /// Judges a file with a name.
+    pub(crate) fn judge(&mut self, who: &Who<'_>, seen: &Seen<'_>, found: &mut Found) {
+        let facts = &seen.facts;
         let key = (facts.mount, facts.device, facts.inode);
         let wrong = match self.judged.get(&key) {
             Some(known) => known.clone(),
             None => {
-                let wrong = self.wrong(link.as_bytes(), facts);
+                let wrong = self.wrong(seen.link.as_bytes(), facts);
+                // It may have been renamed or replaced by another while its name was looked up.
+                if wrong.is_some() && !seen.is_there() {
+                    return;
+                }
                 self.judged.insert(key, wrong.clone());
                 wrong
             }
@@ -87,18 +123,49 @@ impl<'a> Files<'a> {
         }
         if facts.links == 0 {
             let large = facts.kind() == libc::S_IFREG && facts.taken > u64::from(GHOST_LIMIT);
-            return large.then(|| {
-                (
+            if large {
+                return Some((
                     format!(
                         "it has {shown} open, a deleted file of {} MiB; up to {} MiB can be taken along",
                         facts.taken >> 20,
                         GHOST_LIMIT >> 20
                     ),
                     "have it close or reopen the file (of a log: the signal to reopen it)",
-                )
-            });
+                ));
+            }
+            let stray = self.stray(undeleted(link), facts.mode, facts.mount)?;
+            return Some((
+                format!("it has {shown} open, which is deleted, and {stray}"),
+                "have it close that, or leave that directory",
+            ));
         }
         self.wrong_name(link, &shown, facts)
+    }
+
+    /// Why what is deleted cannot be made again, by the path that it had.
+    fn stray(&self, path: &[u8], mode: u32, mount: u64) -> Option<Stray> {
+        let (point, is_from_images) = self.mounts.ground(mount)?;
+        let ghost = Ghost { path, point: point.as_os_str().as_bytes(), mode };
+        if is_from_images && let Err(stray) = ghost.check(Ground::Unseen) {
+            return Some(stray);
+        }
+        let root = self.root.as_ref().filter(|_| self.mounts.answers(mount))?;
+        let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(
+            ResolveFlag::RESOLVE_IN_ROOT
+                | ResolveFlag::RESOLVE_NO_MAGICLINKS
+                | ResolveFlag::RESOLVE_NO_SYMLINKS,
+        );
+        let tree = match openat2(root, point, how) {
+            Ok(tree) => tree,
+            // It has just been unmounted.
+            Err(Errno::ENOENT) => return None,
+            Err(errno) => return Some(errno.into()),
+        };
+        let facts = file_facts(Path::new(&format!("/proc/self/fd/{}", tree.as_raw_fd()))).ok()?;
+        if facts.mount != mount {
+            return Some(Stray::Mount);
+        }
+        ghost.check(Ground::Seen(tree.as_fd())).err()
     }
 
     /// Whether a file that is not deleted is found by the name that it was opened by.
@@ -132,9 +199,28 @@ impl<'a> Files<'a> {
     }
 }
 
+/// What of the deleted files that were dumped of the container whose first process is `init` cannot be made
+/// again, as it stands still.
+pub(crate) fn astray(ghosts: &[GhostImage], init: i32) -> Result<Vec<String>> {
+    if ghosts.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mounts = Mounts::of(init)?;
+    let files = Files::new(&mounts, init);
+    let judged = ghosts.iter().filter_map(|ghost| {
+        let stray = files.stray(&ghost.path, ghost.mode, ghost.mount.into())?;
+        Some(format!("A process has {} open, which is deleted, and {stray}", plain(&ghost.path)))
+    });
+    Ok(judged.collect())
+}
+
 #[cfg(test)]
 mod tests {
-    use std::fs::{self, File};
+    use std::fs::File;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    use nix::unistd::dup2;
 
     use super::*;
 
@@ -143,10 +229,9 @@ mod tests {
         let mounts = Mounts::of(me).expect("a table");
         let mut files = Files::new(&mounts, me);
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let link = fs::read_link(&path).expect("a link");
-        let facts = Files::facts(Path::new(&path)).expect("facts").expect("there");
+        let seen = Seen::at(Path::new(&path)).expect("facts").expect("there");
         let mut found = Found::default();
-        files.judge("It", link.as_os_str(), &facts, &mut found);
+        files.judge(&Who::named("It"), &seen, &mut found);
         found.into_texts()
     }
 
@@ -165,5 +250,34 @@ mod tests {
         fs::hard_link(path("one"), path("two")).expect("a link");
         fs::remove_file(path("one")).expect("removed");
         assert!(judged(&linked)[0].contains("another name"), "{:?}", judged(&linked));
+    }
+    /// What the kernel shows of a descriptor and what that leads to are asked for one after the other.
+    #[test]
+    fn what_is_seen_is_of_one_file() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let make = |name: &str| File::create(directory.path().join(name)).expect("a file");
+        let files = [make("one"), make("two")];
+        let mut number: OwnedFd = make("one").into();
+        let path = format!("/proc/self/fd/{}", number.as_raw_fd());
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    for file in &files {
+                        dup2(file, &mut number).expect("dup2");
+                    }
+                }
+            });
+            let mut seen_at_all = 0;
+            let wrong = (0..20_000).filter(|_| {
+                let Some(seen) = Seen::at(Path::new(&path)).expect("facts") else { return false };
+                seen_at_all += 1;
+                file_facts(Path::new(&seen.link)).expect("there").inode != seen.facts.inode
+            });
+            let wrong = wrong.count();
+            over.store(true, Ordering::Relaxed);
+            assert!(seen_at_all > 0);
+            assert_eq!(wrong, 0, "of {seen_at_all}");
+        });
     }
 }

@@ -13,6 +13,7 @@ use decamp_shared::workload::{Refusal, RefusalCode};
 use serde::{Deserialize, Serialize};
 
 use super::said::plain;
+use crate::huge;
 
 /// `criu check` has this long.
 const CHECK_WITHIN: Duration = Duration::from_secs(10);
@@ -46,8 +47,8 @@ pub struct HostNeeds {
     pub cgroups: u8,
     /// The highest number that a process has in the container.
     pub highest_pid: i32,
-    /// Bytes of huge pages (hugetlbfs) in use.
-    pub huge: u64,
+    /// Huge pages (hugetlbfs) that its mappings want, written or not, by their size in bytes.
+    pub huge: BTreeMap<u64, u64>,
     /// Security labels that its processes run under ("apparmor:docker-default").
     pub labels: Vec<String>,
 }
@@ -76,11 +77,10 @@ impl HostNeeds {
     /// What the processes `pids` of a container need of this host; `highest_pid` is the highest of their
     /// numbers in it.
     pub(crate) fn of_processes(pids: &[i32], highest_pid: i32) -> Self {
-        let huge = |pid: &i32| super::process::Process::look(*pid, 1).map_or(0, |found| found.huge);
         let labels: BTreeSet<String> = pids.iter().filter_map(|pid| label(*pid)).collect();
         Self {
             highest_pid,
-            huge: pids.iter().map(huge).sum(),
+            huge: huge::wanted(pids),
             labels: labels.into_iter().collect(),
             ..Self::of_this_host()
         }
@@ -161,15 +161,25 @@ impl HostNeeds {
                 ),
             );
         }
-        if self.huge > free.huge {
-            refuse(
-                RefusalCode::Memory,
-                format!(
-                    "It uses {} MiB of huge pages, and {} MiB are free there: raise vm.nr_hugepages",
-                    self.huge >> 20,
-                    free.huge >> 20
-                ),
-            );
+        for (size, wanted) in self.huge.iter().take(CAP) {
+            let there = free.huge.get(size).copied().unwrap_or(0);
+            if *wanted > there {
+                let kib = size / 1024;
+                let more = match free.huge.contains_key(size) {
+                    true => format!(
+                        "raise /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages there by {}",
+                        wanted - there
+                    ),
+                    false => "its kernel or CPU has none of that size".to_owned(),
+                };
+                refuse(
+                    RefusalCode::Memory,
+                    format!(
+                        "It has mapped {wanted} huge pages of {kib} KiB, each process its own, and {there} \
+                         are free there: {more}"
+                    ),
+                );
+            }
         }
         for label in self.labels.iter().take(CAP).filter(|label| !free.labels.knows(label)) {
             refuse(
@@ -190,8 +200,7 @@ impl HostNeeds {
 pub(crate) struct Free {
     /// Processes are numbered below this.
     pid_max: i32,
-    /// Bytes of huge pages.
-    huge: u64,
+    huge: huge::Pages,
     labels: Labels,
 }
 
@@ -221,21 +230,10 @@ impl Free {
     /// Of this host.
     pub(crate) fn here() -> Self {
         let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-        let mut huge = 0u64;
-        for entry in fs::read_dir("/sys/kernel/mm/hugepages").into_iter().flatten().flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let size = name.strip_prefix("hugepages-").and_then(|name| name.strip_suffix("kB"));
-            let kib = size.and_then(|size| size.parse::<u64>().ok()).unwrap_or(0);
-            let of =
-                |file: &str| number(&entry.path().join(file).display().to_string()).unwrap_or(0);
-            let more = of("nr_overcommit_hugepages").saturating_sub(of("surplus_hugepages"));
-            let pages = of("free_hugepages").saturating_add(more);
-            huge = huge.saturating_add(pages.saturating_mul(kib).saturating_mul(1024));
-        }
         let pid_max = number("/proc/sys/kernel/pid_max").unwrap_or(0);
         Self {
             pid_max: i32::try_from(pid_max).unwrap_or(0),
-            huge,
+            huge: huge::free(),
             labels: Labels {
                 apparmor: fs::read_to_string("/sys/kernel/security/apparmor/profiles").ok(),
                 selinux: Path::new("/sys/fs/selinux/enforce").exists(),
@@ -335,13 +333,18 @@ fn check(criu: &Path) -> Option<String> {
     // One that cannot be started is said elsewhere.
     let mut child = command.spawn().ok()?;
     let mut said = child.stderr.take();
-    let reader = thread::spawn(move || {
+    let reader = thread::Builder::new().spawn(move || {
         let mut text = Vec::new();
         if let Some(said) = &mut said {
             let _ = std::io::Read::read_to_end(&mut std::io::Read::take(said, 64 << 10), &mut text);
         }
         text
     });
+    let Ok(reader) = reader else {
+        let _ = child.kill();
+        let _ = child.wait();
+        return None;
+    };
     let Some(good) = ends_well(&mut child, begun) else {
         return Some(format!(
             "{} check did not end within {} s",
@@ -406,7 +409,7 @@ mod tests {
             namespaces: words("net time"),
             cgroups: 2,
             highest_pid: 40000,
-            huge: 4 << 20,
+            huge: BTreeMap::from([(2 << 20, 3), (1 << 30, 1)]),
             labels: words("apparmor:web selinux:x odd"),
             ..HostNeeds::default()
         };
@@ -418,12 +421,15 @@ mod tests {
             ..HostNeeds::default()
         };
         let labels = Labels { apparmor: Some("webx (enforce)\n".to_owned()), selinux: false };
-        let free = Free { pid_max: 32768, huge: 2 << 20, labels };
+        let free = Free { pid_max: 32768, huge: BTreeMap::from([(2 << 20, 2)]), labels };
         let found = needs.lacks(&here, &free);
         let texts: Vec<_> = found.iter().map(|refusal| refusal.text.as_str()).collect();
-        assert_eq!(texts.len(), 10, "{texts:#?}");
+        assert_eq!(texts.len(), 11, "{texts:#?}");
         assert!(texts[0].contains("lacks avx2, avx512f, x\\u{1b},"), "{texts:#?}");
         assert!(texts[2].contains("vsyscall=emulate"), "{texts:#?}");
+        let huge: Vec<_> = texts.iter().filter(|text| text.contains("huge pages")).collect();
+        assert!(huge[0].contains("hugepages-2048kB/nr_hugepages there by 1"), "{texts:#?}");
+        assert!(huge[1].contains("none of that size"), "{texts:#?}");
     }
 
     #[test]

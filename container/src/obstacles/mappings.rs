@@ -2,14 +2,13 @@
 //! be mapped again.
 
 use std::collections::HashSet;
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 
-use super::files::Files;
+use super::files::{Files, Seen};
 use super::process::Process;
 use super::said::{Found, plain};
 use crate::segments::found::SMALL;
@@ -50,7 +49,7 @@ impl Mappings {
         files: &mut Files<'_>,
         found: &mut Found,
     ) {
-        let who = || format!("{}, mapping {}", process.label(), mapping.range);
+        let who = || process.with(&format!("mapping {}", mapping.range));
         let name = mapping.name;
         if name.starts_with(b"/[aio]") && mapping.device.starts_with(b"00:") {
             found.say(
@@ -90,21 +89,33 @@ impl Mappings {
             );
             return;
         }
-        if !self.judged.insert((mapping.device.to_vec(), mapping.inode.to_vec())) {
+        let file = (mapping.device.to_vec(), mapping.inode.to_vec());
+        if self.judged.contains(&file) {
             return;
         }
         let path = PathBuf::from(format!("/proc/{}/map_files/{}", process.pid, mapping.range));
-        let facts = match Files::facts(&path) {
-            Ok(Some(facts)) => facts,
+        let seen = match Seen::at(&path) {
+            Ok(Some(seen)) => seen,
             Ok(None) => return,
             Err(error) => {
-                tracing::debug!(%error, who = who(), "Cannot look at a mapping");
+                tracing::debug!(%error, who = %who(), "Cannot look at a mapping");
                 return;
             }
         };
-        match facts.kind() {
-            libc::S_IFREG => files.judge(&who(), OsStr::from_bytes(name), &facts, found),
-            libc::S_IFCHR if facts.node == (1, 5) => {}
+        // Another may have been mapped there meanwhile.
+        if seen.link.as_bytes() == name {
+            self.judged.insert(file);
+        }
+        match seen.facts.kind() {
+            libc::S_IFREG if files.shows_host(&seen.facts) => {
+                let what = format!(
+                    "it has {} mapped, which shows memory of this host's kernel or of a device",
+                    plain(name)
+                );
+                found.say(&who(), &what, "have it unmap that, or stop what uses it");
+            }
+            libc::S_IFREG => files.judge(&who(), &seen, found),
+            libc::S_IFCHR if seen.facts.node == (1, 5) => {}
             _ => {
                 let what = format!("it has {} mapped, a device of this host", plain(name));
                 found.say(&who(), &what, "stop what uses the device");

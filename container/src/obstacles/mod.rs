@@ -31,19 +31,22 @@ use crate::bundle::Bundle;
 use crate::cgroup::Cgroups;
 use crate::error::{ContainerError, Result};
 use crate::network::Network;
+use crate::rights::Rights;
 
 use descriptors::{Descriptor, Ends, Judge};
 use files::Files;
+pub(crate) use files::astray;
 use mappings::Mappings;
 use mounts::Mounts;
 use namespaces::Namespaces;
-use process::{Process, depth, look_at_all};
+use process::{Process, Who, depth, look_at_all};
 use said::Found;
 use sockets::Lender;
 use watches::Watches;
 
-/// What may be gone in a moment is waited for so long before a stop.
-const PATIENCE: Duration = Duration::from_millis(100);
+/// What may be gone in a moment is waited for so long when a move is asked for, and before a stop.
+const PATIENCE: Duration = Duration::from_secs(1);
+const SHORT_PATIENCE: Duration = Duration::from_millis(100);
 const AGAIN: Duration = Duration::from_millis(5);
 
 /// A container that is looked at.
@@ -58,17 +61,22 @@ pub(crate) struct Subject<'a> {
 
 impl Subject<'_> {
     /// Everything that speaks against a move now. What happens beside it may escape it; it takes some ten
-    /// microseconds a process and descriptor, and stops none.
+    /// microseconds a process and descriptor, and stops none. Who is just being started or is about to end is
+    /// waited for.
     pub(crate) fn look(&self) -> Result<Vec<String>> {
-        Ok(self.find()?.into_texts())
+        self.look_patiently(PATIENCE)
     }
 
-    /// The same shortly before the stop: who is just being started or is about to end is waited for.
+    /// The same shortly before the stop.
     pub(crate) fn look_before_stop(&self) -> Result<Vec<String>> {
+        self.look_patiently(SHORT_PATIENCE)
+    }
+
+    fn look_patiently(&self, patience: Duration) -> Result<Vec<String>> {
         let begun = Instant::now();
         loop {
-            let found = self.find()?;
-            if !found.may_pass() || begun.elapsed() > PATIENCE {
+            let found = twice(|| self.find())?;
+            if !found.may_pass() || begun.elapsed() > patience {
                 return Ok(found.into_texts());
             }
             thread::sleep(AGAIN);
@@ -82,7 +90,15 @@ impl Subject<'_> {
         let mounts = Mounts::of(init)?;
         let mut found = Found::default();
         let pids = self.cgroups.processes()?;
-        let ends = in_processes(&pids, init, depth, &mounts, &mut found);
+        let rights = Rights::of(self.bundle);
+        let ends = in_processes(&pids, (init, depth), Some(&rights), &mounts, &mut found);
+        if rights.has_its_numbers(init) == Some(false) {
+            found.say(
+                &Who::named("The container's user namespace"),
+                "it numbers users or groups otherwise than the configuration",
+                "put its configuration back, or restart the container",
+            );
+        }
         self.ends(&ends, depth, &mut found)?;
         mounts.look(self.bundle, init, &mut found)?;
         tracing::debug!(
@@ -98,13 +114,13 @@ impl Subject<'_> {
     /// Sockets and pipes, and what is at their other ends.
     fn ends(&self, ends: &Ends, depth: usize, found: &mut Found) -> Result<()> {
         let mut lender = Lender::default();
-        let who = |held: &descriptors::Held| {
+        let mut say = |held: &descriptors::Held, what: &str, remedy: &str| {
             let process = Process::look(held.by.0, depth).unwrap_or_default();
-            process.with_descriptor(held.by.1)
+            found.say_certain(&process.with_descriptor(held.by.1), what, remedy);
         };
-        let (wrong, unix) = sockets::look(ends, self.bundle.mapped_root().is_some(), &mut lender);
+        let (wrong, unix) = sockets::look(ends, &mut lender);
         for (held, (what, remedy)) in wrong {
-            found.say(&who(&held), &what, remedy);
+            say(&held, &what, remedy);
         }
         let outside = self.outside(ends, &unix, &mut lender)?;
         if outside.is_empty() {
@@ -118,7 +134,7 @@ impl Subject<'_> {
         let still = self.outside(&again, &unix, &mut lender)?;
         for (inode, held, (what, remedy)) in outside {
             if still.iter().any(|(other, _, _)| *other == inode) {
-                found.say(&who(&held), &what, remedy);
+                say(&held, &what, remedy);
             }
         }
         Ok(())
@@ -196,16 +212,36 @@ fn worked() -> Duration {
 /// When the first process cannot be looked at.
 pub(crate) fn of_processes(pids: &[i32], init: i32) -> Result<Vec<String>> {
     let depth = depth(init).ok_or_else(|| gone(init))?;
-    let mut found = Found::default();
-    in_processes(pids, init, depth, &Mounts::of(init)?, &mut found);
-    Ok(found.into_texts())
+    let find = || -> Result<Found> {
+        let mut found = Found::default();
+        in_processes(pids, (init, depth), None, &Mounts::of(init)?, &mut found);
+        Ok(found)
+    };
+    Ok(twice(find)?.into_texts())
+}
+
+/// What `find` finds, and what of it is still there a moment later. A process is not looked at in one instant:
+/// who ends, begins a program or opens a file meanwhile is seen half before and half after.
+fn twice(find: impl Fn() -> Result<Found>) -> Result<Found> {
+    let first = find()?;
+    if first.is_empty() {
+        return Ok(first);
+    }
+    thread::sleep(AGAIN);
+    Ok(find()?.found_before(&first))
 }
 
 /// Adds what is found in each process. Gives what has another end.
-fn in_processes(pids: &[i32], init: i32, depth: usize, mounts: &Mounts, found: &mut Found) -> Ends {
+fn in_processes(
+    pids: &[i32],
+    (init, depth): (i32, usize),
+    rights: Option<&Rights>,
+    mounts: &Mounts,
+    found: &mut Found,
+) -> Ends {
     let processes = look_at_all(pids, depth);
     let namespaces = Namespaces::of(init);
-    processes::look(&processes, init, depth, found);
+    processes::look(&processes, (init, depth), rights, found);
     let elsewhere = namespaces.look(&processes, found);
     let mut judge = Judge {
         files: Files::new(mounts, init),
@@ -240,7 +276,7 @@ impl Holder {
     /// Who that is, for people.
     pub(crate) fn who(&self) -> String {
         let process = Process::look(self.pid, self.depth).unwrap_or_default();
-        process.with_descriptor(self.descriptor)
+        process.with_descriptor(self.descriptor).to_string()
     }
 }
 
@@ -260,4 +296,51 @@ pub(crate) fn holders(pids: &[i32], init: i32) -> impl Iterator<Item = Holder> {
 
 fn gone(init: i32) -> ContainerError {
     ContainerError::State(format!("The container's first process {init} is gone"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::process::{Child, Command, Stdio};
+
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+
+    use super::*;
+
+    /// A process that is ended with the test.
+    struct Ended(Child);
+
+    impl Drop for Ended {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn who_calls_itself_otherwise_at_each_look_is_found_all_the_same() {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_SEMAPHORE;
+        let semaphore = EventFd::from_flags(flags).expect("an eventfd");
+        let child = Command::new("/bin/sh")
+            .args(["-c", "i=0; while :; do i=$((i+1)); echo \"a$i\" >/proc/self/comm; done"])
+            .stdin(Stdio::from(OwnedFd::from(semaphore)))
+            .spawn();
+        let child = Ended(child.expect("a shell"));
+        let pid = child.0.id() as i32;
+        let look = || Process::look(pid, 1).expect("there").name;
+        let began = look();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !look().starts_with('a') || look() == began {
+            assert!(Instant::now() < deadline, "it renames itself");
+            thread::sleep(AGAIN);
+        }
+        for _ in 0..20 {
+            let found = of_processes(&[pid], pid).expect("looked at");
+            let said = |text: &String| {
+                text.starts_with(&format!("Process {pid} (a"))
+                    && text.contains("descriptor 0: it is an eventfd that counts down one by one")
+            };
+            assert!(found.iter().any(said), "{found:?}");
+        }
+    }
 }

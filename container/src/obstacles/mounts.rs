@@ -6,20 +6,23 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use super::process::Who;
 use super::said::{Found, plain};
 use crate::bundle::Bundle;
+use crate::confined::MOUNTS_CAP;
 use crate::error::{ContainerError, Result};
-use crate::mounts;
+use crate::mountable::{Mountable, Mounted, number_of};
+use crate::mounts::{self, ExternalKind};
 
-/// File systems that CRIU makes again from nothing, or from what it dumps of them (criu/filesystems.c).
-const MADE_AGAIN: [&str; 17] = [
+/// File systems that CRIU makes again from nothing, or from what it dumps of them (criu/filesystems.c), so far
+/// as a container may have them at all ([`Mountable`]).
+const MADE_AGAIN: [&str; 15] = [
     "proc",
     "sysfs",
     "devtmpfs",
     "binfmt_misc",
     "tmpfs",
     "devpts",
-    "simfs",
     "pstore",
     "mqueue",
     "securityfs",
@@ -29,7 +32,6 @@ const MADE_AGAIN: [&str; 17] = [
     "cgroup",
     "cgroup2",
     "overlay",
-    "autofs",
 ];
 /// Those that it takes along only while they hold nothing.
 const EMPTY_ONLY: [&str; 2] = ["mqueue", "pstore"];
@@ -38,6 +40,9 @@ const SERVED: [&str; 12] = [
     "fuse", "fuseblk", "nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "afs", "autofs", "virtiofs",
     "lustre",
 ];
+
+/// What to do about any of them.
+const UNMOUNT: &str = "unmount it in the container, or mount it by the container's configuration";
 
 /// One line of mountinfo.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +91,21 @@ impl Mounts {
         self.0.get(&number).is_some_and(|mount| matches!(mount.kind.as_str(), "proc" | "devpts"))
     }
 
+    /// Whether files of that mount, when they are mapped, show what this host's kernel or devices have.
+    pub(crate) fn shows_host(&self, number: u64) -> bool {
+        let kinds = ["proc", "sysfs", "debugfs", "tracefs", "securityfs"];
+        self.0.get(&number).is_some_and(|mount| kinds.contains(&mount.kind.as_str()))
+    }
+
+    /// Where a mount is, and whether CRIU makes it from its images, so that nobody sees it before.
+    pub(crate) fn ground(&self, number: u64) -> Option<(&Path, bool)> {
+        let mount = self.0.get(&number)?;
+        let is_root = !self.0.contains_key(&mount.parent) || mount.parent == number;
+        let is_from_images =
+            !is_root && mount.root == b"/" && MADE_AGAIN.contains(&mount.kind.as_str());
+        Some((Path::new(OsStr::from_bytes(&mount.point)), is_from_images))
+    }
+
     /// Where the file system of device `device` is mounted, and may be looked at.
     pub(crate) fn places(&self, device: (u32, u32)) -> impl Iterator<Item = &Path> {
         let device = format!("{}:{}", device.0, device.1);
@@ -129,16 +149,27 @@ impl Mounts {
         false
     }
 
-    /// Says what of the mounts CRIU refuses. Those that the configuration brings from outside are given
-    /// again at the destination.
+    /// Says what of the mounts CRIU refuses, and what the destination would. Those that the configuration brings
+    /// from outside are given again there.
     pub(crate) fn look(&self, bundle: &Bundle, init: i32, found: &mut Found) -> Result<()> {
-        let outside: BTreeSet<String> =
-            mounts::external(bundle, init)?.into_iter().map(|mount| mount.mounted).collect();
-        let given =
-            |mount: &Mount| outside.contains(&String::from_utf8_lossy(&mount.point).into_owned());
+        let outside: BTreeMap<String, ExternalKind> = mounts::external(bundle, init)?
+            .into_iter()
+            .map(|mount| (mount.mounted, mount.kind))
+            .collect();
+        let rootfs = bundle.rootfs();
+        let rule = Mountable { bundle, root: &rootfs };
         let mut places = BTreeSet::new();
+        if self.0.len() > MOUNTS_CAP {
+            let what = format!("it has more than {MOUNTS_CAP} mounts");
+            found.say(&Who::named("The container"), &what, "unmount some of them");
+        }
+        let given: Vec<_> = self
+            .0
+            .values()
+            .filter(|mount| outside.contains_key(&*String::from_utf8_lossy(&mount.point)))
+            .collect();
         for (number, mount) in &self.0 {
-            let who = format!("Mount {}", plain(&mount.point));
+            let who = Who::named(format!("Mount {}", plain(&mount.point)));
             let kind = plain(mount.kind.as_bytes());
             if !places.insert((mount.parent, &mount.point)) {
                 found.say(
@@ -147,33 +178,68 @@ impl Mounts {
                     "unmount the one that is on top",
                 );
             }
-            let is_root = !self.0.contains_key(&mount.parent) || mount.parent == *number;
-            if is_root || given(mount) {
-                continue;
+            let point = String::from_utf8_lossy(&mount.point);
+            match outside.get(&*point) {
+                _ if self.is_root(*number, mount) => continue,
+                Some(ExternalKind::Cgroup(_)) if !bundle.mounts_cgroups() => {
+                    found.say(&who, "it shows control groups", UNMOUNT);
+                    continue;
+                }
+                Some(_) => continue,
+                None => {}
             }
             if mount.root == b"/" {
                 if !MADE_AGAIN.contains(&mount.kind.as_str()) {
                     found.say(
                         &who,
                         &format!("CRIU cannot make a file system of kind {kind} again"),
-                        "unmount it in the container, or mount it by the container's configuration",
+                        UNMOUNT,
                     );
-                } else if EMPTY_ONLY.contains(&mount.kind.as_str()) && !self.is_empty(init, mount) {
+                    continue;
+                }
+                if EMPTY_ONLY.contains(&mount.kind.as_str()) && !self.is_empty(init, mount) {
                     found.say(
                         &who,
                         &format!("CRIU takes {kind} along only while nothing is in it"),
                         "remove what is in it (POSIX message queues: mq_unlink)",
                     );
                 }
-            } else if !self.has_whole(mount) {
+            } else if !is_its_own_cgroup(bundle, mount) && !self.has_whole(mount) {
                 found.say(
                     &who,
                     "it is a part of a file system that is not in the container as a whole",
-                    "unmount it, or have the container's configuration mount it",
+                    UNMOUNT,
+                );
+                continue;
+            }
+            if let Some(why) = self.against(rule, mount) {
+                found.say(&who, &why, UNMOUNT);
+            } else if given
+                .iter()
+                .any(|given| given.device == mount.device && is_below(&mount.root, &given.root))
+            {
+                found.say(
+                    &who,
+                    "it shows what is mounted from outside once more, and shares mounts",
+                    UNMOUNT,
                 );
             }
         }
         Ok(())
+    }
+
+    /// Why the container may not have that mount at the destination.
+    fn against(&self, rule: Mountable<'_>, mount: &Mount) -> Option<String> {
+        let whole = self.0.iter().find(|(number, mount)| self.is_root(**number, mount))?.1;
+        let (Some(whole), Some(mount)) = (whole.described(), mount.described()) else {
+            return Some("its path is no text (UTF-8)".to_owned());
+        };
+        rule.check(whole, mount).err().map(|why| why.to_string())
+    }
+
+    /// Whether that mount is the container's root.
+    fn is_root(&self, number: u64, mount: &Mount) -> bool {
+        !self.0.contains_key(&mount.parent) || mount.parent == number
     }
 
     fn is_empty(&self, init: i32, mount: &Mount) -> bool {
@@ -184,17 +250,34 @@ impl Mounts {
 
     /// Whether the file system of a part is in the container, so that CRIU can mount the part from it.
     fn has_whole(&self, part: &Mount) -> bool {
-        let is_root = |number: &u64, mount: &Mount| {
-            !self.0.contains_key(&mount.parent) || mount.parent == *number
-        };
         // A namespace file that is kept by a mount is none.
         part.kind != "nsfs"
             && self.0.iter().any(|(number, mount)| {
                 mount.device == part.device
                     && (mount.root == b"/"
-                        || (is_root(number, mount) && is_below(&part.root, &mount.root)))
+                        || (self.is_root(*number, mount) && is_below(&part.root, &mount.root)))
             })
     }
+}
+
+impl Mount {
+    /// As the rule for mounts has it; nothing when it is no text.
+    fn described(&self) -> Option<Mounted<'_>> {
+        let (major, minor) = self.device.split_once(':')?;
+        let number = |text: &str| text.parse::<u32>().ok().map(u64::from);
+        Some(Mounted {
+            kind: number_of(&self.kind),
+            device: number(major)? << 32 | number(minor)?,
+            root: std::str::from_utf8(&self.root).ok()?,
+            point: std::str::from_utf8(&self.point).ok()?,
+        })
+    }
+}
+
+/// Whether it shows the cgroup that the container's own namespace begins with, which CRIU takes for a whole.
+fn is_its_own_cgroup(bundle: &Bundle, mount: &Mount) -> bool {
+    let mut places = bundle.destinations().map(str::as_bytes);
+    mount.kind == "cgroup2" && bundle.hides_cgroups() && places.any(|place| place == mount.point)
 }
 
 fn is_served(kind: &str) -> bool {
@@ -266,5 +349,28 @@ mod tests {
         assert!(!mounts.has_whole(&mounts.0[&56]));
         assert_eq!(unescaped(b"a\\134040\\9"), b"a\\040\\9");
         assert!(is_below(b"/a/b", b"/a") && is_below(b"/a", b"/") && !is_below(b"/ab", b"/a"));
+    }
+
+    #[test]
+    fn what_no_destination_would_mount_is_known() {
+        let root = tempfile::tempdir().expect("a directory");
+        fs::create_dir(root.path().join("bin")).expect("a directory");
+        std::os::unix::fs::symlink("bin", root.path().join("link")).expect("a link");
+        let config = br#"{"mounts": [{"destination": "/d", "type": "debugfs", "source": "d"}]}"#;
+        let bundle = Bundle::parse(Path::new("/b"), config).expect("a bundle");
+        let rule = Mountable { bundle: &bundle, root: root.path() };
+        let mounts = Mounts::parse(
+            b"50 40 254:1 /b/rootfs / rw - ext4 d rw\n51 50 0:5 /sys /proc/sys rw - proc p rw\n\
+            52 50 0:6 / /data rw - tmpfs one rw\n53 50 0:8 / /d rw - debugfs d rw\n\
+            54 50 254:1 /b/rootfs/bin /y rw - ext4 d rw\n60 50 0:6 /part /x rw - tmpfs one rw\n\
+            61 50 0:9 / /o rw - overlay o rw\n62 50 0:5 /1/root /x rw - proc p rw\n\
+            63 50 254:1 /b/rootfs/link /x rw - ext4 d rw\n64 50 254:1 /b/rootfs/gone//deleted /x rw - ext4 d rw\n\
+            65 50 0:7 / / rw - tmpfs t rw\n66 50 0:6 / /\xff rw - tmpfs one rw\n\
+            67 50 0:5 /../.. /x rw - sysfs s rw\n",
+        );
+        for (number, mount) in mounts.0.iter().filter(|(number, _)| **number > 50) {
+            let against = mounts.against(rule, mount);
+            assert_eq!(against.is_some(), *number >= 60, "{number}: {against:?}");
+        }
     }
 }

@@ -78,7 +78,7 @@ impl Namespaces {
                 let theirs = namespace(process.pid, thread, kind);
                 if theirs.is_some_and(|theirs| !self.has(&theirs)) {
                     found.say(
-                        &format!("{}, thread {thread}", process.label()),
+                        &process.with(&format!("thread {thread}")),
                         &format!("it is in another {kind} namespace than its process, which CRIU would lose"),
                         "have it return, or run in a process of its own",
                     );
@@ -94,6 +94,11 @@ fn namespace(pid: i32, thread: i32, kind: &str) -> Option<String> {
         false => format!("/proc/{pid}/task/{thread}/ns/{kind}"),
     };
     fs::read_link(path).ok()?.into_os_string().into_string().ok()
+}
+
+/// Whether two processes are in one user namespace.
+pub(super) fn shares_users(pid: i32, other: i32) -> bool {
+    namespace(pid, pid, "user") == namespace(other, other, "user")
 }
 
 #[cfg(test)]

@@ -6,16 +6,24 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
-use super::process::{Process, other_threads};
+use super::namespaces;
+use super::process::{Process, Who, other_threads};
 use super::said::{Found, plain};
+use crate::rights::{Held, Rights};
 use crate::sys::look;
 
 const DEADLINE: i32 = 6;
 /// Who sleeps uninterruptibly is looked at again so many times, this long apart.
 const AGAIN: (u32, Duration) = (5, Duration::from_millis(10));
 
-/// Everything about the processes of a container whose first process is `init`.
-pub(crate) fn look(processes: &BTreeMap<i32, Process>, init: i32, depth: usize, found: &mut Found) {
+/// Everything about the processes of a container whose first process is `init`, and whose configuration gives
+/// `rights`, where that is known.
+pub(crate) fn look(
+    processes: &BTreeMap<i32, Process>,
+    (init, depth): (i32, usize),
+    rights: Option<&Rights>,
+    found: &mut Found,
+) {
     for process in processes.values() {
         alone(process, found);
         if entered(process, processes, init, depth) {
@@ -28,7 +36,10 @@ pub(crate) fn look(processes: &BTreeMap<i32, Process>, init: i32, depth: usize, 
             );
         }
         if !process.has_ended() {
-            of_threads(process, found);
+            // Who has other users has other rights, and is refused for that.
+            let rights = rights.filter(|_| namespaces::shares_users(process.pid, init));
+            of_rights(&process.label(), rights, &process.held, found);
+            of_threads(process, rights, found);
         }
     }
     for pid in without_session(processes, init) {
@@ -107,13 +118,20 @@ fn say_entered(process: &Process, found: &mut Found) {
     );
 }
 
+/// What a destination would not give a task, for its configuration does not.
+fn of_rights(who: &Who<'_>, rights: Option<&Rights>, held: &Held, found: &mut Found) {
+    for excess in rights.into_iter().flat_map(|rights| rights.exceeded(held)) {
+        found.say(who, &excess.to_string(), excess.remedy());
+    }
+}
+
 /// Looks at the threads beside the first.
-fn of_threads(process: &Process, found: &mut Found) {
+fn of_threads(process: &Process, rights: Option<&Rights>, found: &mut Found) {
     if process.threads < 2 {
         return;
     }
     for thread in other_threads(process.pid) {
-        let who = || format!("{}, thread {thread}", process.label());
+        let who = || process.with(&format!("thread {thread}"));
         if look::share_descriptors(process.pid, thread).is_ok_and(|shared| !shared) {
             found.say(
                 &who(),
@@ -125,7 +143,12 @@ fn of_threads(process: &Process, found: &mut Found) {
             say_deadline(process, found);
         }
         let status = fs::read(format!("/proc/{}/task/{thread}/status", process.pid));
-        let tracer = status.ok().as_deref().and_then(tracer_of).unwrap_or(0);
+        let Ok(status) = status else { continue };
+        let held = Held::parse(&status);
+        if held != process.held {
+            of_rights(&who(), rights, &held, found);
+        }
+        let tracer = tracer_of(&status).unwrap_or(0);
         if tracer != 0 && process.tracer == 0 {
             say_traced(process, tracer, found);
         }
@@ -138,7 +161,8 @@ fn tracer_of(status: &[u8]) -> Option<i32> {
     std::str::from_utf8(line).ok()?.trim().parse().ok()
 }
 
-/// Who sleeps uninterruptibly and goes on doing so: it would not stop, and CRIU would wait for it.
+/// Who sleeps uninterruptibly and goes on doing so: it would not stop, and CRIU would wait for it. Who works on
+/// files is often found asleep, and each time for another reason: that one has run in between.
 fn stuck(processes: &BTreeMap<i32, Process>, found: &mut Found) {
     let mut asleep: Vec<&Process> =
         processes.values().filter(|process| process.state == b'D').collect();
@@ -147,7 +171,10 @@ fn stuck(processes: &BTreeMap<i32, Process>, found: &mut Found) {
             return;
         }
         thread::sleep(AGAIN.1);
-        asleep.retain(|process| state(process.pid) == Some(b'D'));
+        asleep.retain(|process| {
+            let now = Process::look(process.pid, 1);
+            now.is_some_and(|now| now.state == b'D' && now.switches == process.switches)
+        });
     }
     for process in asleep {
         if is_in_vfork(process.pid) {
@@ -168,13 +195,6 @@ fn say_vfork(process: &Process, found: &mut Found) {
         "it waits for a child that it made by vfork and that has not begun a program yet",
         "wait until it has, or restart it",
     );
-}
-
-fn state(pid: i32) -> Option<u8> {
-    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
-    // Behind the name, which may hold anything.
-    let end = stat.iter().rposition(|byte| *byte == b')')?;
-    stat.get(end + 2).copied()
 }
 
 /// Whether a task stands in a call that waits for a child to begin a program or to end.
@@ -248,11 +268,20 @@ mod tests {
         assert_eq!(without_session(&tree, 101), BTreeSet::from([105]));
     }
 
+    /// Found asleep at each look, and it has run in between.
+    #[test]
+    fn who_works_is_not_stuck() {
+        let me = std::process::id() as i32;
+        let process = Process { state: b'D', switches: 0, ..Process::look(me, 1).expect("there") };
+        let mut found = Found::default();
+        stuck(&BTreeMap::from([(me, process)]), &mut found);
+        assert!(found.is_empty(), "{found:?}");
+    }
+
     #[test]
     fn names_do_not_hide_states() {
         assert_eq!(tracer_of(b"Name:\tx\nTracerPid:\t12\n"), Some(12));
         let me = std::process::id() as i32;
-        assert!(matches!(state(me), Some(b'R' | b'S')));
         assert!(!is_in_vfork(me));
     }
 }

@@ -14,8 +14,6 @@ const IPPROTO_MPTCP: i32 = 262;
 const SO_GET_FILTER: i32 = libc::SO_ATTACH_FILTER;
 const TCP_ULP: i32 = 31;
 const TCP_SYN_RECV: u8 = 3;
-const TCP_CLOSE: u8 = 7;
-const TCP_LISTEN: u8 = 10;
 const UDP_CORK: i32 = 1;
 const NETLINK_LIST_MEMBERSHIPS: i32 = 9;
 
@@ -37,13 +35,8 @@ impl Lender {
     }
 }
 
-/// What is wrong with each of the sockets, by inode; and which are UNIX sockets. `is_mapped` says that the
-/// container has a user namespace of its own.
-pub(crate) fn look(
-    ends: &Ends,
-    is_mapped: bool,
-    lender: &mut Lender,
-) -> (Vec<(Held, Wrong)>, Vec<u64>) {
+/// What is wrong with each of the sockets, by inode; and which are UNIX sockets.
+pub(crate) fn look(ends: &Ends, lender: &mut Lender) -> (Vec<(Held, Wrong)>, Vec<u64>) {
     let (mut wrong, mut unix) = (Vec::new(), Vec::new());
     for (inode, held) in &ends.sockets {
         let Some(socket) = lender.borrow(held) else { continue };
@@ -55,7 +48,6 @@ pub(crate) fn look(
             unix.push(*inode);
         }
         let one = judge(family, socket.as_fd());
-        let one = one.or_else(|| connection(socket.as_fd()).filter(|_| is_mapped));
         wrong.extend(one.map(|one| (held.clone(), one)));
     }
     (wrong, unix)
@@ -208,19 +200,6 @@ fn tcp(socket: BorrowedFd<'_>) -> Option<Wrong> {
     })
 }
 
-/// A TCP connection: CRIU has a task make it again, which takes a right over the network namespace, and that
-/// is not of the task's user namespace at the destination.
-fn connection(socket: BorrowedFd<'_>) -> Option<Wrong> {
-    let mut state = [TCP_CLOSE; 1];
-    let told = look::option_bytes(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut state).ok()?;
-    (told == 1 && !matches!(state[0], TCP_CLOSE | TCP_LISTEN)).then(|| {
-        (
-            "it is a TCP connection, which cannot be made again in a user namespace".to_owned(),
-            "have its clients reconnect after the move, or run the container without a user namespace",
-        )
-    })
-}
-
 fn netlink(socket: BorrowedFd<'_>) -> Option<Wrong> {
     if poll_now(socket).is_some_and(|events| events.contains(PollFlags::POLLIN)) {
         return Some((
@@ -274,15 +253,6 @@ mod tests {
         let netlink =
             socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute);
         assert_eq!(said(netlink.expect("a socket")), "");
-    }
-
-    #[test]
-    fn connections_are_told_from_listeners() {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a socket");
-        let client = std::net::TcpStream::connect(listener.local_addr().expect("an address"));
-        assert!(connection(client.expect("a connection").as_fd()).is_some());
-        assert_eq!(connection(listener.as_fd()), None);
-        assert_eq!(connection(UdpSocket::bind("127.0.0.1:0").expect("a socket").as_fd()), None);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use super::exchanged::{CLOSED, OPENED, directory, prepare, remove, write};
 use super::made::{Made, own_files};
 use super::shim::{Call, Order, own_namespace};
 use super::volumes::{self, Attributes, StandIns};
-use super::{ask, has, leftover, on_host, podman, talk};
+use super::{ask, has, leftover, on_host, own, podman, talk};
 use crate::bundle::Bundle;
 use crate::cgroup::Cgroups;
 use crate::claim::{self, Arriving, Coming};
@@ -66,6 +66,8 @@ pub(crate) struct Arrival {
     volumes: Vec<String>,
     /// Whether it runs: then it is podman's.
     runs: bool,
+    /// Whether podman was asked to forget it.
+    forgotten: bool,
 }
 
 /// What podman has made ready for it.
@@ -74,7 +76,7 @@ pub(crate) struct Ready {
     /// Standard output and error, which `conmon` reads.
     pub(crate) output: OwnedFd,
     pub(crate) error: OwnedFd,
-    /// What is mounted for files of the host.
+    /// What is mounted for files of the host, and for podman's own.
     pub(crate) files: BTreeMap<String, PathBuf>,
 }
 
@@ -109,7 +111,8 @@ impl Arrival {
         let profile = directory.join("seccomp.json");
         let seccomp = bundle.config().pointer("/linux/seccomp").unwrap_or(&Value::Null);
         write(&profile, &seccomp.to_string(), 0o600)?;
-        let mounted = volumes::arguments(&made.volumes, bundle);
+        let mut mounted = volumes::arguments(&made.volumes, bundle);
+        mounted.extend(own::arguments(&made.own, bundle));
         let arguments =
             made.arguments(&place.name, bundle.config(), &mounted, &spec.bundle, &profile);
         let mut command = podman(&["--cgroup-manager", "cgroupfs", "--runtime", kind.word()]);
@@ -118,7 +121,9 @@ impl Arrival {
             run_within(command.args(&arguments), LONG)
         });
         // Where podman did not end in time, there may be one all the same.
-        let failed = |_: &_| forget_unknown(&place.name, &directory, &spec.bundle, &volumes);
+        let failed = |_: &_| {
+            warn_of_kept(forget_unknown(&place.name, &directory, &spec.bundle, &volumes));
+        };
         let said = said.inspect_err(failed)?;
         let id = said.lines().last().unwrap_or_default().trim().to_owned();
         if id.len() != 64 || !id.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -127,7 +132,7 @@ impl Arrival {
         let cgroups_path = format!("/libpod_parent/libpod-{id}");
         tracing::info!(id, "podman made the container");
         if let Err(error) = leftover::note(&id, &spec.bundle, &directory) {
-            forget(&id, &directory, &spec.bundle, &volumes);
+            warn_of_kept(forget(&id, &directory, &spec.bundle, &volumes));
             return Err(error);
         }
         Ok(Self {
@@ -146,6 +151,7 @@ impl Arrival {
             attributes: None,
             volumes,
             runs: false,
+            forgotten: false,
         })
     }
 
@@ -170,8 +176,8 @@ impl Arrival {
         &self.config
     }
 
-    /// Has podman start it, as far as the runtime's part.
-    pub(crate) fn begin(&mut self, spec: &ContainerSpec) -> Result<Ready> {
+    /// Has podman start it, as far as the runtime's part. Its configuration is that of `bundle`.
+    pub(crate) fn begin(&mut self, spec: &ContainerSpec, bundle: &Bundle) -> Result<Ready> {
         let begun = Instant::now();
         // Kept until podman has done what it does to them, or has given up.
         self.attributes = Some(Attributes::of(&self.directories)?);
@@ -189,10 +195,10 @@ impl Arrival {
             .map_err(|_| ContainerError::State("The shim came without its output".to_owned()))?;
         self.attributes.take().map_or(Ok(()), Attributes::put_back)?;
         self.creating = Some(shim);
-        let bundle = call.bundle.filter(|_| call.verb == "create").ok_or_else(|| {
+        let place = call.bundle.filter(|_| call.verb == "create").ok_or_else(|| {
             ContainerError::State(format!("podman asked to {} before to create", call.verb))
         })?;
-        let theirs = Bundle::read(&bundle)?;
+        let theirs = Bundle::read(&place)?;
         let config = theirs.config();
         if config.pointer("/linux/cgroupsPath").and_then(Value::as_str) != Some(&self.cgroups_path)
         {
@@ -202,11 +208,14 @@ impl Arrival {
                 self.cgroups_path
             )));
         }
+        let seen = spec.podman.as_ref().map_or(&[][..], |made| &made.own);
+        let mut files = own::stand_ins(config, bundle, seen)?;
+        files.extend(own_files(config));
         let network = self.network(config, spec)?;
         self.config = config.clone();
         remove(&self.directory.join("closed.nft"));
         tracing::debug!(ms = crate::dump::ms(begun), "podman is ready");
-        Ok(Ready { network, output, error, files: own_files(config) })
+        Ok(Ready { network, output, error, files })
     }
 
     /// The network that podman has made, off the bridge and open again.
@@ -232,11 +241,11 @@ impl Arrival {
         Ok(network)
     }
 
-    /// Has the shim start CRIU, in the network namespace of the container.
+    /// Has the shim start CRIU, in these namespaces of the container and our mount namespace.
     pub(crate) fn criu(
         &self,
         criu: &Path,
-        network: OwnedFd,
+        namespaces: &[BorrowedFd<'_>],
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<Swrk> {
         let gone = || ContainerError::State("podman's runtime is not waiting".to_owned());
@@ -248,7 +257,7 @@ impl Arrival {
             }
             let mounts = own_namespace("mnt")?;
             let order = Order::Begin { criu: criu.to_owned(), socket: inherited[0].as_raw_fd() };
-            talk::say(shim, &order, &[mounts.as_fd(), network.as_fd()])?;
+            talk::say(shim, &order, &[&[mounts.as_fd()], namespaces].concat())?;
             let (pid, _): (u32, _) = talk::hear(shim)?;
             Ok(pid as i32)
         })
@@ -317,21 +326,13 @@ impl Arrival {
         }
     }
 
-    fn accept(&self, within: Duration) -> Result<UnixStream> {
-        let over = || self.starting.as_ref().is_some_and(JoinHandle::is_finished);
-        accept(&self.listener, within, over).map_err(|error| match over() {
-            true => ContainerError::State("podman did not start the container".to_owned()),
-            false => error,
-        })
-    }
-}
-
-/// Nothing came of it. What there was of it, frozen, is gone already.
-impl Drop for Arrival {
-    fn drop(&mut self) {
-        if self.runs {
-            return;
-        }
+    /// Nothing came of it: podman forgets it. What there was of it, frozen, is gone already. It may be done
+    /// again.
+    ///
+    /// # Errors
+    /// When podman does not do that: see [`forget`].
+    pub(crate) fn forget(&mut self) -> Result<()> {
+        self.forgotten = true;
         if let Some(started) = self.started.take() {
             let _ = started.send(false);
         }
@@ -345,34 +346,77 @@ impl Drop for Arrival {
             let _ = starting.join();
         }
         self.attributes = None;
-        forget(&self.id, &self.directory, &self.rootfs, &[]);
+        forget(&self.id, &self.directory, &self.rootfs, &[])?;
         // It never ran: what is in them is a copy, whose files somebody else may be about to take back.
         volumes::remove(&self.volumes);
+        Ok(())
+    }
+
+    fn accept(&self, within: Duration) -> Result<UnixStream> {
+        let over = || self.starting.as_ref().is_some_and(JoinHandle::is_finished);
+        accept(&self.listener, within, over).map_err(|error| match over() {
+            true => ContainerError::State("podman did not start the container".to_owned()),
+            false => error,
+        })
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        // Whoever has done so already knows what came of it.
+        if !self.runs && !self.forgotten {
+            warn_of_kept(self.forget());
+        }
     }
 }
 
 /// Takes away what podman has of a container that never ran here, and those of its `volumes` that hold nothing.
-pub(crate) fn forget(id: &str, directory: &Path, rootfs: &Path, volumes: &[String]) {
+///
+/// # Errors
+/// When podman does not remove it. Then all stays as it is: podman, whose record it is, may still start it.
+pub(crate) fn forget(id: &str, directory: &Path, rootfs: &Path, volumes: &[String]) -> Result<()> {
     let mut command = podman(&["rm", "--force", "--ignore", "--time", "0", "--", id]);
-    if let Err(error) = run_within(&mut command, LONG) {
-        tracing::warn!(%error, "podman keeps a container that did not come");
-    }
+    run_within(&mut command, LONG)?;
     take_back(directory, rootfs, volumes);
     leftover::forget(id);
+    Ok(())
 }
 
 /// Like [`forget`], of one that podman was told to make, and perhaps has made, by the name `name`.
-pub(crate) fn forget_unknown(name: &str, directory: &Path, rootfs: &Path, volumes: &[String]) {
-    let known = ask(&["container", "inspect", "--", name]).ok();
-    let id = known.as_ref().and_then(|known| {
-        let text = |pointer: &str| known.pointer(pointer).and_then(Value::as_str);
-        // One that has run is somebody's.
-        let is_new = matches!(text("/0/State/Status")?, "configured" | "created" | "initialized");
-        if is_new && Path::new(text("/0/Rootfs")?) == rootfs { text("/0/Id") } else { None }
-    });
-    match id {
+///
+/// # Errors
+/// When podman does not say whether it has, or does not remove it. Then all stays as it is.
+pub(crate) fn forget_unknown(
+    name: &str,
+    directory: &Path,
+    rootfs: &Path,
+    volumes: &[String],
+) -> Result<()> {
+    let known = match has(name) {
+        Some(true) => ask(&["container", "inspect", "--", name])?,
+        Some(false) => Value::Null,
+        None => {
+            return Err(ContainerError::State(format!(
+                "podman does not say whether it has {name}"
+            )));
+        }
+    };
+    let text = |pointer: &str| known.pointer(pointer).and_then(Value::as_str);
+    // One that has run is somebody's.
+    let is_new = matches!(text("/0/State/Status"), Some("configured" | "created" | "initialized"));
+    match text("/0/Id").filter(|_| is_new && text("/0/Rootfs").map(Path::new) == Some(rootfs)) {
         Some(id) => forget(id, directory, rootfs, volumes),
-        None => take_back(directory, rootfs, volumes),
+        None => {
+            take_back(directory, rootfs, volumes);
+            Ok(())
+        }
+    }
+}
+
+/// Says in the log what could not be taken away: whoever sweeps tries it again.
+fn warn_of_kept(forgotten: Result<()>) {
+    if let Err(error) = forgotten {
+        tracing::warn!(%error, "podman may keep a container that did not come");
     }
 }
 

@@ -89,6 +89,8 @@ fn is_later(within: Duration) -> impl Fn() -> bool + Send {
 fn output(command: &mut Command, is_over: impl Fn() -> bool) -> io::Result<Option<Output>> {
     let file = || memfd_create("podman", MFdFlags::MFD_CLOEXEC).map(File::from);
     let (stdout, stderr) = (file()?, file()?);
+    // What podman would make after our end nobody would know of. This thread waits for it.
+    sys::end_with_us(command);
     let mut child = command.stdout(stdout.try_clone()?).stderr(stderr.try_clone()?).spawn()?;
     let ended = wait(&mut child, is_over);
     if !matches!(ended, Ok(Some(_))) {

@@ -70,6 +70,20 @@ pub(super) fn helper(config: &Table, name: &str) -> Option<PathBuf> {
     helpers(config).into_iter().map(|directory| directory.join(name)).find(|path| path.is_file())
 }
 
+/// The program that podman has be the first process of a container with `--init`, by default `name`.
+pub(super) fn init(config: &Table, name: &str) -> Option<PathBuf> {
+    let named = config.get("containers").and_then(|containers| containers.get("init_path"));
+    match named.and_then(Value::as_str) {
+        Some(path) => Some(path.into()),
+        None => helper(config, name).or_else(|| {
+            let path = std::env::var_os("PATH")?;
+            std::env::split_paths(&path)
+                .map(|directory| directory.join(name))
+                .find(|path| path.is_file())
+        }),
+    }
+}
+
 /// The same, with `program` for the OCI runtime called `runtime`, and helpers in `bin` before all others.
 pub(super) fn with(mut config: Table, runtime: &str, program: &Path, bin: &Path) -> Result<String> {
     let text = |path: &Path| Value::String(path.display().to_string());

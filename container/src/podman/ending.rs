@@ -2,7 +2,6 @@
 //! restart policy would start it again here.
 
 use std::fs;
-use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,9 +9,8 @@ use nix::sys::signal::Signal;
 
 use super::command::{LONG, run_within};
 use super::{has, podman};
-use crate::cgroup::Cgroups;
-use crate::error::Result;
-use crate::sys;
+use crate::cgroup::{Cgroups, kill_each};
+use crate::error::{ContainerError, Result};
 
 /// podman has its runtime kill the first process within this.
 const KILLED_WITHIN: Duration = Duration::from_secs(20);
@@ -32,17 +30,15 @@ pub(crate) fn end_for_good(id: &str, cgroups: &Cgroups, init: i32) -> Result<()>
 }
 
 fn end(id: &str, cgroups: &Cgroups, init: i32) -> Result<()> {
-    for pid in cgroups.processes()?.into_iter().filter(|pid| *pid != init) {
-        // One that is gone is dead already.
-        if let Ok(process) = sys::pidfd_open(pid) {
-            let _ = sys::pidfd_kill(process.as_fd());
-        }
-    }
+    let others = cgroups.processes()?.into_iter().filter(|pid| *pid != init).collect();
+    kill_each(&others)?;
     thread::scope(|scope| {
-        let stopping = scope.spawn(|| {
+        let stop = || {
             let mut command = podman(&["stop", "--time", "0", "--", id]);
             run_within(&mut command, LONG).map(|_| ())
-        });
+        };
+        let stopping = thread::Builder::new().spawn_scoped(scope, stop);
+        let stopping = stopping.map_err(ContainerError::io("start a thread"))?;
         let begun = Instant::now();
         while !stopping.is_finished() && begun.elapsed() < KILLED_WITHIN {
             if is_killed(init) {
@@ -54,7 +50,7 @@ fn end(id: &str, cgroups: &Cgroups, init: i32) -> Result<()> {
             thread::sleep(Duration::from_millis(2));
         }
         stopping.join().unwrap_or_else(|_| {
-            Err(crate::error::ContainerError::State("A thread that stops panicked".to_owned()))
+            Err(ContainerError::State("A thread that stops panicked".to_owned()))
         })
     })
 }

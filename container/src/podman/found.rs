@@ -27,7 +27,7 @@ pub(crate) struct Found {
 
 impl Found {
     /// Why what podman itself mounts in it from this host, by the configuration in `bundle`, speaks against
-    /// a move. Files that it makes anew for any container do not.
+    /// a move. What any podman mounts of its own does not.
     pub(crate) fn own_mounts(&self, bundle: &Bundle) -> Vec<String> {
         let is_own = |bind: &Bind| {
             let at = bind.destination.trim_end_matches('/');
@@ -35,8 +35,9 @@ impl Found {
         };
         let reason = |bind: Bind| {
             format!(
-                "podman itself mounts {} at {}, which does not go along: start it without --secret and \
-                 --init, and with --passwd=false",
+                "podman itself mounts {} at {}, which is not known to be the same with another podman: start it \
+                 without that (a time zone by --tz; what mounts.conf gives to all: an empty \
+                 /etc/containers/mounts.conf)",
                 bind.source.display(),
                 bind.destination
             )
@@ -165,6 +166,8 @@ fn made(said: &Value, network: Option<Named>, volumes: Vec<NamedVolume>) -> Made
         tty: is("/Config/Tty"),
         interactive: is("/Config/Tty") && is("/Config/OpenStdin"),
         remove: is("/HostConfig/AutoRemove"),
+        // Its keeper looks, each time that it is to move.
+        own: Vec::new(),
     }
 }
 
@@ -183,13 +186,15 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::podman::own::Own;
 
     #[test]
     fn what_podman_mounts_by_itself_stays() {
         let config = json!({"mounts": [
             {"destination": "/data", "type": "bind", "source": "/srv/data"},
             {"destination": "/etc/hosts", "type": "bind", "source": "/etc/hosts"},
-            {"destination": "/run/secrets/key", "type": "bind", "source": "/run/x/key"},
+            {"destination": "/run/x/key", "type": "bind", "source": "/run/x/key"},
+            {"destination": "/init", "type": "bind", "source": Own::Init.source()},
             {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
         ]});
         let bundle = Bundle::parse(Path::new("/r"), config.to_string().as_bytes());
@@ -197,6 +202,6 @@ mod tests {
         let found = Found { id, kind: RuntimeKind::Runc, made: Made::default(), mounted };
         let against = found.own_mounts(&bundle.expect("a bundle"));
         assert_eq!(against.len(), 1, "{against:?}");
-        assert!(against[0].contains("/run/x/key at /run/secrets/key"), "{against:?}");
+        assert!(against[0].contains("/run/x/key at /run/x/key"), "{against:?}");
     }
 }

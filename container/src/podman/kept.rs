@@ -35,7 +35,7 @@ pub(crate) fn criu(container: &mut Container) -> Result<Swrk> {
     let gone = || ContainerError::State("The CRIU that waited was used before".to_owned());
     let spec = ContainerSpec::from_json(&container.config.spec)?;
     let arrival = container.arrival.as_mut().ok_or_else(gone)?;
-    let ready = arrival.begin(&spec)?;
+    let ready = arrival.begin(&spec, &container.bundle)?;
     container.network = ready.network;
     container.streams.are(ready.output, ready.error);
     container.bundle.stand_in(ready.files);
@@ -43,7 +43,9 @@ pub(crate) fn criu(container: &mut Container) -> Result<Swrk> {
     let descriptors = restoring.inherited()?;
     let arrival = container.arrival.as_ref().ok_or_else(gone)?;
     let network = container.network.namespace_again()?;
-    let criu = arrival.criu(&container.config.tools.criu, network, &descriptors)?;
+    let namespaces: Vec<_> =
+        [Some(network.as_fd()), restoring.cgroup_namespace].into_iter().flatten().collect();
+    let criu = arrival.criu(&container.config.tools.criu, &namespaces, &descriptors)?;
     container.cgroups.enter(criu.pid())?;
     Ok(criu)
 }
@@ -115,7 +117,7 @@ pub(crate) fn about_to_run(container: &mut Container) -> Result<Option<Settling>
     let none = || ContainerError::State("The container has no process".to_owned());
     let init = container.init.as_ref().ok_or_else(none)?.pid();
     let lock = lock(&runtime.directory(), runtime.id())?;
-    let streams = ForeignStreams::find(&container.cgroups.processes()?, init)?.unwrap_or_default();
+    let streams = ForeignStreams::look(&container.cgroups.processes()?, init)?.unwrap_or_default();
     let started = start_time(init)?;
     let conmon = Some(Conmon::of(init, super::exchanged::directory(&place))?);
     let foreign = Foreign { _lock: lock, streams, init, started, podman: true, _conmon: conmon };

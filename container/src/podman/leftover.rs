@@ -2,15 +2,19 @@
 //! where that stands in our own directory, and the directory of its arrival. Either is noted, and goes when
 //! nobody needs it any more: the one when podman has no such container, the other when its `conmon` has ended.
 
+use std::cell::OnceCell;
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::found::HOME;
-use super::has;
+use super::{ask, has, image, on_host};
 use crate::error::{ContainerError, Result};
 use crate::runtime::start_time;
 
@@ -28,12 +32,47 @@ struct Left {
     directory: PathBuf,
     /// Its `conmon`, once it runs, and when that started.
     conmon: Option<(i32, u64)>,
+    /// Where podman keeps its record.
+    records: Records,
+}
+
+/// A directory in which podman keeps records, so that it is known again: whether podman lacks a container counts
+/// for nothing while it looks elsewhere, or where a file system is not mounted yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Records {
+    path: PathBuf,
+    inode: u64,
+    /// When the directory was made, where the file system says so.
+    born: Option<SystemTime>,
+}
+
+impl Records {
+    /// Where podman keeps them now.
+    fn now() -> Result<Self> {
+        let known = ask(&["info", "--format", "json"])?;
+        let path = known.pointer("/store/graphRoot").and_then(Value::as_str);
+        let path = path.ok_or_else(|| {
+            ContainerError::State("podman does not say where it keeps its records".to_owned())
+        })?;
+        on_host(|| Self::at(Path::new(path)))
+    }
+
+    fn at(path: &Path) -> io::Result<Self> {
+        let found = fs::metadata(path)?;
+        Ok(Self { path: path.to_owned(), inode: found.ino(), born: found.created().ok() })
+    }
+}
+
+/// What podman says of a container: whether it has it, if it says so, and where it has looked.
+struct Known {
+    has: Option<bool>,
+    records: Option<Records>,
 }
 
 /// Whoever comes to use these two: what was noted of them before is no more.
 pub(super) fn supersede(rootfs: &Path, directory: &Path) -> Result<()> {
     let home = Path::new(HOME);
-    fs::create_dir_all(home).map_err(ContainerError::io(format!("make {HOME}")))?;
+    make(home)?;
     let _alone = alone(home)?;
     for (path, left) in notes(home) {
         if left.rootfs == rootfs || left.directory == directory {
@@ -44,10 +83,19 @@ pub(super) fn supersede(rootfs: &Path, directory: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Makes the directory for what podman has of us, which nobody else may look into, as in podman's own.
+pub(super) fn make(home: &Path) -> Result<()> {
+    let failed = || format!("make {}", home.display());
+    fs::create_dir_all(home).map_err(ContainerError::io(failed()))?;
+    // Earlier versions left it open.
+    fs::set_permissions(home, fs::Permissions::from_mode(0o700))
+        .map_err(ContainerError::io(failed()))
+}
+
 /// Notes that podman has made the container `id`, with these.
 pub(super) fn note(id: &str, rootfs: &Path, directory: &Path) -> Result<()> {
-    let (rootfs, directory) = (rootfs.to_owned(), directory.to_owned());
-    Left { id: id.to_owned(), rootfs, directory, conmon: None }.write(Path::new(HOME))
+    let (rootfs, directory, records) = (rootfs.to_owned(), directory.to_owned(), Records::now()?);
+    Left { id: id.to_owned(), rootfs, directory, conmon: None, records }.write(Path::new(HOME))
 }
 
 /// Notes the `conmon` of the container `id`.
@@ -62,12 +110,25 @@ pub(super) fn forget(id: &str) {
     let _ = fs::remove_file(path(Path::new(HOME), id, NOTE));
 }
 
-/// Takes away what nobody needs any more, but for root file systems that `is_used` says are. Nobody may come to
-/// use one meanwhile. Gives directories that are still to be removed, which nobody can find any more.
+/// Takes away what nobody needs any more (images too that stayed mounted), but for root file systems that
+/// `is_used` says are. Nobody may come to use one meanwhile. Gives directories that are still to be removed,
+/// which nobody can find any more.
 pub fn clear(is_used: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
     let home = Path::new(HOME);
     match alone(home) {
-        Ok(_alone) => clear_in(home, has, is_used),
+        Ok(_alone) => {
+            if let Err(error) = make(home) {
+                tracing::warn!(%error, "Others can look into what podman has of us");
+            }
+            image::unmount_left(home);
+            // Asked once, and only if anything has come here.
+            let records = OnceCell::new();
+            let ask = |id: &str| Known {
+                has: has(id),
+                records: records.get_or_init(|| Records::now().ok()).clone(),
+            };
+            clear_in(home, ask, is_used)
+        }
         // Nothing came here yet.
         Err(_) => Vec::new(),
     }
@@ -90,7 +151,7 @@ fn notes(home: &Path) -> Vec<(PathBuf, Left)> {
 
 fn clear_in(
     home: &Path,
-    podman_has: impl Fn(&str) -> Option<bool>,
+    podman_knows: impl Fn(&str) -> Known,
     is_used: impl Fn(&Path) -> bool,
 ) -> Vec<PathBuf> {
     // An earlier removal may have been cut short.
@@ -101,7 +162,16 @@ fn clear_in(
     let entries = fs::read_dir(home).into_iter().flatten().flatten();
     let mut going: Vec<_> = entries.map(|entry| entry.path()).filter(is_going).collect();
     for (note, left) in notes(home) {
-        let Some(has) = podman_has(&left.id) else { continue };
+        let Known { has: Some(has), records } = podman_knows(&left.id) else { continue };
+        if !has && records.as_ref() != Some(&left.records) {
+            tracing::warn!(
+                id = left.id,
+                records = %left.records.path.display(),
+                rootfs = %left.rootfs.display(),
+                "podman does not look where it had the record of a container: its files stay"
+            );
+            continue;
+        }
         let ended = |(pid, started): (i32, u64)| start_time(pid).ok() != Some(started);
         if !has || left.conmon.is_some_and(ended) {
             let _ = fs::remove_dir_all(&left.directory);
@@ -146,8 +216,9 @@ impl Left {
     fn write(&self, home: &Path) -> Result<()> {
         let path = path(home, &self.id, NOTE);
         let fresh = path.with_extension("new");
-        let written = fs::create_dir_all(home)
-            .and_then(|()| Ok(serde_json::to_vec(self)?))
+        make(home)?;
+        let written = serde_json::to_vec(self)
+            .map_err(std::io::Error::from)
             .and_then(|text| fs::write(&fresh, text))
             .and_then(|()| fs::rename(&fresh, &path));
         written.map_err(ContainerError::io(format!("write {}", path.display())))
@@ -166,29 +237,39 @@ mod tests {
         let us = std::process::id() as i32;
         let lives = Some((us, start_time(us).expect("a time")));
         let ended = Some((us, 0));
+        let records = Records::at(home).expect("a directory");
+        let elsewhere = Records { inode: records.inode + 1, ..records.clone() };
         let make = |conmon| {
             fs::create_dir_all(&rootfs)
                 .and_then(|()| fs::create_dir_all(&directory))
                 .expect("made");
             let (rootfs, directory) = (rootfs.clone(), directory.clone());
-            Left { id: "7".into(), rootfs, directory, conmon }.write(home).expect("noted");
+            let records = records.clone();
+            Left { id: "7".into(), rootfs, directory, conmon, records }.write(home).expect("noted");
         };
-        for (has, used, conmon, stays) in [
-            (Some(true), false, lives, (true, true)),
-            (Some(true), false, None, (true, true)),
-            (Some(true), false, ended, (true, false)),
-            (None, false, ended, (true, true)),
-            (Some(false), true, ended, (true, false)),
-            (Some(false), false, ended, (false, false)),
+        let there = || Some(records.clone());
+        for (has, records, used, conmon, stays) in [
+            (Some(true), there(), false, lives, (true, true)),
+            (Some(true), there(), false, None, (true, true)),
+            (Some(true), there(), false, ended, (true, false)),
+            (None, there(), false, ended, (true, true)),
+            (Some(false), there(), true, ended, (true, false)),
+            // It looked elsewhere, or does not say where.
+            (Some(false), Some(elsewhere), false, ended, (true, true)),
+            (Some(false), None, false, ended, (true, true)),
+            (Some(false), there(), false, ended, (false, false)),
         ] {
             make(conmon);
-            let going = clear_in(home, |_| has, |path| used && path == rootfs);
+            let known = |_: &str| Known { has, records: records.clone() };
+            let going = clear_in(home, known, |path| used && path == rootfs);
             assert_eq!((rootfs.exists(), directory.exists()), stays, "{has:?} {used} {conmon:?}");
             assert_eq!(path(home, "7", NOTE).exists(), stays.0);
             assert_eq!(going.len(), usize::from(!stays.0));
         }
+        assert_eq!(fs::metadata(home).expect("there").mode() & 0o777, 0o700);
         // What could not be removed is tried again.
-        assert_eq!(clear_in(home, |_| None, |_| false), [path(home, "7", GOING)]);
+        let known = |_: &str| Known { has: None, records: None };
+        assert_eq!(clear_in(home, known, |_| false), [path(home, "7", GOING)]);
     }
 
     #[test]
@@ -202,9 +283,12 @@ mod tests {
     fn what_stands_elsewhere_stays() {
         let (room, other) = (tempfile::tempdir().expect("one"), tempfile::tempdir().expect("two"));
         let (rootfs, directory) = (other.path().to_owned(), room.path().join("arrival"));
-        let left = Left { id: "7".into(), rootfs, directory, conmon: None };
+        let records = Records::at(room.path()).expect("a directory");
+        let known = |_: &str| Known { has: Some(false), records: Some(records.clone()) };
+        let left =
+            Left { id: "7".into(), rootfs, directory, conmon: None, records: records.clone() };
         left.write(room.path()).expect("noted");
-        assert!(clear_in(room.path(), |_| Some(false), |_| false).is_empty());
+        assert!(clear_in(room.path(), known, |_| false).is_empty());
         assert!(other.path().exists() && !path(room.path(), "7", NOTE).exists());
     }
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::own::{INIT, INIT_WORDS, Own, Seen};
 use super::volumes::NamedVolume;
 
 /// What podman knows of a container beside its OCI configuration.
@@ -47,6 +48,9 @@ pub struct Made {
     /// Whether podman removes it when it ends.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub remove: bool,
+    /// What podman itself mounts in it that has to be the same at the next host.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub own: Vec<Seen>,
 }
 
 /// A network of podman's, and what a container is called in it.
@@ -70,25 +74,27 @@ const OWN_ANNOTATIONS: [&str; 4] =
 const OWN_FILES: [&str; 4] =
     ["/etc/resolv.conf", "/etc/hosts", "/etc/hostname", "/run/.containerenv"];
 
-/// The configuration of a container of podman's as it could be run anywhere: its root file system is the
-/// bundle, podman's own files are those of the host, `/dev/shm` is a file system of its own, and hooks are
-/// every podman's own.
-pub(crate) fn anywhere(mut config: Value) -> Value {
+/// The configuration that podman has made for the container `id` as it could be run anywhere: its root file system
+/// is the bundle, podman's own files are those of the host, or what any podman mounts by itself, `/dev/shm` is a
+/// file system of its own, and hooks are every podman's own.
+pub(crate) fn anywhere(mut config: Value, id: &str) -> Value {
     config["root"]["path"] = json!(".");
     if let Some(config) = config.as_object_mut() {
         config.remove("hooks");
     }
+    let made = config.clone();
     let Some(mounts) = config["mounts"].as_array_mut() else { return config };
     for mount in mounts {
         let destination = mount["destination"].as_str().unwrap_or_default().to_owned();
         if OWN_FILES.contains(&destination.as_str()) && mount["type"] == "bind" {
             mount["source"] = json!(destination);
-        }
-        if destination == "/dev/shm" && mount["type"] == "bind" {
+        } else if destination == "/dev/shm" && mount["type"] == "bind" {
             *mount = json!({
                 "destination": destination, "type": "tmpfs", "source": "shm",
                 "options": ["nosuid", "noexec", "nodev", "mode=1777"],
             });
+        } else if let Some(own) = Own::of_mount(mount, &made, id) {
+            mount["source"] = json!(own.source());
         }
     }
     config
@@ -120,7 +126,8 @@ impl Made {
     }
 
     /// The arguments of `podman create` for a container called `name` with that configuration, what is
-    /// `mounted` in it from outside, and its root file system at `rootfs`. A seccomp profile of its own is in the file `seccomp`.
+    /// `mounted` in it from outside or by podman itself, and its root file system at `rootfs`. A seccomp profile of
+    /// its own is in the file `seccomp`.
     pub(crate) fn arguments(
         &self,
         name: &str,
@@ -133,16 +140,15 @@ impl Made {
         let mut say = |word: &str, value: &str| all.push(format!("--{word}={value}"));
         say("name", name);
         say("http-proxy", "false");
-        say("cgroupns", "host");
+        let namespaces = config["linux"]["namespaces"].as_array();
+        let hides = namespaces.is_some_and(|all| all.iter().any(|one| one["type"] == "cgroup"));
+        say("cgroupns", if hides { "private" } else { "host" });
         if let Some(hostname) = config["hostname"].as_str() {
             say("hostname", hostname);
         }
         let flags = [("tty", self.tty), ("interactive", self.interactive), ("rm", self.remove)];
         for (word, _) in flags.iter().filter(|(_, is_set)| *is_set) {
             say(word, "true");
-        }
-        for volume in mounted {
-            say("volume", volume);
         }
         for (key, value) in &self.labels {
             say("label", &format!("{key}={value}"));
@@ -190,9 +196,11 @@ impl Made {
         if config["process"]["noNewPrivileges"] == true {
             say("security-opt", "no-new-privileges");
         }
+        all.extend_from_slice(mounted);
         all.push("--rootfs".to_owned());
         all.push(rootfs.display().to_string());
-        let arguments = config["process"]["args"].as_array().into_iter().flatten();
+        let added = if mounted.iter().any(|word| word == INIT) { INIT_WORDS } else { 0 };
+        let arguments = config["process"]["args"].as_array().into_iter().flatten().skip(added);
         all.extend(arguments.filter_map(Value::as_str).map(str::to_owned));
         all
     }
@@ -290,7 +298,7 @@ mod tests {
             "linux": {"resources": {"memory": {"limit": 1024}}, "seccomp": {}},
         });
         let made = Made { tty: true, ..made() };
-        let mounted = ["data:/data:ro".to_owned()];
+        let mounted = ["--volume=data:/data:ro".to_owned()];
         let (rootfs, seccomp) = (Path::new("/r"), Path::new("/s.json"));
         let words = made.arguments("web", &config, &mounted, rootfs, seccomp);
         for word in [
@@ -309,6 +317,10 @@ mod tests {
         assert!(!words.iter().any(|word| word == "--env=HOME" || word.starts_with("--rm")));
         // What the program is called with is no option of podman's.
         assert_eq!(words[words.len() - 4..], ["--rootfs", "/r", "/bin/sh", "--privileged"]);
+        // What podman puts before it is not put there twice.
+        let config = json!({"process": {"args": ["/run/podman-init", "--", "/bin/sh"]}});
+        let words = made.arguments("web", &config, &[INIT.to_owned()], rootfs, seccomp);
+        assert_eq!(words[words.len() - 4..], [INIT, "--rootfs", "/r", "/bin/sh"]);
     }
 
     #[test]
@@ -332,14 +344,16 @@ mod tests {
         let config = json!({"root": {"path": "/merged"}, "hooks": {"poststop": []}, "mounts": [
             {"destination": "/etc/hosts", "type": "bind", "source": "/run/x/hosts"},
             {"destination": "/dev/shm", "type": "bind", "source": "/var/x/shm"},
+            {"destination": "/run/secrets/k", "type": "bind", "source": "/run/7/userdata/secrets/k"},
             {"destination": "/data", "type": "bind", "source": "/srv/data"}]});
         let files = own_files(&config);
         assert_eq!(files.len(), 1);
         assert_eq!(files["/etc/hosts"], Path::new("/run/x/hosts"));
-        let config = anywhere(config);
+        let config = anywhere(config, "7");
         assert_eq!(config["mounts"][0]["source"], "/etc/hosts");
         assert_eq!(config["mounts"][1]["type"], "tmpfs");
-        assert_eq!(config["mounts"][2]["source"], "/srv/data");
+        assert_eq!(config["mounts"][2]["source"], Own::Secret("k".into()).source());
+        assert_eq!(config["mounts"][3]["source"], "/srv/data");
         assert!(config["hooks"].is_null() && config["root"]["path"] == ".");
     }
 }

@@ -2,10 +2,10 @@
 //! be the parent of what an OCI runtime starts; below that it is a container like any other.
 //!
 //! Rooms: `found` (one that podman has), `image` (images and networks, for a checkpoint of podman's), `made` (what
-//! another podman is told to make of it), `volumes` (what is mounted into it), `arrival` (how it comes to the
-//! charge of this host's podman), `exchanged` (the commands that podman gets for that), `kept` and `ending` (what
-//! its keeper does otherwise), [`leftover`] (what stays until podman has forgotten it) and [`shim`] (what `conmon`
-//! there takes for the runtime).
+//! another podman is told to make of it), `volumes` (what is mounted into it), `own` (what podman itself mounts),
+//! `arrival` (how it comes to the charge of this host's podman), `exchanged` (the commands that podman gets for
+//! that), `kept` and `ending` (what its keeper does otherwise), [`leftover`] (what stays until podman has forgotten
+//! it), `restarting` (whether the host starts it by itself) and [`shim`] (what `conmon` there takes for the runtime).
 //! podman is spoken to by its command (`command`), in the mount namespace of the host, for what it mounts is for
 //! all of the host to see.
 
@@ -19,6 +19,8 @@ pub(crate) mod image;
 mod kept;
 pub mod leftover;
 pub(crate) mod made;
+pub(crate) mod own;
+pub(crate) mod restarting;
 pub mod shim;
 mod talk;
 pub(crate) mod volumes;
@@ -27,11 +29,11 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
-use std::thread;
 
 use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::Value;
 
+use crate::beside;
 use crate::error::{ContainerError, Result};
 
 pub(crate) use command::{has, podman, run};
@@ -55,18 +57,13 @@ pub(crate) fn remember_host_mounts() -> Result<()> {
 /// Does `work` on a thread that is in the mount namespace of the host: a child that it starts is there too,
 /// and what it opens is the host's.
 pub(crate) fn on_host<T: Send>(work: impl FnOnce() -> std::io::Result<T> + Send) -> Result<T> {
-    thread::scope(|scope| {
-        let there = scope.spawn(|| {
-            if let Some(namespace) = HOST_MOUNTS.get() {
-                unshare(CloneFlags::CLONE_FS)
-                    .and_then(|()| setns(namespace.as_fd(), CloneFlags::CLONE_NEWNS))
-                    .map_err(ContainerError::errno("enter the host's mount namespace"))?;
-            }
-            work().map_err(ContainerError::io("work in the host's mount namespace"))
-        });
-        there.join().unwrap_or_else(|_| {
-            Err(ContainerError::State("A thread that speaks to podman panicked".to_owned()))
-        })
+    beside::apart(|| {
+        if let Some(namespace) = HOST_MOUNTS.get() {
+            unshare(CloneFlags::CLONE_FS)
+                .and_then(|()| setns(namespace.as_fd(), CloneFlags::CLONE_NEWNS))
+                .map_err(ContainerError::errno("enter the host's mount namespace"))?;
+        }
+        work().map_err(ContainerError::io("work in the host's mount namespace"))
     })
 }
 
@@ -86,7 +83,7 @@ pub(crate) fn refusals(made: &made::Made) -> Vec<String> {
         Ok(information) => information,
         Err(error) => return vec![format!("There is no podman that works: {error}")],
     };
-    let mut found = Vec::new();
+    let mut found: Vec<_> = restarting::obstacle(made).into_iter().collect();
     let Some(network) = &made.network else { return found };
     if let Some(nonsense) = made.nonsense() {
         found.push(nonsense);

@@ -38,8 +38,8 @@ const TERMINAL: &[u8] = b"/dev/console";
 pub(crate) enum Order {
     /// These descriptors are wanted under these numbers. More will follow.
     Take(Vec<i32>),
-    /// Start this CRIU, in the mount and the network namespace that come with it, with all that was
-    /// taken, and speaking on the descriptor of that number.
+    /// Start this CRIU, in the namespaces that come with it, with all that was taken, and speaking on the
+    /// descriptor of that number.
     Begin { criu: PathBuf, socket: i32 },
     /// It restored a container with this first process, and the terminal that comes with it.
     Restored(i32),

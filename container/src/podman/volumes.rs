@@ -196,7 +196,7 @@ fn told(bundle: &Bundle) -> impl Iterator<Item = Bind> {
     bundle.binds().into_iter().filter(|bind| !is_host_file(&bind.source))
 }
 
-/// What `podman create --volume` is told, for each mount.
+/// What `podman create` is told, for each mount.
 pub(super) fn arguments(volumes: &[NamedVolume], bundle: &Bundle) -> Vec<String> {
     let argument = |bind: Bind| {
         let volume = volumes.iter().find(|volume| volume.source == bind.written);
@@ -205,7 +205,7 @@ pub(super) fn arguments(volumes: &[NamedVolume], bundle: &Bundle) -> Vec<String>
         // What is in it has come, and nothing of the image is to be added.
         options.extend(volume.map(|_| "nocopy"));
         let what = volume.map_or(bind.source.display().to_string(), |volume| volume.name.clone());
-        [&what, &bind.destination, &options.join(",")].map(String::as_str).join(":")
+        format!("--volume={what}:{}:{}", bind.destination, options.join(","))
     };
     told(bundle).map(argument).collect()
 }
@@ -400,7 +400,7 @@ mod tests {
         ]));
         assert_eq!(
             arguments(&[data()], &bundle),
-            ["data:/data:rw,rprivate,nosuid,rbind,nocopy", "/srv/y:/x:ro,rbind"]
+            ["--volume=data:/data:rw,rprivate,nosuid,rbind,nocopy", "--volume=/srv/y:/x:ro,rbind"]
         );
     }
 

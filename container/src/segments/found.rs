@@ -15,7 +15,7 @@ use decamp_shared::workload::SpaceInfo;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::hide::HiddenSegments;
-use super::seen::{Key, Seen, made, quiet};
+use super::seen::{Key, Seen, made, page_on, quiet};
 use super::{FIRST_SPACE, Moved, SEGMENTS_CAP};
 use crate::error::{ContainerError, Result};
 use crate::images::PAGE_LIMIT;
@@ -29,6 +29,9 @@ pub(crate) const SMALL: u64 = 256 << 10;
 const LABEL: &str = "shared memory ";
 /// The same of one of System V.
 const LABEL_SYSTEM_V: &str = "System V segment ";
+/// The same of one of huge pages, before their size.
+const LABEL_HUGE: &str = "shared huge pages of ";
+const LABEL_KIB: &str = " KiB ";
 /// Names of memory files are this long at most (the kernel's limit).
 pub(super) const NAME_CAP: usize = 249;
 
@@ -38,6 +41,8 @@ pub(crate) struct Segments {
     known: Vec<Segment>,
     /// How many there have been. The numbers of those that are gone are not given again.
     counted: u32,
+    /// The device of the kernel's own mount of ordinary pages, once something was looked for.
+    device: u64,
     /// The mounts that those on a tmpfs are on.
     trees: Held,
 }
@@ -47,6 +52,8 @@ struct Segment {
     kind: SegmentKind,
     device: u64,
     inode: u64,
+    /// Bytes of a page.
+    page: u64,
     label: String,
     /// Held, so that its number stays its own. Read only.
     file: File,
@@ -74,6 +81,7 @@ impl Segments {
                 return Ok(());
             }
         };
+        self.device = device;
         let mut seen = Seen::default();
         for process in processes {
             // What ends meanwhile has nothing.
@@ -125,10 +133,9 @@ impl Segments {
         if self.known.is_empty() {
             return;
         }
-        let Some(device) = self.memory_device() else { return self.look_at_trees_again(processes) };
         let mut seen = Seen::default();
         let processes: Vec<&Process> = processes.collect();
-        processes.iter().for_each(|process| seen.look_at_mappings(process.pid, device));
+        processes.iter().for_each(|process| seen.look_at_mappings(process.pid, self.device));
         // A System V segment that nobody has attached any more may be another one by now.
         self.known.retain(|segment| match segment.kind {
             SegmentKind::Memory => segment.key().is_none_or(|key| !seen.left.contains(&key)),
@@ -179,12 +186,6 @@ impl Segments {
         found
     }
 
-    fn memory_device(&self) -> Option<u64> {
-        let mut known = self.known.iter();
-        let found = known.find(|segment| !matches!(segment.kind, SegmentKind::OfTree(_)));
-        found.map(|segment| segment.device)
-    }
-
     /// The spaces that they are.
     pub(crate) fn infos(&self) -> impl Iterator<Item = SpaceInfo> + '_ {
         self.known.iter().map(|segment| SpaceInfo {
@@ -205,13 +206,16 @@ impl Segments {
 
     /// What CRIU must find empty.
     pub(crate) fn hidden(&self) -> HiddenSegments {
-        let keys = self.known.iter().filter_map(Segment::key);
-        let (system_v, memory): (Vec<_>, Vec<_>) = keys.partition(|key| key.system_v);
-        HiddenSegments {
-            device: self.memory_device().unwrap_or(0),
-            inodes: memory.into_iter().map(|key| key.inode).collect(),
-            system_v: system_v.into_iter().map(|key| key.inode).collect(),
+        let mut hidden = HiddenSegments::default();
+        for segment in &self.known {
+            let into = match segment.kind {
+                SegmentKind::Memory => &mut hidden.memory,
+                SegmentKind::SystemV(_) => &mut hidden.system_v,
+                SegmentKind::OfTree(_) => continue,
+            };
+            into.insert((segment.device, segment.inode));
         }
+        hidden
     }
 
     /// The same for the destination.
@@ -232,7 +236,8 @@ impl Segment {
         let file = quiet().open(path).ok()?;
         let found = file.metadata().ok()?;
         // CRIU keeps the lower half of the number only.
-        let named = found.is_file() && found.dev() == device && found.ino() == key.inode;
+        let page = page_on(found.dev(), device);
+        let named = found.is_file() && page == Some(key.page) && found.ino() == key.inode;
         if !named
             || u32::try_from(key.inode).is_err()
             || !(SMALL..=PAGE_LIMIT * PAGE_SIZE as u64).contains(&found.len())
@@ -240,19 +245,28 @@ impl Segment {
             return None;
         }
         let link = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
+        let huge = key.page != PAGE_SIZE as u64;
         let (kind, label) = if key.system_v {
-            link.to_str().filter(|link| link.starts_with("/SYSV"))?;
+            // Of huge pages they are CRIU's, which makes and fills them.
+            link.to_str().filter(|link| link.starts_with("/SYSV") && !huge)?;
             (SegmentKind::SystemV(made(&file)?), format!("{LABEL_SYSTEM_V}{}", key.inode))
         } else {
-            (SegmentKind::Memory, format!("{LABEL}{}", name_of(link.to_str()?)?))
+            let name = name_of(link.to_str()?)?;
+            let label = match huge {
+                true => format!("{LABEL_HUGE}{}{LABEL_KIB}{name}", key.page / 1024),
+                false => format!("{LABEL}{name}"),
+            };
+            (SegmentKind::Memory, label)
         };
-        Some(Self { space, kind, device, inode: key.inode, label, file })
+        let (device, inode, page) = (found.dev(), key.inode, key.page);
+        Some(Self { space, kind, device, inode, page, label, file })
     }
 
     fn of_tree(space: SpaceId, found: OfTree) -> Self {
         let OfTree { number, device, label, file } = found;
         let kind = SegmentKind::OfTree(number);
-        Self { space, kind, device, inode: file.inode, label, file: file.file }
+        let page = PAGE_SIZE as u64;
+        Self { space, kind, device, inode: file.inode, page, label, file: file.file }
     }
 
     /// Whether it is this file.
@@ -280,14 +294,17 @@ impl Segment {
             SegmentKind::SystemV(_) => true,
             SegmentKind::OfTree(_) => return None,
         };
-        Some(Key { system_v, inode: self.inode })
+        Some(Key { system_v, inode: self.inode, page: self.page })
     }
 }
 
 /// What CRIU gives a memory file as its name, by the link that leads to it.
 fn name_of(link: &str) -> Option<&str> {
     let link = link.strip_suffix(" (deleted)")?;
-    let name = if link == "/dev/zero" { link } else { link.strip_prefix("/memfd:")? };
+    let name = match link {
+        "/dev/zero" | "/anon_hugepage" => link,
+        _ => link.strip_prefix("/memfd:")?,
+    };
     (name.len() <= NAME_CAP).then_some(name)
 }
 
@@ -296,9 +313,16 @@ pub(super) fn is_system_v(label: &str) -> bool {
     label.starts_with(LABEL_SYSTEM_V)
 }
 
-/// The name of a segment, from what its space is called.
-pub(super) fn name_in(label: &str) -> Option<&str> {
-    label.strip_prefix(LABEL).filter(|name| name.len() <= NAME_CAP)
+/// The name of a segment, from what its space is called, and the bytes of its pages if they are huge.
+pub(super) fn name_in(label: &str) -> Option<(&str, Option<u64>)> {
+    let (name, page) = match label.strip_prefix(LABEL_HUGE) {
+        Some(rest) => {
+            let (kib, name) = rest.split_once(LABEL_KIB)?;
+            (name, Some(kib.parse::<u64>().ok()?.checked_mul(1024)?))
+        }
+        None => (label.strip_prefix(LABEL)?, None),
+    };
+    (name.len() <= NAME_CAP).then_some((name, page))
 }
 
 /// The device of the kernel's own mount, on which all shared memory is that has no other.
@@ -359,5 +383,11 @@ mod tests {
         assert_eq!(name_of("/memfd:/dev/zero (deleted)"), Some("/dev/zero"));
         assert_eq!(name_of("/SYSV00000000 (deleted)"), None);
         assert_eq!(name_of("/dev/shm/x"), None);
+        assert_eq!(name_of("/anon_hugepage (deleted)"), Some("/anon_hugepage"));
+        assert_eq!(name_in("shared memory of 2 KiB x"), Some(("of 2 KiB x", None)));
+        let huge = "shared huge pages of 2048 KiB a KiB b";
+        assert_eq!(name_in(huge), Some(("a KiB b", Some(2 << 20))));
+        assert_eq!(name_in("shared huge pages of 99999999999999999999 KiB x"), None);
+        assert_eq!(name_in("shared huge pages of x"), None);
     }
 }

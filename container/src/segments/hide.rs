@@ -9,19 +9,17 @@ use nix::sys::stat::fstat;
 
 use crate::sys;
 
-/// Segments by the number of their file, all on the kernel's own mount of shared memory.
+/// Segments by device and number of their file, all on the kernel's own mounts of shared memory.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct HiddenSegments {
-    /// The device of that mount.
-    pub(crate) device: u64,
-    pub(crate) inodes: BTreeSet<u64>,
+    pub(crate) memory: BTreeSet<(u64, u64)>,
     /// The same of those of System V, whose numbers others may have as well.
-    pub(crate) system_v: BTreeSet<u64>,
+    pub(crate) system_v: BTreeSet<(u64, u64)>,
 }
 
 impl HiddenSegments {
     pub(crate) fn is_empty(&self) -> bool {
-        self.inodes.is_empty() && self.system_v.is_empty()
+        self.memory.is_empty() && self.system_v.is_empty()
     }
 
     /// Whether descriptor `number` of `process` is of one of them.
@@ -32,12 +30,13 @@ impl HiddenSegments {
         let number = i32::try_from(number).map_err(|_| io::ErrorKind::InvalidInput)?;
         let file = sys::pidfd_getfd(std::os::fd::AsFd::as_fd(process), number)?;
         let found = fstat(&file)?;
-        if found.st_dev != self.device {
+        let named = (found.st_dev, found.st_ino);
+        if !self.memory.contains(&named) && !self.system_v.contains(&named) {
             return Ok(false);
         }
         let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         let system_v = link.as_os_str().as_encoded_bytes().starts_with(b"/SYSV");
-        let ours = if system_v { &self.system_v } else { &self.inodes };
-        Ok(ours.contains(&found.st_ino))
+        let ours = if system_v { &self.system_v } else { &self.memory };
+        Ok(ours.contains(&named))
     }
 }

@@ -20,7 +20,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use super::found::{is_system_v, name_in};
 use super::{Moved, SEGMENTS, SEGMENTS_CAP, is_segment, rewrite, system_v};
 use crate::error::{ContainerError, Result};
+use crate::huge;
 use crate::images::PAGE_LIMIT;
+use crate::mounts::Given;
 use crate::store::Store;
 use crate::tmpfs::held::tree_in;
 use crate::tmpfs::land::Mounted;
@@ -40,8 +42,8 @@ struct Landed {
 }
 
 enum LandedKind {
-    /// A memory file of this name.
-    Memory(String),
+    /// A memory file of this name, and of huge pages of so many bytes.
+    Memory(String, Option<u64>),
     SystemV,
     /// A file on the tmpfs of this number.
     OfTree(u32),
@@ -65,7 +67,7 @@ impl Landing {
                 return Err(bad("is one segment too many"));
             }
             let landed = self.land(info, store)?;
-            inherited |= matches!(landed.kind, LandedKind::Memory(_));
+            inherited |= matches!(landed.kind, LandedKind::Memory(..));
             if self.files.insert(SpaceId(info.id), landed).is_some() {
                 return Err(bad("exists already"));
             }
@@ -83,13 +85,15 @@ impl Landing {
             let file = file.map_err(ContainerError::io("make a file on a tmpfs"))?;
             return Ok(Landed { kind: LandedKind::OfTree(number), file });
         }
-        let name = name_in(&info.label).filter(|name| !name.contains('\0')).ok_or_else(|| {
+        let known = |page: &Option<u64>| page.is_none_or(|page| huge::sizes().contains(&page));
+        let named = name_in(&info.label).filter(|(name, page)| !name.contains('\0') && known(page));
+        let (name, page) = named.ok_or_else(|| {
             ContainerError::State(format!("Space {} is no segment of shared memory", info.id))
         })?;
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | huge::of_pages(page);
         let made = memfd_create(name, flags)
             .map_err(ContainerError::errno(format!("make memory file {name}")))?;
-        Ok(Landed { kind: LandedKind::Memory(name.to_owned()), file: made.into() })
+        Ok(Landed { kind: LandedKind::Memory(name.to_owned(), page), file: made.into() })
     }
 
     /// The tmpfs of that number, mounted if it is not.
@@ -109,14 +113,14 @@ impl Landing {
 
     /// What CRIU has to inherit, with the key under which it finds each.
     pub(crate) fn inherited(&self) -> impl Iterator<Item = (String, BorrowedFd<'_>)> {
-        let memory = |landed: &Landed| matches!(landed.kind, LandedKind::Memory(_));
+        let memory = |landed: &Landed| matches!(landed.kind, LandedKind::Memory(..));
         let files = self.files.iter().filter(move |(_, landed)| memory(landed));
         files.map(|(space, landed)| (key(*space), landed.file.as_fd()))
     }
 
     /// Completes the tmpfs mounts `trees`, whose large files have come, and gives what CRIU is told of them.
-    pub(crate) fn plant(&self, trees: &[Tree]) -> Result<Vec<String>> {
-        let mut told = Vec::new();
+    pub(crate) fn plant(&self, trees: &[Tree]) -> Result<Vec<Given>> {
+        let mut given = Vec::new();
         for tree in trees {
             let never = || ContainerError::section(tmpfs::TREES, "has a tmpfs that never came");
             let mounted = self.trees.get(&tree.number).ok_or_else(never)?;
@@ -127,16 +131,24 @@ impl Landing {
                 };
                 landed.filter(ours).map(|landed| &landed.file)
             })?;
-            told.push(format!("mnt[{}]:{}", tmpfs::key(tree.number), mounted.place().display()));
+            let (key, source) = (tmpfs::key(tree.number), mounted.place().to_owned());
+            given.push(Given { key, source, is_read_only: false });
         }
-        Ok(told)
+        Ok(given)
     }
 
-    /// Has the restore that `images` are of use the segments that were `moved`.
+    /// Has the restore that `images` are of use the segments that were `moved`. Who owns them on this host
+    /// follows by `outside` from who does in the container.
     ///
     /// # Errors
     /// When the images do not speak of the segment that has come, or of one that never came.
-    pub(crate) fn enter(&self, images: &Path, moved: &[Moved], store: &Store) -> Result<Seals<'_>> {
+    pub(crate) fn enter(
+        &self,
+        images: &Path,
+        moved: &[Moved],
+        store: &Store,
+        outside: impl Fn((u32, u32)) -> Option<(u32, u32)>,
+    ) -> Result<Seals<'_>> {
         let bad = |what: String| ContainerError::section(SEGMENTS, what);
         let mut landed = BTreeMap::new();
         for segment in moved {
@@ -147,8 +159,8 @@ impl Landing {
                 (LandedKind::SystemV, true) => {
                     system_v::enter(images, &store.parent(), segment, &there.file)?;
                 }
-                (LandedKind::Memory(name), false) => {
-                    landed.insert(segment.inode, (space, name, there));
+                (LandedKind::Memory(name, page), false) => {
+                    landed.insert(segment.inode, (space, (name, *page), there));
                 }
                 _ => return Err(bad(format!("has {space} of another kind than it came as"))),
             }
@@ -165,14 +177,20 @@ impl Landing {
             }
         }
         for (inode, facts) in entered {
-            let Some((space, name, landed)) = landed.get(&inode) else { continue };
-            if facts.name != name.as_bytes() {
-                return Err(bad(format!("calls {space} by another name than it came under")));
+            let Some((space, (name, page), landed)) = landed.get(&inode) else { continue };
+            if facts.name != name.as_bytes() || facts.page != *page {
+                return Err(bad(format!(
+                    "calls {space} by another name than it came under, or has other pages in it"
+                )));
             }
             if facts.size > PAGE_LIMIT * PAGE_SIZE as u64 {
                 return Err(bad(format!("has {space} larger than memory can be")));
             }
-            landed.finish(&facts).map_err(ContainerError::io(format!("complete {space}")))?;
+            let owner = outside(facts.owner);
+            let owner = owner.ok_or_else(|| bad(format!("has {space} of nobody's")))?;
+            landed
+                .finish(&facts, owner)
+                .map_err(ContainerError::io(format!("complete {space}")))?;
             // What is mapped before this is set could be written, for all the kernel knows, and is not sealed.
             let early = SealFlag::from_bits_retain(facts.seals) & SealFlag::F_SEAL_WRITE;
             Seals(vec![(landed.file.as_fd(), early.bits())]).set()?;
@@ -189,10 +207,10 @@ impl Landing {
 }
 
 impl Landed {
-    fn finish(&self, facts: &rewrite::Inode) -> std::io::Result<()> {
+    fn finish(&self, facts: &rewrite::Inode, owner: (u32, u32)) -> std::io::Result<()> {
         // What came behind its end, or in the last page after it, goes.
         self.file.set_len(facts.size)?;
-        fchown(&self.file, Some(facts.owner.0), Some(facts.owner.1))?;
+        fchown(&self.file, Some(owner.0), Some(owner.1))?;
         if let Some(mode) = facts.mode {
             self.file.set_permissions(Permissions::from_mode(mode & 0o7777))?;
         }
@@ -256,7 +274,8 @@ mod tests {
         let Some(store) = crate::store::tests::store(directory.path()) else { return };
         let moved = Moved { space: FIRST_SPACE, inode: 9, system_v: false };
         let landing = Landing::default();
-        let error = landing.enter(directory.path(), &[moved], &store).expect_err("it is not here");
+        let error =
+            landing.enter(directory.path(), &[moved], &store, Some).expect_err("it is not here");
         assert!(error.to_string().contains("never came"), "{error}");
     }
 }

@@ -10,6 +10,8 @@ use crate::error::{ContainerError, Result};
 const COMMON_MAGIC: u32 = 0x5456_4319;
 /// The second mark of an image of a process's mappings.
 pub(crate) const MM_MAGIC: u32 = 0x5749_2820;
+/// The same of the image of a tree of processes.
+pub(crate) const PSTREE_MAGIC: u32 = 0x5027_3030;
 /// Field numbers of protobuf end here.
 const TAG_CAP: u64 = 1 << 29;
 
@@ -82,6 +84,16 @@ impl Message {
         })
     }
 
+    /// All numbers in field `tag`, in order; nothing when something else is in it.
+    pub(crate) fn numbers(&self, tag: u32) -> Option<Vec<u64>> {
+        let each = self.fields.iter().filter(|(found, _)| *found == tag);
+        let number = |(_, value): &(u32, Value)| match value {
+            Value::Varint(number) => Some(*number),
+            _ => None,
+        };
+        each.map(number).collect()
+    }
+
     /// The bytes in field `tag`.
     pub(crate) fn bytes(&self, tag: u32) -> Option<&[u8]> {
         self.fields.iter().rev().find_map(|field| match field {
@@ -117,6 +129,12 @@ impl Message {
             Value::Bytes(bytes) => Self::parse(bytes),
             _ => None,
         })
+    }
+
+    /// Has field `tag` hold this number too.
+    #[cfg(test)]
+    pub(crate) fn add_number(&mut self, tag: u32, number: u64) {
+        self.fields.push((tag, Value::Varint(number)));
     }
 
     /// Has field `tag` hold these bytes too.
@@ -215,6 +233,10 @@ fn take_varint(bytes: &mut &[u8]) -> Option<u64> {
     let mut number = 0;
     for shift in (0..64).step_by(7) {
         let [byte] = take_array::<1>(bytes)?;
+        // More than 64 bits, of which others make something else.
+        if shift == 63 && byte > 1 {
+            return None;
+        }
         number |= u64::from(byte & 0x7f) << shift;
         if byte & 0x80 == 0 {
             return Some(number);
@@ -265,6 +287,18 @@ mod tests {
                 prop_assert_eq!(Message::parse(&message.to_bytes()), Some(message));
             }
         }
+    }
+
+    #[test]
+    fn a_number_is_of_64_bits() {
+        let number = |last: u8| {
+            let mut bytes = [vec![8], vec![0x80; 9]].concat();
+            bytes.push(last);
+            Message::parse(&bytes).and_then(|message| message.number(1))
+        };
+        assert_eq!((number(0), number(1)), (Some(0), Some(1 << 63)));
+        // As a truth value it would be false here, and true for CRIU.
+        assert_eq!((number(2), number(3), number(0x80)), (None, None, None));
     }
 
     #[test]

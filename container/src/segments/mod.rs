@@ -8,13 +8,12 @@
 //! into a memory file that the restored processes map themselves ([`landing`], [`rewrite`]): nothing of it
 //! is copied again. System V segments CRIU makes itself, and copies what has come into them ([`system_v`]).
 //!
-//! Left to CRIU are huge pages, System V segments that nobody has attached, and what is small, or executed,
+//! Left to CRIU are System V segments of huge pages, or that nobody has attached, and what is small, or executed,
 //! or mapped privately by somebody.
 
 pub(crate) mod found;
 mod hashes;
 pub(crate) mod hide;
-mod key;
 pub(crate) mod landing;
 pub(crate) mod message;
 mod rewrite;

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use super::message::{Image, MM_MAGIC, Message};
 use crate::error::{ContainerError, Result};
+use crate::huge;
 
 const FILES_MAGIC: u32 = 0x5630_3138;
 const FDINFO_MAGIC: u32 = 0x5621_3732;
@@ -30,6 +31,8 @@ pub(super) struct Inode {
     pub(super) size: u64,
     pub(super) seals: i32,
     pub(super) mode: Option<u32>,
+    /// Bytes of its pages, if they are huge.
+    pub(super) page: Option<u64>,
 }
 
 /// The memory files in `images` whose numbers are in `wanted`, by that number, with CRIU's own number of
@@ -46,8 +49,8 @@ fn inodes(images: &Path, wanted: &BTreeMap<u32, String>) -> Result<BTreeMap<u64,
         if !wanted.contains_key(&inode) {
             continue;
         }
-        if number(8).is_some_and(|huge| huge != 0) || !numbers.insert(inode) {
-            return Err(bad("has a memory file twice, or one of huge pages, where it cannot be"));
+        if !numbers.insert(inode) {
+            return Err(bad("has a memory file twice"));
         }
         let facts = Inode {
             name: message.bytes(1).ok_or_else(cut)?.to_vec(),
@@ -55,6 +58,7 @@ fn inodes(images: &Path, wanted: &BTreeMap<u32, String>) -> Result<BTreeMap<u64,
             size: message.number(4).ok_or_else(cut)?,
             seals: number(6).ok_or_else(cut)? as i32,
             mode: number(9),
+            page: number(8).filter(|flags| *flags != 0).map(huge::page_in),
         };
         found.insert(message.number(7).ok_or_else(cut)?, (inode, facts));
     }
@@ -214,6 +218,7 @@ mod tests {
             size: 8192,
             seals: 1,
             mode: Some(0o100777),
+            page: None,
         };
         assert_eq!(found, BTreeMap::from([(501, facts)]));
         let files = read("files.img", FILES_MAGIC);

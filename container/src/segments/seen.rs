@@ -1,21 +1,26 @@
 //! Where the processes of a container, which may be running, have shared memory: by their mappings and
 //! their descriptors.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
+use decamp_shared::pages::PAGE_SIZE;
 use rustix::fs::{AtFlags, StatxFlags, statx};
 
+use crate::huge;
 use crate::tmpfs::held::OfTree;
 
-/// A file as the kernel numbers them on its own mount: System V segments have numbers of their own, which
-/// others may have as well.
+/// A file as the kernel numbers them on its own mounts, one for ordinary pages and one for each size of huge
+/// ones: System V segments have numbers of their own, which others may have as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key {
     pub(super) system_v: bool,
     pub(super) inode: u64,
+    /// Bytes of a page.
+    pub(super) page: u64,
 }
 
 /// Where segments were seen.
@@ -23,6 +28,8 @@ pub(super) struct Key {
 pub(super) struct Seen {
     /// A path that leads to it, while whoever has it lives.
     pub(super) paths: BTreeMap<Key, PathBuf>,
+    /// How many of them have a number.
+    numbers: BTreeMap<u64, usize>,
     /// What CRIU has to see.
     pub(super) left: BTreeSet<Key>,
     /// The same of files on any other device, by device and number.
@@ -37,20 +44,20 @@ impl Seen {
             // CRIU writes code of its own into memory that is executed.
             let is_shared = mapping.permissions.ends_with(b"s");
             let is_executed = mapping.permissions[2] == b'x';
-            if mapping.device != device {
+            let Some(page) = page_on(mapping.device, device) else {
                 if is_shared && is_executed {
                     self.left_elsewhere.insert((mapping.device, mapping.inode));
                 }
                 continue;
-            }
+            };
             let system_v = mapping.path.starts_with(b"/SYSV");
-            let key = Key { system_v, inode: mapping.inode };
+            let key = Key { system_v, inode: mapping.inode, page };
             if !is_shared || is_executed {
                 self.left.insert(key);
             }
             let (start, end) = mapping.range;
             let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
-            self.paths.entry(key).or_insert_with(|| path.into());
+            self.note(key, path.into());
         }
     }
 
@@ -63,20 +70,25 @@ impl Seen {
                 continue;
             }
             if let Ok(found) = fs::metadata(&path)
-                && found.dev() == device
+                && let Some(page) = page_on(found.dev(), device)
             {
-                let key = Key { system_v: false, inode: found.ino() };
-                self.paths.entry(key).or_insert(path);
+                self.note(Key { system_v: false, inode: found.ino(), page }, path);
             }
         }
     }
 
-    /// Whether the page engine moves it. CRIU's images have one name for a System V segment and another
-    /// one with its number: where there are both, both are CRIU's.
+    fn note(&mut self, key: Key, path: PathBuf) {
+        if let Entry::Vacant(entry) = self.paths.entry(key) {
+            entry.insert(path);
+            *self.numbers.entry(key.inode).or_default() += 1;
+        }
+    }
+
+    /// Whether the page engine moves it. CRIU's images have one name for all that have its number, a System V
+    /// segment or one of huge pages: where there are several, all are CRIU's.
     pub(super) fn is_wanted(&self, key: &Key) -> bool {
-        let other = Key { system_v: !key.system_v, ..*key };
-        let both = self.paths.contains_key(&other);
-        self.paths.contains_key(key) && !self.left.contains(key) && !both
+        let alone = self.numbers.get(&key.inode) == Some(&1);
+        self.paths.contains_key(key) && !self.left.contains(key) && alone
     }
 
     /// Files on a tmpfs without those on one that has a file which is executed and shared.
@@ -85,6 +97,11 @@ impl Seen {
         files.retain(|file| !left(file.device));
         files
     }
+}
+
+/// Bytes of a page on a device, if it is one of the kernel's own mounts: `device` has ordinary ones.
+pub(super) fn page_on(found: u64, device: u64) -> Option<u64> {
+    if found == device { Some(PAGE_SIZE as u64) } else { huge::page_on(found) }
 }
 
 /// When a file was made, where its file system says that.

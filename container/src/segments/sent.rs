@@ -3,14 +3,14 @@
 //! Each page that is read for sending leaves a hash of what was read. A harvest reads what is there, and
 //! what has another hash is dirty. So it does not matter who wrote it, or how: a process that maps it, one
 //! that came and went between two harvests, or a `pwrite` to a descriptor. In the stop that is the
-//! last word. Pages are compared by a hash with a secret key (see `key`).
+//! last word. Pages are compared by a hash with a secret key (see `keyed_hash`).
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, available_parallelism};
@@ -18,14 +18,14 @@ use std::time::{Duration, Instant};
 
 use decamp_shared::keeper::KeeperClient;
 use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet, SpaceId};
+use decamp_shared::sparse::Data;
 use decamp_shared::workload::{Result, SpaceInfo, WorkloadError};
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek};
 
 use super::hashes::{Hashes, NEVER};
 use super::is_segment;
-use super::key::Key;
 use crate::dump::ms;
+use crate::huge;
+use crate::keyed_hash::NarrowKey;
 use crate::sys::view::View;
 
 const PAGE: u64 = PAGE_SIZE as u64;
@@ -41,7 +41,7 @@ const COMPARED_IN: Duration = Duration::from_nanos(400);
 /// The segments of one workload and what was sent of them in one session.
 pub(crate) struct Sent {
     segments: Mutex<BTreeMap<SpaceId, Arc<Segment>>>,
-    key: Arc<Key>,
+    key: Arc<NarrowKey>,
     /// Pages that the last harvest had to compare.
     compared: AtomicU64,
     /// Set when nobody wants to know any more.
@@ -53,7 +53,9 @@ pub(crate) struct Segment {
     space: SpaceId,
     file: File,
     system_v: bool,
-    key: Arc<Key>,
+    /// Of huge pages. To look at a hole in it through a mapping would fill that.
+    huge: bool,
+    key: Arc<NarrowKey>,
     /// The hash of what was sent last, by page.
     hashes: Mutex<Hashes>,
     /// Mapped while it runs, to be read when it stands still: a copy would cost several times as much.
@@ -79,7 +81,7 @@ impl Default for Sent {
     fn default() -> Self {
         Self {
             segments: Mutex::default(),
-            key: Arc::new(Key::draw()),
+            key: Arc::new(NarrowKey::draw()),
             compared: AtomicU64::new(0),
             called_off: Arc::default(),
         }
@@ -164,11 +166,12 @@ fn threads() -> usize {
 }
 
 impl Segment {
-    fn new(space: SpaceId, file: File, key: Arc<Key>) -> Self {
+    fn new(space: SpaceId, file: File, key: Arc<NarrowKey>) -> Self {
         let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
         let system_v =
             link.is_ok_and(|link| link.as_os_str().as_encoded_bytes().starts_with(b"/SYSV"));
-        Self { space, file, system_v, key, hashes: Mutex::default(), view: Mutex::default() }
+        let huge = file.metadata().is_ok_and(|found| huge::page_on(found.dev()).is_some());
+        Self { space, file, system_v, huge, key, hashes: Mutex::default(), view: Mutex::default() }
     }
 
     fn hashes(&self) -> MutexGuard<'_, Hashes> {
@@ -215,7 +218,11 @@ impl Segment {
 
     /// A mapping of all that it is now. Without one it is read by copying.
     fn view(&self) -> Option<Arc<View>> {
-        let length = self.file.metadata().ok()?.len().next_multiple_of(PAGE);
+        let found = self.file.metadata().ok()?;
+        let length = found.len().next_multiple_of(PAGE);
+        if self.huge && found.blocks().saturating_mul(512) < length {
+            return None;
+        }
         let mut view = self.view.lock().unwrap_or_else(PoisonError::into_inner);
         if view.as_ref().is_none_or(|view| view.length() != length) {
             *view = View::of(&self.file, length).map(Arc::new).ok();
@@ -236,30 +243,17 @@ impl Segment {
     fn extents(&self) -> io::Result<Extents> {
         let Extents { mut data, mut holes } = Extents::default();
         let mut past = 0;
-        // The file may shrink meanwhile.
-        while let Some(start) = self.seek((past * PAGE) as i64, Whence::SeekData)? {
-            let Some(end) = self.seek(start, Whence::SeekHole)? else { break };
-            let (first, end) = (start as u64 / PAGE, (end as u64).div_ceil(PAGE));
-            if end <= past {
-                break;
-            }
-            holes.push(past..first);
-            data.push(first..end);
-            past = end;
+        for piece in Data::of(&self.file).pages() {
+            let piece = piece?;
+            holes.push(past..piece.start);
+            past = piece.end;
+            data.push(piece);
         }
         let sent = self.hashes().end();
         if past < sent {
             holes.push(past..sent);
         }
         Ok(Extents { data, holes })
-    }
-
-    fn seek(&self, at: i64, whence: Whence) -> io::Result<Option<i64>> {
-        match lseek(&self.file, at, whence) {
-            Ok(found) => Ok(Some(found)),
-            Err(Errno::ENXIO) => Ok(None),
-            Err(errno) => Err(errno.into()),
-        }
     }
 
     /// Of a hole, the pages that were sent as something else than zeros.
@@ -356,7 +350,8 @@ fn compare(pieces: &[Piece], threads: usize, called_off: &AtomicBool) -> Result<
     };
     let found = thread::scope(|scope| {
         // One of them is ours.
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let others = (1..threads).map(|_| thread::Builder::new().spawn_scoped(scope, work));
+        let others: Vec<_> = others.filter_map(std::result::Result::ok).collect();
         let ours = work();
         let panicked = |_| Err(io::Error::other("a thread that compares panicked"));
         let others = others.into_iter().map(|thread| thread.join().unwrap_or_else(panicked));

@@ -4,15 +4,14 @@
 use std::fs::{self, File};
 use std::ops::Range;
 use std::path::Path;
-use std::thread;
 
 use decamp_shared::pages::PAGE_SIZE;
+use decamp_shared::sparse::Data;
 use nix::sched::{CloneFlags, setns};
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
 
 use super::message::{Image, Message};
 use super::{Moved, SEGMENTS};
+use crate::beside;
 use crate::error::{ContainerError, Result};
 use crate::images::{PE_PARENT, Pagemap};
 use crate::sys;
@@ -81,29 +80,18 @@ pub(crate) fn destroy_again(images: &Path, init: i32) -> Result<()> {
     let namespace =
         File::open(&namespace).map_err(ContainerError::io(format!("open {namespace}")))?;
     // A thread of its own: it never comes back from there.
-    let destroyed = thread::scope(|scope| {
-        let destroy = || -> std::io::Result<()> {
-            setns(&namespace, CloneFlags::CLONE_NEWIPC)?;
-            doomed.iter().try_for_each(|id| sys::destroy_segment(*id))
-        };
-        let panicked = |_| Err(std::io::Error::other("A thread panicked"));
-        scope.spawn(destroy).join().unwrap_or_else(panicked)
-    });
-    destroyed.map_err(ContainerError::io("destroy System V segments as they were"))
+    let destroy = || -> std::io::Result<()> {
+        setns(&namespace, CloneFlags::CLONE_NEWIPC)?;
+        doomed.iter().try_for_each(|id| sys::destroy_segment(*id))
+    };
+    beside::apart(|| {
+        destroy().map_err(ContainerError::io("destroy System V segments as they were"))
+    })
 }
 
 /// Pages of a file that hold something.
 fn data(file: &File) -> std::io::Result<Vec<Range<u64>>> {
-    let mut found = Vec::new();
-    let mut at = 0;
-    loop {
-        let start = match seek(file, SeekFrom::Data(at)) {
-            Err(Errno::NXIO) => return Ok(found),
-            start => start?,
-        };
-        at = seek(file, SeekFrom::Hole(start))?;
-        found.push(start / PAGE..at.div_ceil(PAGE));
-    }
+    Data::of(file).pages().collect()
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ pub(crate) mod bpf;
 mod bus;
 pub(crate) mod look;
 pub(crate) mod marked;
+pub(crate) mod own_pages;
 pub(crate) mod pidfd;
 pub(crate) mod placed;
 pub(crate) mod trace;
@@ -14,7 +15,6 @@ pub(crate) mod userfault;
 pub(crate) mod view;
 
 use std::cmp::Ordering;
-use std::ffi::CString;
 use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -321,6 +321,26 @@ pub(crate) fn inherit(command: &mut Command, descriptors: &[BorrowedFd<'_>]) {
     unsafe { command.pre_exec(clear) };
 }
 
+/// Has the child of `command` killed when the thread that spawned it ends, however that comes about. It counts
+/// for the child alone, not for what that starts.
+pub(crate) fn end_with_us(command: &mut Command) {
+    let parent = std::process::id();
+    let bind = move || {
+        // SAFETY: `prctl` and `getppid` are async-signal-safe and touch no memory of this process.
+        let (bound, now) = unsafe {
+            (libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0), libc::getppid())
+        };
+        match bound {
+            0 if now as u32 == parent => Ok(()),
+            0 => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: between fork and exec the closure calls nothing but `prctl` and `getppid`, allocates nothing and
+    // takes no lock.
+    unsafe { command.pre_exec(bind) };
+}
+
 /// Reads exactly `into.len()` bytes of another process's memory at `address`.
 pub(crate) fn read_memory(pid: i32, address: u64, into: &mut [u8]) -> io::Result<()> {
     let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
@@ -371,35 +391,6 @@ pub(crate) fn write_regions(pid: i32, address: u64, regions: &[PageRegion]) -> i
         std::slice::from_raw_parts(regions.as_ptr().cast::<u8>(), std::mem::size_of_val(regions))
     };
     write_memory(pid, address, bytes)
-}
-
-/// Index of the interface `name` in the network namespace of the calling thread.
-pub(crate) fn interface_index(name: &str) -> io::Result<u32> {
-    let name = CString::new(name)?;
-    // SAFETY: `name` is a NUL-terminated string that lives until the call returns.
-    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-    if index == 0 { Err(io::Error::last_os_error()) } else { Ok(index) }
-}
-
-/// A packet socket that sends Ethernet frames on interface `index` of the calling thread's
-/// network namespace.
-pub(crate) fn packet_socket(index: u32) -> io::Result<OwnedFd> {
-    // SAFETY: takes integers, returns a descriptor or -1.
-    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
-    let socket = owned(fd.into())?;
-    // SAFETY: all-zero is a valid `sockaddr_ll`.
-    let mut address: libc::sockaddr_ll = unsafe { zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_ifindex = index as i32;
-    // SAFETY: the kernel reads one `sockaddr_ll` of the length given.
-    let done = unsafe {
-        libc::bind(
-            socket.as_raw_fd(),
-            (&raw const address).cast(),
-            size_of::<libc::sockaddr_ll>() as u32,
-        )
-    };
-    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
 }
 
 /// Sets the hardware address of interface `name` in the network namespace that `socket` was made in.

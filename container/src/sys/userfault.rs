@@ -26,8 +26,7 @@ pub(crate) const USER_MODE_ONLY: u64 = 1;
 pub(crate) enum Mode {
     /// Writes to protected pages.
     WriteProtect = 2,
-    /// Pages that are not there. (Who restores registers these; we do so in tests.)
-    #[cfg(test)]
+    /// Pages that are not there. (Who restores registers these, but for huge ones.)
     Missing = 1,
 }
 
@@ -98,6 +97,7 @@ const READ: u64 = 2;
 const BOTH: u64 = 3;
 const UFFDIO_API: u64 = request(BOTH, 0x3f, size_of::<UffdioApi>());
 const UFFDIO_REGISTER: u64 = request(BOTH, 0x00, size_of::<UffdioRegister>());
+const UFFDIO_UNREGISTER: u64 = request(READ, 0x01, size_of::<UffdioRange>());
 const UFFDIO_WAKE: u64 = request(READ, 0x02, size_of::<UffdioRange>());
 const UFFDIO_COPY: u64 = request(BOTH, 0x03, size_of::<UffdioCopy>());
 const UFFDIO_ZEROPAGE: u64 = request(BOTH, 0x04, size_of::<UffdioZeropage>());
@@ -106,6 +106,7 @@ const UFFDIO_WRITEPROTECT: u64 = request(BOTH, 0x06, size_of::<UffdioWriteprotec
 const _: () = assert!(size_of::<UffdMsg>() == 32);
 const _: () = assert!(UFFDIO_API == 0xc018_aa3f);
 const _: () = assert!(UFFDIO_REGISTER == 0xc020_aa00);
+const _: () = assert!(UFFDIO_UNREGISTER == 0x8010_aa01);
 const _: () = assert!(UFFDIO_WAKE == 0x8010_aa02);
 const _: () = assert!(UFFDIO_COPY == 0xc028_aa03);
 const _: () = assert!(UFFDIO_ZEROPAGE == 0xc020_aa04);
@@ -148,18 +149,30 @@ pub(crate) fn register(uffd: BorrowedFd<'_>, range: &Range<u64>, mode: Mode) -> 
     checked(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER as _, &mut argument) })
 }
 
+/// Takes a registration back, and wakes who waits for pages there.
+pub(crate) fn unregister(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
+    let argument = UffdioRange { start: range.start, len: range.end - range.start };
+    // SAFETY: the kernel reads one `uffdio_range`, whose size is proved above.
+    checked(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_UNREGISTER as _, &argument) })
+}
+
 /// Whether the mapping at `address`, of the descriptor's process, is registered for write protection: asks
 /// for a page there to be without. An error says that the memory is gone.
 pub(crate) fn is_registered(uffd: BorrowedFd<'_>, address: u64, page: u64) -> io::Result<bool> {
-    let range = UffdioRange { start: address, len: page };
-    let mut argument = UffdioWriteprotect { range, mode: 0 };
-    // SAFETY: the kernel reads one `uffdio_writeprotect`, whose size is proved above.
-    let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_WRITEPROTECT as _, &mut argument) };
-    match checked(done) {
+    match protect(uffd, &(address..address + page), false) {
         Ok(()) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Protects the pages that exist in a range of one mapping against writes, or lifts that. `ENOENT` where it is
+/// not registered.
+pub(crate) fn protect(uffd: BorrowedFd<'_>, range: &Range<u64>, wanted: bool) -> io::Result<()> {
+    let range = UffdioRange { start: range.start, len: range.end - range.start };
+    let mut argument = UffdioWriteprotect { range, mode: u64::from(wanted) };
+    // SAFETY: the kernel reads one `uffdio_writeprotect`, whose size is proved above.
+    checked(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_WRITEPROTECT as _, &mut argument) })
 }
 
 /// Wakes who waits for pages in a range of addresses.

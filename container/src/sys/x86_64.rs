@@ -31,7 +31,7 @@ pub(crate) fn is_native(registers: &Registers) -> bool {
 }
 
 /// `registers` with the next instruction at `instruction`, which is a system call, of this number and
-/// with these arguments. A call that was interrupted is not restarted before it.
+/// with these arguments and zeros. A call that was interrupted is not restarted before it.
 pub(crate) fn calling(
     mut registers: Registers,
     instruction: u64,
@@ -42,6 +42,7 @@ pub(crate) fn calling(
     registers.rax = number as u64;
     registers.orig_rax = u64::MAX;
     [registers.rdi, registers.rsi, registers.rdx] = arguments;
+    [registers.r10, registers.r8, registers.r9] = [0; 3];
     registers
 }
 

@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use decamp_shared::pages::PAGE_SIZE;
+use decamp_shared::sparse;
 use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, SeekFrom, Stat, fstat, llistxattr, openat, readlinkat,
-    seek, statat,
+    AtFlags, Dir, FileType, Mode, OFlags, Stat, fstat, llistxattr, openat, readlinkat, statat,
 };
 use rustix::io::Errno;
 
@@ -202,14 +203,9 @@ fn entry(parent: u32, name: &[u8], stat: &Stat) -> Entry {
 /// What a file holds, without its holes.
 fn contents(file: &File, room: &mut u64) -> io::Result<Vec<Data>> {
     let mut found = Vec::new();
-    let mut at = 0;
-    loop {
-        let start = match seek(file, SeekFrom::Data(at)) {
-            Err(Errno::NXIO) => return Ok(found),
-            start => start?,
-        };
-        at = seek(file, SeekFrom::Hole(start))?;
-        let length = at - start;
+    for piece in sparse::Data::of(file) {
+        let Range { start, end } = piece?;
+        let length = end - start;
         *room = room.checked_sub(length).ok_or_else(|| {
             io::Error::other("It holds more in small files than is moved by file")
         })?;
@@ -217,6 +213,7 @@ fn contents(file: &File, room: &mut u64) -> io::Result<Vec<Data>> {
         file.read_exact_at(&mut bytes, start)?;
         found.push(Data { offset: start, bytes });
     }
+    Ok(found)
 }
 
 /// The extended attributes that travel, of what is at `path`, whose last part is not followed.

@@ -6,7 +6,10 @@
 mod frames;
 mod page_hash;
 mod soft_dirty;
+#[cfg(test)]
+mod tried;
 mod write_protect;
+mod zeros;
 
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
@@ -101,7 +104,9 @@ pub(crate) fn start(
     cgroups: &Cgroups,
 ) -> std::result::Result<Box<dyn Tracker>, String> {
     Ok(match choose(choice)?.tracker {
-        TrackerChoice::SoftDirty => Box::new(soft_dirty::SoftDirty::new(cgroups)),
+        TrackerChoice::SoftDirty => {
+            Box::new(soft_dirty::SoftDirty::new(cgroups).map_err(|error| error.to_string())?)
+        }
         TrackerChoice::PageHash => Box::new(page_hash::PageHash),
         _ => Box::new(write_protect::WriteProtect::default()),
     })

@@ -3,46 +3,79 @@
 //! `admin-guide/mm/soft-dirty`.
 //!
 //! Bits are looked at and cleared in two steps, and a write between them would be lost. So the container is
-//! frozen for each of these looks; how long that took is told. Only a process that is new is not waited
-//! for: its bits are cleared first, and then all that it has counts as written.
+//! frozen for each of these looks; how long that took is told. A process that is new stands still only while
+//! its bits are cleared: then all that it has counts as written.
 //!
-//! The kernel keeps the bits of what it swaps or copies for a fork. Two things it does not tell.
+//! # Why what is not told was not written
 //!
-//! - Memory that `mremap` moves by whole page tables gets no bits, and may be back where it was before
-//!   anybody looks: what was read there meanwhile was something else. So each mapping is registered with a
-//!   userfaultfd that protects nothing. A mapping that moves loses that, whole or in part, and one that is
-//!   not registered counts as written.
-//! - Memory that is merged, or given back and only read since, has no bit either. So where each page lay is
-//!   remembered ([`Frames`]): one that lies elsewhere counts as written.
+//! Read from Linux 6.1, and held to by [`probe`] where it was not always so. A page that was there at a look
+//! can be other at the next one, or have been other in between, only by one of these.
 //!
-//! So does all memory of a process that shares it with another one, or that cannot have a userfaultfd; and,
-//! in the stop, of one with a file that is open for direct I/O, for nobody sees what a device writes.
+//! - It is written, by the process or by the kernel for it: no entry of a page table that lost its bit lets
+//!   writes through (see below), so that is a fault, which sets the bit. So do a fault that makes a page, or
+//!   a huge one, for a write; the copy of what forked processes share; the write of a debugger to memory that
+//!   is read only; a huge page put together of small ones; `UFFDIO_COPY`.
+//! - It goes, and another comes: that one comes by a write, with its bit, or by a read, and then it is a page
+//!   of zeros. That is where two looks see the same: the page of zeros at both, and what was written and sent
+//!   in between was given back. So a page of zeros counts as one that is not there, at every look, the last
+//!   one too, and what is not there in the stop is not there where it arrives ([`Zeros`]). Private mappings
+//!   of files, where a page of the file's comes back, are not this tracker's: CRIU dumps them.
+//! - Memory is moved there by `mremap`. By single pages, and by huge ones, they get their bits; by whole page
+//!   tables they do not. So each mapping is registered with a userfaultfd: one that moves loses that, whole
+//!   or in part, as does one that is mapped anew, and what is not registered counts as written.
+//! - KSM merges it, which loses the bit, and takes it apart again. Where that was at work between two looks
+//!   all counts as written ([`merging`]). An administrator who starts it, has it take everything apart and
+//!   stops it again, all between two looks, goes unnoticed.
+//! - Somebody else clears the bits, as a program does that uses them itself; and it would go wrong if we
+//!   did. Where a process of the container has the file for that open, no bit is cleared any more, and
+//!   everything counts as written. One that opens and closes it between two looks goes unnoticed.
+//! - A device writes it. In the stop all counts as written of a process with a file that is open for direct
+//!   I/O. Whatever else lets devices write is refused before.
+//!
+//! Everything else keeps page, bit and contents together: swap and back, migration and back, huge pages that
+//! are split, forks, changes of protection, `MADV_FREE`. Beyond that, where each page lay is remembered
+//! ([`Frames`]): one that lies elsewhere counts as written, whatever the bits say, and so does one that was on
+//! its way elsewhere.
+//!
+//! An entry of a page table that is migrated just while bits are cleared keeps the right to be written and
+//! gets it back, with no bit; if the migration fails, in the same frame. So when the bits are cleared all
+//! that is registered is protected by the userfaultfd once, which does take that right away from what is
+//! on its way, and lifted again, which gives it to none without a bit. No process of the container can meet
+//! that protection: it is there only while they are frozen.
+//!
+//! Of a process that shares its memory with another one, or that cannot have a userfaultfd, everything counts
+//! as written at every look.
+
+mod look;
+mod merging;
+mod probe;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use decamp_shared::pages::{PAGE_SIZE, PageSet};
 
 use super::frames::Frames;
+use super::zeros::Zeros;
 use super::{Tracker, each_that_lives, sharing};
 use crate::cgroup::Cgroups;
-use crate::entries::Entries;
 use crate::error::{ContainerError, Result};
-use crate::inject::userfaultfd_of;
+use crate::inject::{take_back, userfaultfd_of};
 use crate::memory::{self, HiddenProcess, Process, hideable_mappings};
-use crate::pagemap::append;
-use crate::sys;
 use crate::sys::userfault::{self, Mode};
 
-/// Nothing of it is protected: that it can be is all that is asked.
+use look::Look;
+pub(super) use probe::probe;
+
 const FEATURES: u64 = userfault::FEATURE_PAGEFAULT_FLAG_WP;
 
-/// Whether KSM merges pages.
-const KSM: &str = "/sys/kernel/mm/ksm/run";
+/// A process that could not have a userfaultfd, because its tasks are busy in the kernel, is not asked again
+/// for so long.
+const AGAIN_AFTER: Duration = Duration::from_secs(5);
 
 /// Somebody may take the cgroup away: it is not tried for ever.
 const THAW_TRIES: u32 = 100;
@@ -50,16 +83,23 @@ const THAW_TRIES: u32 = 100;
 /// The tracker.
 pub(super) struct SoftDirty {
     cgroups: Cgroups,
+    zeros: Zeros,
     /// By the process's number here.
     known: BTreeMap<i32, Known>,
+    /// What KSM had done at the last look.
+    merged: Option<Vec<String>>,
+    /// Somebody in the container clears bits too: they are his from then on.
+    rival: bool,
     longest_stop: Duration,
 }
 
-/// A process whose bits were cleared before.
+/// A process that was seen before.
 struct Known {
     began: u64,
     /// Nothing when it could not make one, or has other memory since: it is as good as new.
     uffd: Option<OwnedFd>,
+    /// Until then it is not asked for one: it did not make one.
+    left_alone: Option<Instant>,
     /// Where the pages lay that were looked at when its bits were cleared. Memory that was of another kind
     /// then (locked, executable) lost its bits all the same, and nobody sent it: it is not among them.
     frames: Frames,
@@ -96,16 +136,33 @@ impl Drop for Stillness<'_> {
 }
 
 impl SoftDirty {
-    pub(super) fn new(cgroups: &Cgroups) -> Self {
-        Self { cgroups: cgroups.clone(), known: BTreeMap::new(), longest_stop: Duration::ZERO }
+    /// # Errors
+    /// Where the kernel does not tell pages of zeros from others.
+    pub(super) fn new(cgroups: &Cgroups) -> Result<Self> {
+        Ok(Self {
+            cgroups: cgroups.clone(),
+            zeros: Zeros::open()?,
+            known: BTreeMap::new(),
+            merged: None,
+            rival: false,
+            longest_stop: Duration::ZERO,
+        })
+    }
+
+    /// Whether KSM did nothing since this was asked last.
+    fn nothing_merged(&mut self) -> bool {
+        let merged = merging::so_far();
+        let nothing = merged.is_some() && merged == self.merged;
+        self.merged = merged;
+        nothing
     }
 
     /// Of which of them the bits tell what was written since the last harvest.
     fn told<'a>(
-        &self,
+        &mut self,
         processes: impl Iterator<Item = &'a Process> + Clone,
     ) -> Result<BTreeSet<i32>> {
-        if ksm_merges() {
+        if !self.nothing_merged() || self.rival {
             return Ok(BTreeSet::new());
         }
         let sharing = sharing(processes.clone());
@@ -121,38 +178,31 @@ impl SoftDirty {
         Ok(told)
     }
 
-    /// Looks at a process that stands still, and whose bits tell what it wrote.
-    fn look_again(&mut self, process: &Process, dirty: &mut PageSet) -> Result<()> {
-        let Some(known) = self.known.get_mut(&process.pid) else { return Ok(()) };
-        let mappings = hideable_mappings(process.pid)?;
-        let look = known.look(process.pid, &mappings)?;
-        clear(process.pid)?;
-        process.add_to(dirty, &look.written);
-        known.frames = look.frames;
-        // To be asked when the bits are cleared: what was on its way into memory then is of a file that
-        // was open then.
-        known.direct |= memory::does_direct_io(process.pid)?;
-        Ok(())
-    }
-
-    /// Looks at a process that runs, and of which nothing is known: all that it has. `shares` its memory
-    /// with another one: then it stays unknown.
-    fn look_first(&mut self, process: &Process, shares: bool, dirty: &mut PageSet) -> Result<()> {
+    /// Takes charge of a process that is new, or as good as that. `shares` its memory with another one: then
+    /// it stays unknown.
+    fn meet(&mut self, process: &Process, shares: bool) -> Result<()> {
+        let before = self.known.remove(&process.pid);
         let Some(began) = memory::began(process.pid)? else { return Ok(()) };
-        let before = self.known.remove(&process.pid).filter(|known| known.began == began);
-        let uffd = if shares { None } else { self.descriptor_of(process) };
-        let mappings = hideable_mappings(process.pid)?;
-        if let Some(uffd) = &uffd {
-            mappings.iter().for_each(|mapping| {
-                is_watched(process.pid, uffd.as_fd(), mapping);
-            });
+        let before = before.filter(|known| known.began == began);
+        let ours = self.known.values().chain(&before).filter_map(|known| known.uffd.as_ref());
+        if let Err(error) = take_back(process.pid, ours) {
+            // It is found again before the stop, which ends there.
+            tracing::warn!(%error, "A process keeps a descriptor of ours that it was forked with");
         }
-        clear(process.pid)?;
-        let look = Look::take(process.pid, &mappings, &Frames::default(), |_| false)?;
-        process.add_to(dirty, &look.written);
-        let direct =
-            before.is_some_and(|known| known.direct) || memory::does_direct_io(process.pid)?;
-        self.known.insert(process.pid, Known { began, uffd, frames: look.frames, direct });
+        let direct = before.as_ref().is_some_and(|known| known.direct);
+        let mut left_alone = before.and_then(|known| known.left_alone);
+        let mut uffd = None;
+        if !shares && !self.rival && left_alone.is_none_or(|until| until <= Instant::now()) {
+            uffd = self.descriptor_of(process);
+            left_alone = uffd.is_none().then(|| Instant::now() + AGAIN_AFTER);
+        }
+        if let Some(uffd) = &uffd {
+            for mapping in hideable_mappings(process.pid)? {
+                is_watched(process.pid, uffd.as_fd(), &mapping);
+            }
+        }
+        let frames = Frames::default();
+        self.known.insert(process.pid, Known { began, uffd, left_alone, frames, direct });
         Ok(())
     }
 
@@ -174,16 +224,94 @@ impl SoftDirty {
             }
         }
     }
+
+    /// What is done while nobody writes: a look at those that are `known`, and the bits of all are cleared.
+    fn while_it_stands(
+        &mut self,
+        known: &[Process],
+        new: &[Process],
+        dirty: &mut PageSet,
+    ) -> Result<()> {
+        let is_met = |pid: &i32| self.known.get(pid).is_some_and(|known| known.uffd.is_some());
+        if !known.iter().chain(new).any(|process| is_met(&process.pid)) {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        let cgroups = self.cgroups.clone();
+        let still = Stillness::begin(&cgroups)?;
+        let outcome = self.look_and_clear(known, new, dirty);
+        drop(still);
+        self.longest_stop = self.longest_stop.max(begun.elapsed());
+        outcome
+    }
+
+    fn look_and_clear(
+        &mut self,
+        known: &[Process],
+        new: &[Process],
+        dirty: &mut PageSet,
+    ) -> Result<()> {
+        self.look_for_a_rival(known)?;
+        self.look_for_a_rival(new)?;
+        if self.rival {
+            return each_that_lives(known, |process| self.look_first(process, dirty));
+        }
+        each_that_lives(known, |process| self.look_again(process, dirty))?;
+        each_that_lives(new, |process| match self.known.get_mut(&process.pid) {
+            Some(known) => known.clear(process.pid, &hideable_mappings(process.pid)?),
+            None => Ok(()),
+        })
+    }
+
+    /// To be asked while they stand still, before any bit is cleared.
+    fn look_for_a_rival(&mut self, processes: &[Process]) -> Result<()> {
+        each_that_lives(processes, |process| {
+            if !self.rival && memory::clears_bits(process.pid)? {
+                tracing::warn!(
+                    pid = process.pid,
+                    "A process uses soft-dirty bits itself: all memory counts as written"
+                );
+                self.rival = true;
+            }
+            Ok(())
+        })
+    }
+
+    /// Looks at a process that stands still, and whose bits tell what it wrote.
+    fn look_again(&mut self, process: &Process, dirty: &mut PageSet) -> Result<()> {
+        let Some(known) = self.known.get_mut(&process.pid) else { return Ok(()) };
+        let mappings = hideable_mappings(process.pid)?;
+        let look = known.look(process.pid, &mappings, &mut self.zeros)?;
+        known.clear(process.pid, &mappings)?;
+        process.add_to(dirty, &look.written);
+        known.frames = look.frames;
+        // To be asked when the bits are cleared: what was on its way into memory then is of a file that
+        // was open then.
+        known.direct |= memory::does_direct_io(process.pid)?;
+        Ok(())
+    }
+
+    /// Looks at a process that runs, and whose bits were cleared just now: all that it has.
+    fn look_first(&mut self, process: &Process, dirty: &mut PageSet) -> Result<()> {
+        let Some(known) = self.known.get_mut(&process.pid) else { return Ok(()) };
+        let mappings = hideable_mappings(process.pid)?;
+        let nothing = Frames::default();
+        let look = Look::take(process.pid, &mappings, &nothing, &mut self.zeros, |_| false)?;
+        process.add_to(dirty, &look.written);
+        known.frames = look.frames;
+        known.direct |= memory::does_direct_io(process.pid)?;
+        Ok(())
+    }
 }
 
 impl Known {
     /// One look, with what it knows of the last.
-    fn look(&mut self, pid: i32, mappings: &[Range<u64>]) -> Result<Look> {
+    fn look(&mut self, pid: i32, mappings: &[Range<u64>], zeros: &mut Zeros) -> Result<Look> {
         let Some(uffd) = self.uffd.as_ref().map(AsFd::as_fd) else {
-            return Look::take(pid, mappings, &Frames::default(), |_| false);
+            return Look::take(pid, mappings, &Frames::default(), zeros, |_| false);
         };
         let mut gone = false;
-        let look = Look::take(pid, mappings, &self.frames, |mapping| {
+        let look = Look::take(pid, mappings, &self.frames, zeros, |mapping| {
             let watched = is_watched(pid, uffd, mapping);
             gone |= watched == Watched::Gone;
             watched == Watched::Still
@@ -192,6 +320,29 @@ impl Known {
             self.uffd = None;
         }
         look
+    }
+
+    /// Has the kernel forget what was written until now by a process that stands still.
+    fn clear(&mut self, pid: i32, mappings: &[Range<u64>]) -> Result<()> {
+        let Some(uffd) = self.uffd.as_ref().map(AsFd::as_fd) else { return Ok(()) };
+        clear(pid)?;
+        let settled = mappings.iter().try_for_each(|mapping| settle(uffd, mapping));
+        if let Err(error) = settled {
+            tracing::warn!(pid, %error, "What this process writes may not be told: all of it counts as written");
+            // Which lifts all protection.
+            self.uffd = None;
+        }
+        Ok(())
+    }
+}
+
+/// Takes the right to be written from all pages of a mapping, also of those that are on their way elsewhere.
+fn settle(uffd: BorrowedFd<'_>, mapping: &Range<u64>) -> io::Result<()> {
+    match userfault::protect(uffd, mapping, true) {
+        Ok(()) => userfault::protect(uffd, mapping, false),
+        // It is not registered: all of it counts as written at the next look.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
@@ -235,35 +386,33 @@ impl Tracker for SoftDirty {
         let (known, new): (Vec<_>, Vec<_>) =
             processes.iter().cloned().partition(|process| told.contains(&process.pid));
         let sharing = sharing(new.iter());
-        each_that_lives(&new, |process| {
-            self.look_first(process, sharing.contains(&process.pid), dirty)
-        })?;
-        if !known.is_empty() {
-            let begun = Instant::now();
-            let cgroups = self.cgroups.clone();
-            let still = Stillness::begin(&cgroups)?;
-            let outcome = each_that_lives(&known, |process| self.look_again(process, dirty));
-            drop(still);
-            self.longest_stop = self.longest_stop.max(begun.elapsed());
-            outcome?;
-        }
+        each_that_lives(&new, |process| self.meet(process, sharing.contains(&process.pid)))?;
+        self.while_it_stands(&known, &new, dirty)?;
+        each_that_lives(&new, |process| self.look_first(process, dirty))?;
         self.known.retain(|pid, _| processes.iter().any(|process| process.pid == *pid));
         Ok(())
     }
 
     fn last(&mut self, processes: &mut [HiddenProcess]) -> Result<()> {
+        let all: Vec<_> = processes.iter().map(|hidden| hidden.process.clone()).collect();
+        self.look_for_a_rival(&all)?;
         let told = self.told(processes.iter().map(|hidden| &hidden.process))?;
-        for hidden in processes {
-            hidden.look(false)?;
+        for hidden in processes.iter_mut() {
             let pid = hidden.process.pid;
             let known = self.known.get_mut(&pid);
-            let known = known.filter(|known| told.contains(&pid) && !known.direct);
-            if let Some(known) = known {
-                let look = known.look(pid, &hidden.mappings)?;
-                hidden.written = common(&hidden.pages, &look.written);
+            match known.filter(|known| told.contains(&pid) && !known.direct) {
+                Some(known) => {
+                    let look = known.look(pid, &hidden.mappings, &mut self.zeros)?;
+                    (hidden.pages, hidden.written) = (look.exist, look.written);
+                }
+                None => hidden.look(false)?,
             }
         }
-        Ok(())
+        if self.nothing_merged() {
+            return Ok(());
+        }
+        // While it was looked, and there is no other look that would notice.
+        processes.iter_mut().try_for_each(|hidden| hidden.look(false))
     }
 
     fn stall(&self) -> Duration {
@@ -271,177 +420,136 @@ impl Tracker for SoftDirty {
     }
 }
 
-/// Has the kernel forget what was written until now.
+/// Clears the bits of a process.
 fn clear(pid: i32) -> Result<()> {
     let path = format!("/proc/{pid}/clear_refs");
     fs::write(&path, "4").map_err(ContainerError::io(format!("write to {path}")))
 }
 
-/// What one walk of a memory's page tables finds.
-struct Look {
-    /// Pages that were written, or may have been, since the look before; all, if there was none.
-    written: Vec<Range<u64>>,
-    frames: Frames,
-}
-
-impl Look {
-    /// Looks at all pages of `mappings`. Of those that `stayed` it is known where their pages lay `before`.
-    fn take(
-        pid: i32,
-        mappings: &[Range<u64>],
-        before: &Frames,
-        mut stayed: impl FnMut(&Range<u64>) -> bool,
-    ) -> Result<Self> {
-        let mut entries = Entries::open(pid)?;
-        let mut before = before.compare();
-        let (mut written, mut frames) = (Vec::new(), Frames::default());
-        for mapping in mappings {
-            let stayed = stayed(mapping);
-            entries.existing(mapping, |range, entry| {
-                let page = range.start / PAGE_SIZE as u64;
-                let lay_there = stayed && before.lay_there(page, entry);
-                frames.push(page, entry);
-                if entry.is_soft_dirty() || !lay_there {
-                    append(&mut written, range);
-                }
-            })?;
-        }
-        Ok(Self { written, frames })
-    }
-}
-
-/// What is in both of two lists of ascending ranges.
-fn common(one: &[Range<u64>], other: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut found = Vec::new();
-    let (mut first, mut second) = (one.iter().peekable(), other.iter().peekable());
-    while let (Some(left), Some(right)) = (first.peek(), second.peek()) {
-        let both = left.start.max(right.start)..left.end.min(right.end);
-        if both.start < both.end {
-            append(&mut found, both);
-        }
-        if left.end < right.end {
-            first.next()
-        } else {
-            second.next()
-        };
-    }
-    found
-}
-
-/// KSM forgets the bit of a page that it merges, and the page that it takes apart again may lie where it
-/// once lay.
-fn ksm_merges() -> bool {
-    fs::read_to_string(KSM).is_ok_and(|run| run.trim() != "0")
-}
-
-/// Why it is used nowhere yet: memory that is the page of zeros at one look, is then written, read by us and sent,
-/// given back, and only read again, is the page of zeros at the next look as well: it lies where it lay, without
-/// a bit, and what was sent stays. Seen on Linux 6.1 by comparing, in the stops of 33 moves, each page with what
-/// had been sent of it last, zeros in the last 10 of them: 65 such pages in one stop. Nothing else was missing but
-/// what the kernel itself writes (the number of the CPU in a thread's restartable sequences area, while CRIU works
-/// in the thread). So the pages of zeros, the huge one too (`KPF_ZERO_PAGE` in `/proc/kpageflags`), would have to
-/// count as written at each look.
-const NOT_YET: &str = "a page that is given back and read again between two looks may not be told of: not \
-                       used in this version";
-
-/// Whether the bits work here, tried on pages of our own: that the kernel has the file says nothing.
-pub(super) fn probe() -> std::result::Result<(), String> {
-    static OUTCOME: OnceLock<std::result::Result<(), String>> = OnceLock::new();
-    if ksm_merges() {
-        return Err(format!("KSM merges pages and forgets that they were written ({KSM})"));
-    }
-    let tried = || match try_on_ourselves() {
-        Ok(Tried::Works) => watching().and_then(|()| Err(NOT_YET.to_owned())),
-        Ok(Tried::NoBits) => {
-            Err("the kernel keeps no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)".to_owned())
-        }
-        Ok(Tried::NoFrames) => {
-            Err("the kernel does not say where pages lie: that takes CAP_SYS_ADMIN".to_owned())
-        }
-        Err(error) => Err(format!("soft-dirty bits could not be tried: {error}")),
-    };
-    OUTCOME.get_or_init(tried).clone()
-}
-
-/// Whether it can be seen that memory moves.
-fn watching() -> std::result::Result<(), String> {
-    let uffd = sys::userfaultfd().map_err(|error| format!("no userfaultfd: {error}"))?;
-    userfault::agree(uffd.as_fd(), FEATURES)
-        .map_err(|error| format!("no write protection by userfaultfd (Linux 5.7): {error}"))?;
-    let pid = std::process::id() as i32;
-    sys::compare_memory(pid, pid)
-        .map(drop)
-        .map_err(|error| format!("the kernel does not compare memories (kcmp): {error}"))
-}
-
-/// What came of trying.
-enum Tried {
-    Works,
-    NoBits,
-    NoFrames,
-}
-
-/// Nobody else tracks this process, so nobody misses the bits that are cleared.
-fn try_on_ourselves() -> Result<Tried> {
-    let page = PAGE_SIZE as u64;
-    let pid = std::process::id() as i32;
-    let mut buffer = vec![1u8; 3 * PAGE_SIZE];
-    let start = (buffer.as_ptr() as u64).next_multiple_of(page);
-    let offset = (start - buffer.as_ptr() as u64) as usize;
-    let mut entries = Entries::open(pid)?;
-    let mut known = true;
-    let mut bits = || -> Result<Vec<bool>> {
-        let mut found = Vec::new();
-        let range = start..start + 2 * page;
-        entries.existing(&range, |_, entry| {
-            found.push(entry.is_soft_dirty());
-            known &= entry.place().is_some();
-        })?;
-        Ok(found)
-    };
-    let before = bits()?;
-    clear(pid)?;
-    let cleared = bits()?;
-    std::hint::black_box(&mut buffer)[offset + PAGE_SIZE] = 2;
-    let after = bits()?;
-    let works = (before, cleared, after) == (vec![true; 2], vec![false; 2], vec![false, true]);
-    Ok(match (works, known) {
-        (false, _) => Tried::NoBits,
-        (true, false) => Tried::NoFrames,
-        (true, true) => Tried::Works,
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
+    use std::process::{Child, Command, Stdio};
+
     use super::*;
+    use crate::sys;
 
-    fn ranges(pairs: &[(u64, u64)]) -> Vec<Range<u64>> {
-        pairs.iter().map(|(start, end)| *start..*end).collect()
+    /// A shell that answers each line, and waits in between; it inherits `descriptors`.
+    fn echo(descriptors: &[BorrowedFd<'_>]) -> (Child, Process) {
+        let mut command = Command::new("sh");
+        command.args(["-c", "while read line; do echo $line; done"]);
+        sys::inherit(&mut command, descriptors);
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut child = child.expect("sh");
+        answers(&mut child);
+        let pid = child.id() as i32;
+        let process = memory::processes(&[pid], pid).expect("it lives").remove(0);
+        (child, process)
+    }
+
+    fn answers(child: &mut Child) {
+        child.stdin.as_mut().expect("a pipe").write_all(b"ping\n").expect("it listens");
+        let mut answer = [0; 5];
+        child.stdout.as_mut().expect("a pipe").read_exact(&mut answer).expect("it answers");
+        assert_eq!(&answer, b"ping\n");
+    }
+
+    fn tracker() -> Option<SoftDirty> {
+        let cgroups = Cgroups::at("/there-is-no-such-cgroup").expect("a path");
+        SoftDirty::new(&cgroups).inspect_err(|error| eprintln!("skipped: {error}")).ok()
     }
 
     #[test]
-    fn what_is_in_both_lists_is_found() {
-        let one = ranges(&[(0, 4), (6, 9), (12, 20)]);
-        let other = ranges(&[(2, 7), (8, 13), (19, 30)]);
-        assert_eq!(common(&one, &other), ranges(&[(2, 4), (6, 7), (8, 9), (12, 13), (19, 20)]));
-        assert_eq!(common(&one, &[]), []);
-        assert_eq!(common(&one, &one), one);
+    fn what_a_process_was_forked_with_of_ours_is_taken_back() {
+        let Some(mut tracker) = tracker() else { return };
+        let ours = sys::userfaultfd().expect("a userfaultfd");
+        let number = ours.as_raw_fd();
+        let (mut child, process) = echo(&[ours.as_fd()]);
+        // That of its parent.
+        let frames = Frames::default();
+        let parent = Known { began: 1, uffd: Some(ours), left_alone: None, frames, direct: false };
+        tracker.known.insert(std::process::id() as i32, parent);
+        let has = || fs::read_link(format!("/proc/{}/fd/{number}", process.pid)).is_ok();
+        assert!(has());
+        tracker.meet(&process, true).expect("met");
+        assert!(!has());
+        assert!(tracker.known[&process.pid].uffd.is_none(), "its memory is another's too");
+        tracker.meet(&process, false).expect("met");
+        assert!(tracker.known[&process.pid].uffd.is_some());
+        answers(&mut child);
+        child.kill().and_then(|()| child.wait()).expect("ended");
     }
 
     #[test]
-    fn the_probe_says_what_the_kernel_was_built_with() {
-        // A process that nobody tracks has the flag on every mapping, where there is such a thing.
-        let smaps = fs::read_to_string("/proc/self/smaps").expect("our mappings");
-        let built_in =
-            smaps.lines().any(|line| line.starts_with("VmFlags:") && line.contains(" sd"));
-        // Where another test has cleared them, it could not be tried. Who is not root may know no frames.
-        let outcome = probe();
-        let said = outcome.as_ref().err().map_or("", String::as_str);
-        assert!(
-            built_in || said.contains("CONFIG_MEM_SOFT_DIRTY") || said.contains("KSM"),
-            "{said}"
-        );
-        assert!(!said.contains("CONFIG_MEM_SOFT_DIRTY") || !built_in, "{said}");
+    fn who_made_no_descriptor_is_not_asked_again_at_once() {
+        let Some(mut tracker) = tracker() else { return };
+        let (mut child, process) = echo(&[]);
+        let until = Instant::now() + AGAIN_AFTER;
+        let began = memory::began(process.pid).expect("/proc").expect("it lives");
+        let (left_alone, frames) = (Some(until), Frames::default());
+        let known = Known { began, uffd: None, left_alone, frames, direct: true };
+        tracker.known.insert(process.pid, known);
+        tracker.meet(&process, false).expect("met");
+        let known = &tracker.known[&process.pid];
+        assert!(known.uffd.is_none() && known.left_alone == Some(until) && known.direct);
+        tracker.known.get_mut(&process.pid).expect("known").left_alone = Some(Instant::now());
+        tracker.meet(&process, false).expect("met");
+        let known = &tracker.known[&process.pid];
+        assert!(known.uffd.is_some() && known.left_alone.is_none() && known.direct);
+        child.kill().and_then(|()| child.wait()).expect("ended");
+    }
+
+    /// What it has done with the bits nobody knows, and what it would do without them neither.
+    #[test]
+    fn where_somebody_else_clears_bits_all_counts_as_written() {
+        let Some(mut tracker) = tracker() else { return };
+        let own = fs::File::create("/proc/self/clear_refs").expect("our own");
+        for (descriptors, rival) in [(vec![], false), (vec![own.as_fd()], true)] {
+            let (mut child, process) = echo(&descriptors);
+            assert_eq!(memory::clears_bits(process.pid).expect("its descriptors"), rival);
+            tracker.meet(&process, false).expect("met");
+            tracker.look_first(&process, &mut PageSet::new()).expect("a look");
+            tracker.nothing_merged();
+            // Nothing of what is there is known to be other than it was.
+            clear(process.pid).expect("cleared");
+            let mut hidden = [HiddenProcess::mapped(&process).expect("its mappings")];
+            tracker.last(&mut hidden).expect("a look");
+            let [hidden] = hidden;
+            assert!(!hidden.pages.is_empty());
+            assert_eq!(hidden.written, if rival { hidden.pages } else { Vec::new() });
+            tracker.meet(&process, false).expect("met");
+            assert_eq!(tracker.known[&process.pid].uffd.is_none(), rival);
+            child.kill().and_then(|()| child.wait()).expect("ended");
+        }
+    }
+
+    /// That all is protected for a moment leaves nothing behind: it writes on, and that is told.
+    #[test]
+    fn what_waits_writes_nothing_and_what_writes_is_told() {
+        if let Err(reason) = probe() {
+            return eprintln!("skipped: {reason}");
+        }
+        let Some(mut tracker) = tracker() else { return };
+        let (mut child, process) = echo(&[]);
+        let new = [process.clone()];
+        let mut all = PageSet::new();
+        tracker.meet(&process, false).expect("met");
+        let known = tracker.known.get_mut(&process.pid).expect("known");
+        known.clear(process.pid, &hideable_mappings(process.pid).expect("maps")).expect("cleared");
+        tracker.look_first(&process, &mut all).expect("a look");
+        assert!(!all.is_empty());
+        assert!(!tracker.nothing_merged(), "nobody asked before");
+        for writes in [false, true, false] {
+            if writes {
+                answers(&mut child);
+            }
+            let told = tracker.told(new.iter()).expect("told");
+            assert_eq!(told, BTreeSet::from([process.pid]));
+            let mut dirty = PageSet::new();
+            tracker.look_again(&process, &mut dirty).expect("a look");
+            assert_eq!(!dirty.is_empty(), writes, "{dirty:?} of {all:?}");
+        }
+        child.kill().and_then(|()| child.wait()).expect("ended");
     }
 }

@@ -14,19 +14,19 @@ use serde_json::json;
 
 use crate::runtimes::{assert_listed, crun_can_start, crun_starts, does, says};
 use crate::support::redis::Redis;
-use crate::support::{Host, Spot};
+use crate::support::{Host, Spot, await_that};
 
 /// A container that a runtime started by itself, and its output. Deleted when dropped.
-struct Stranger<'a> {
+pub(crate) struct Stranger<'a> {
     runtime: &'static str,
-    spot: Spot<'a>,
+    pub(crate) spot: Spot<'a>,
     /// Who reads what it says.
     reader: Option<Child>,
 }
 
 impl<'a> Stranger<'a> {
     /// Has `runtime` start the bundle of `spot`, whose output a file gets through a pipe.
-    fn start(runtime: &'static str, spot: Spot<'a>) -> Self {
+    pub(crate) fn start(runtime: &'static str, spot: Spot<'a>) -> Self {
         let mut reader = Command::new("cat")
             .stdin(Stdio::piped())
             .stdout(File::create(Self::output_of(&spot)).expect("a file"))
@@ -82,7 +82,7 @@ impl<'a> Stranger<'a> {
         &self.spot.place.name
     }
 
-    fn what(&self) -> String {
+    pub(crate) fn what(&self) -> String {
         format!("{}:{}", self.runtime, self.id())
     }
 
@@ -93,12 +93,18 @@ impl<'a> Stranger<'a> {
     }
 
     /// The last number that it said to its own reader.
-    fn last_count(&self) -> u64 {
+    pub(crate) fn last_count(&self) -> u64 {
         let text = fs::read_to_string(Self::output_of(&self.spot)).unwrap_or_default();
         text.lines().filter_map(|line| line.parse().ok()).next_back().unwrap_or(0)
     }
 
-    fn await_count(&self, count: u64) {
+    /// Waits until it has said this to its own reader.
+    pub(crate) fn await_said(&self, text: &str) {
+        let said = || fs::read_to_string(Self::output_of(&self.spot)).unwrap_or_default();
+        await_that(text, || said().contains(text));
+    }
+
+    pub(crate) fn await_count(&self, count: u64) {
         let begun = Instant::now();
         while self.last_count() < count {
             assert!(begun.elapsed() < Duration::from_secs(20), "it does not count to {count}");
@@ -113,7 +119,7 @@ impl<'a> Stranger<'a> {
         refusals.into_iter().map(|refusal| refusal.text).collect()
     }
 
-    fn adopt(&mut self) {
+    pub(crate) fn adopt(&mut self) {
         let backend = self.spot.backend();
         let found = backend.find_foreign(&self.what()).expect("nothing against it");
         assert_eq!(found.name, self.id());

@@ -66,6 +66,9 @@ pub(crate) fn podman_restores_our_file(host: &Host) {
     let spot = host.redis("ao", "10.99.0.7/24", &[]);
     spot.change_config(|config| {
         config["linux"]["maskedPaths"] = json!(["/proc/kcore", "/proc/keys", "/sys/firmware"]);
+        // podman restores it in the host's.
+        let namespaces = config["linux"]["namespaces"].as_array_mut().expect("namespaces");
+        namespaces.push(json!({"type": "cgroup"}));
     });
     spot.run();
     let mut redis = Redis::connect("10.99.0.7:6379");
@@ -93,6 +96,35 @@ pub(crate) fn podman_restores_our_file(host: &Host) {
         podman(host, &["rm", name]);
     }
     fs::remove_file(file).expect("removed");
+}
+
+/// What a killed agent had podman mount is unmounted by the next one's sweep, and what lives on is not.
+pub(crate) fn an_image_that_stayed_mounted_goes(host: &Host) {
+    const EMPTY: &str = "localhost/decamp/empty:latest";
+    set_up(host);
+    import_empty();
+    let mounted = || says("podman", &["image", "mount"]).contains(EMPTY);
+    podman(host, &["image", "mount", EMPTY]);
+    assert!(mounted());
+    let home = Path::new("/var/lib/containers/decamp");
+    fs::create_dir_all(home).expect("a directory");
+    let note = |started: u64| {
+        let text = json!({"id": EMPTY, "process": [std::process::id(), started]});
+        let path = home.join(format!(".{started}.image"));
+        fs::write(&path, text.to_string()).expect("noted");
+        path
+    };
+    let stat = fs::read_to_string("/proc/self/stat").expect("ours");
+    let started = stat.rsplit(')').next().and_then(|rest| rest.split(' ').nth(20));
+    let lives = note(started.and_then(|word| word.parse().ok()).expect("a time"));
+    decamp_container::podman::leftover::clear(|_| true);
+    assert!(mounted() && lives.exists(), "somebody has it");
+    fs::remove_file(&lives).expect("removed");
+    let gone = note(1);
+    decamp_container::podman::leftover::clear(|_| true);
+    assert!(!mounted() && !gone.exists());
+    let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(home).expect("a directory"));
+    assert_eq!(mode & 0o777, 0o700);
 }
 
 /// A file of podman's, as it is taken here.

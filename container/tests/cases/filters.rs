@@ -1,17 +1,22 @@
 //! Moves of containers with processes under a seccomp filter: CRIU can be under none of ours at first, and
 //! memory is hidden from it by mounts, and by a filter that it gets later.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
 use decamp_shared::methods::{HidingChoice, Methods, Ways};
 use decamp_shared::pages::PageSet;
 use decamp_shared::workload::Liveness;
 use serde_json::{Value, json};
 
+use super::runtimes::{crun_starts, says};
 use super::segments::{MOVED, names, withheld_page_is_noticed};
 use super::support::{self, Case, Host, Spot};
 
-pub(crate) const CASES: [Case; 7] = [
+pub(crate) const CASES: [Case; 8] = [
     Case { name: "under_an_allow_list_it_moves_live", run: under_an_allow_list_it_moves_live },
     Case { name: "under_one_denial_it_moves", run: under_one_denial_it_moves },
+    Case { name: "crun_executes_under_the_filter", run: crun_executes_under_the_filter },
     Case { name: "a_filter_that_comes_late_stays", run: a_filter_that_comes_late_stays },
     Case { name: "limits_that_nobody_may_ask_for", run: limits_that_nobody_may_ask_for },
     Case { name: "withheld_under_a_denial_is_noticed", run: withheld_under_a_denial_is_noticed },
@@ -20,7 +25,7 @@ pub(crate) const CASES: [Case; 7] = [
 ];
 
 /// As container engines do by default: what is not on the list fails. Much shorter than theirs.
-const ALLOWED: &str = "access arch_prctl brk capget capset chdir clock_getres clock_gettime clock_nanosleep \
+pub(crate) const ALLOWED: &str = "access arch_prctl brk capget capset chdir clock_getres clock_gettime clock_nanosleep \
     clone clone3 close close_range copy_file_range dup dup2 dup3 epoll_create1 epoll_ctl epoll_pwait \
     epoll_wait eventfd2 execve execveat exit exit_group faccessat faccessat2 fadvise64 fallocate fchdir \
     fchmod fchown fcntl fdatasync flock fork fstat fstatfs fsync ftruncate futex getcwd getdents64 getegid \
@@ -33,7 +38,7 @@ const ALLOWED: &str = "access arch_prctl brk capget capset chdir clock_getres cl
     sigaltstack stat statfs statx sysinfo tgkill time times tkill umask uname unlink unlinkat vfork wait4 \
     waitid write writev";
 
-fn profile(default: &str, names: &str, action: &str) -> Value {
+pub(crate) fn profile(default: &str, names: &str, action: &str) -> Value {
     let names: Vec<_> = names.split_whitespace().collect();
     json!({"defaultAction": default, "architectures": ["SCMP_ARCH_X86_64"],
         "syscalls": [{"names": names, "action": action}]})
@@ -98,6 +103,36 @@ fn under_one_denial_it_moves(host: &Host) {
     assert_eq!(filters_of(host, &here), filters);
     here.stop();
     host.assert_nothing_left("od2");
+}
+
+/// What is brought in after a move is under the filter of the configuration, as before: crun has it in a file.
+fn crun_executes_under_the_filter(host: &Host) {
+    if !crun_starts(host) {
+        return;
+    }
+    let mut here = host.counter("ce0");
+    here.spec["runtime"] = json!("crun");
+    let deny = profile("SCMP_ACT_ALLOW", "mkdir mkdirat", "SCMP_ACT_ERRNO");
+    here.change_config(|config| config["linux"]["seccomp"] = deny);
+    here.run();
+    here.await_count(2);
+    for turn in 0..=2 {
+        let id = here.place.name.as_str();
+        let words = ["exec", id, "/bin/busybox", "grep", "Seccomp:", "/proc/self/status"];
+        assert_eq!(says("crun", &words).split_whitespace().last(), Some("2"), "move {turn}");
+        let filter = fs::metadata(format!("/run/crun/{id}/seccomp.bpf")).expect("crun's filter");
+        assert_eq!(filter.permissions().mode() & 0o077, 0, "nobody else's to see");
+        if turn == 2 {
+            break;
+        }
+        let there = here.twin(&format!("ce{}", turn + 1));
+        here.move_to(&there);
+        let before = here.last_count();
+        there.await_count(before + 2);
+        here = there;
+    }
+    here.stop();
+    host.assert_nothing_left("ce2");
 }
 
 /// The tests above can fail: what CRIU is told to be empty it has nothing of in its images.

@@ -4,9 +4,9 @@
 use std::io::Write as _;
 
 use decamp_shared::methods::{ForkedChoice, Methods, RestoreChoice, TrackerChoice};
-use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet, SpaceId};
+use decamp_shared::pages::{PAGE_SIZE, PageRange, SpaceId};
 
-use crate::support::{self, Case, Host, Moved, Spot};
+use crate::support::{Case, Host, Moved, Spot};
 
 pub(crate) const CASES: [Case; 7] = [
     Case { name: "forked_memory_travels_once", run: forked_memory_travels_once },
@@ -143,21 +143,10 @@ fn forked_withheld_page_is_noticed(host: &Host) {
     for (turn, forked) in [ForkedChoice::Apart, ForkedChoice::Shared].into_iter().enumerate() {
         set(host, TrackerChoice::Auto, forked);
         let there = here.twin(&format!("fn{}", turn + 1));
-        let mut source = here.source();
-        let mut destination = there.prepare(&mut *source);
-        source.pause().expect("pause");
-        let mut dirty = PageSet::new();
-        source.harvest(&mut dirty).expect("harvest");
-        let ours = dirty.ranges().filter(|range| range.space == SpaceId(1));
-        let largest = ours.max_by_key(|range| range.count).expect("pages");
-        dirty.remove(PageRange::new(largest.space, largest.first, largest.count.min(2)));
-        support::copy(&dirty, &mut *source, &mut *destination);
-        destination.load(source.save().expect("save")).expect("load");
-        destination.activate(1).expect("activate");
-        (0..PROCESSES).for_each(|process| there.await_log(&format!("BAD process {process} ")));
-        source.resume().expect("resume");
-        drop((source, destination));
-        there.stop();
+        let two = |of: PageRange| PageRange::new(of.space, of.first, of.count.min(2));
+        here.run_without(&there, SpaceId(1), two, || {
+            (0..PROCESSES).for_each(|process| there.await_log(&format!("BAD process {process} ")));
+        });
         here.await_rounds(here.rounds() + 8);
     }
     here.stop();
@@ -225,7 +214,7 @@ fn assert_travelled_once(moved: &Moved) {
 }
 
 /// Every process has checked what it has, several times, once all of its memory is there.
-fn assert_all_fine(spot: &Spot<'_>) {
+pub(crate) fn assert_all_fine(spot: &Spot<'_>) {
     spot.await_rounds(1);
     spot.await_rounds(spot.rounds() + 20);
     (1..PROCESSES).for_each(|child| spot.await_log(&format!("child {child} fine")));

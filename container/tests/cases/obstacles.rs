@@ -9,17 +9,24 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use decamp_shared::workload::{Backend, PlacedTree, SourceWorkload};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::support::{Case, Host, Spot};
+use super::support::{self, Case, Host, Spot};
 
-pub(crate) const CASES: [Case; 4] = [
+pub(crate) const CASES: [Case; 6] = [
     Case { name: "obstacles_are_named", run: obstacles_are_named },
+    Case { name: "rights_are_the_configurations", run: rights_are_the_configurations },
     Case { name: "what_came_in_from_outside_is_named", run: what_came_in_from_outside_is_named },
     Case {
         name: "obstacles_that_come_late_end_the_stop",
         run: obstacles_that_come_late_end_the_stop,
+    },
+    Case {
+        name: "a_way_that_comes_to_lead_outside_ends_the_stop",
+        run: a_way_that_comes_to_lead_outside_ends_the_stop,
     },
     Case {
         name: "two_hundred_processes_are_seen_quickly",
@@ -69,9 +76,27 @@ const OBSTACLES: &[(&str, &str, Who)] = &[
     ("passed", "a pipe whose other end is outside", Who::Descriptor),
     ("other-link", "goes on under another name", Who::Descriptor),
     ("ghost-large", "a deleted file of 65 MiB", Who::Descriptor),
+    (
+        "ghost-over-link",
+        "which is deleted, and the way to it leads over a symbolic link",
+        Who::Process,
+    ),
+    (
+        "ghost-in-memory",
+        "a directory within another one of a file system in memory",
+        Who::Descriptor,
+    ),
+    ("ghost-taken", "which is deleted, and its name belongs to something else", Who::Descriptor),
     ("overmounted", "over which something else is mounted", Who::Descriptor),
     ("ramfs", "a file system of kind ramfs", Who::Mount),
     ("fuse", "a file system of kind fuse", Who::Mount),
+    ("tmpfs-part", "a part of a file system, other than the container's root", Who::Mount),
+    ("dev-part", "a part of a file system, other than the container's root", Who::Mount),
+    ("overlay", "an overlay, which CRIU would put together", Who::Mount),
+    ("debugfs", "of a kind that the container's configuration does not mount", Who::Mount),
+    ("proc-part", "it shows what belongs to one process in /proc", Who::Mount),
+    ("part-gone", "other than the container's root or gone from there", Who::Mount),
+    ("kernel-map", "memory of this host's kernel or of a device", Who::Process),
     ("open-tree", "on no mount of the container", Who::Descriptor),
     ("mqueue", "on no mount of the container", Who::Descriptor),
     ("nested-pid", "another PID namespace", Who::Process),
@@ -141,7 +166,11 @@ fn refusals(place: &Spot<'_>, source: &mut dyn SourceWorkload) -> Vec<String> {
 }
 
 pub(crate) fn obstacles_of(place: &Spot<'_>) -> Vec<String> {
-    let needs = place.source().manifest().expect("a manifest").needs;
+    obstacles_said(&mut *place.source())
+}
+
+fn obstacles_said(source: &mut dyn SourceWorkload) -> Vec<String> {
+    let needs = source.manifest().expect("a manifest").needs;
     let needs: Value = serde_json::from_slice(&needs).expect("JSON");
     let said = needs["obstacles"].as_array().expect("a list");
     said.iter().map(|text| text.as_str().expect("text").to_owned()).collect()
@@ -267,6 +296,59 @@ fn what_came_in_from_outside_is_named(host: &Host) {
     host.assert_nothing_left("ex");
 }
 
+/// What was brought in with more rights than the configuration gives is named, also where nothing else tells it
+/// from the container's own; and images that ask for more are refused before anything of them runs.
+fn rights_are_the_configurations(host: &Host) {
+    let place = host.counter("rt");
+    place.run();
+    place.await_count(2);
+    // A child of the container's first process, whose own parent has ended.
+    let bring = |more: &[&str]| {
+        let shell = "/bin/busybox setsid /bin/busybox sleep 600 </dev/null >/dev/null 2>&1 &";
+        let words = [&["exec"][..], more, &[&place.place.name, "/bin/sh", "-c", shell]].concat();
+        host.runc(&words);
+    };
+    bring(&[]);
+    let mut said = vec![String::new()];
+    support::await_that("what was brought in to be the container's own", || {
+        said = obstacles_of(&place);
+        said.is_empty()
+    });
+    bring(&["--cap", "CAP_NET_RAW"]);
+    support::await_that("more rights to be all that is said", || {
+        said = obstacles_of(&place);
+        said.len() == 1 && said[0].contains("(busybox") && said[0].contains("CAP_NET_RAW")
+    });
+    let error = place.source().pause().expect_err("it has more rights");
+    assert!(error.to_string().contains("does not give: CAP_NET_RAW"), "{error}");
+    let number = said[0].split(' ').nth(1).and_then(|word| word.parse().ok()).expect("a number");
+    kill(Pid::from_raw(number), Signal::SIGKILL).expect("killed");
+    support::await_that("nothing to be said any more", || obstacles_of(&place).is_empty());
+
+    // Protobuf of CRIU's: field 11, the effective set of the counter's bundle, and one more.
+    let (given, forged) = ([0x58, 0xe1, 0x09], [0x58, 0xe1, 0x0b]);
+    let there = place.twin("rt2");
+    let mut source = place.source();
+    let mut destination = there.prepare(&mut *source);
+    source.pause().expect("pause");
+    support::copy_pages(&mut *source, &mut *destination);
+    let mut sections = support::apart(source.save().expect("save"));
+    let core = sections.iter_mut().find(|section| section.kind == "criu/core-1.img");
+    let bytes = &mut core.expect("the first process").bytes;
+    let at = bytes.windows(3).position(|part| part == given).expect("its capabilities");
+    bytes[at..at + 3].copy_from_slice(&forged);
+    let error = destination.load(sections).expect_err("it was forged");
+    assert!(error.to_string().contains("does not give: CAP_SETPCAP"), "{error}");
+    destination.discard().expect("discard");
+    host.assert_nothing_left("rt2");
+    let before = place.last_count();
+    source.resume().expect("resume");
+    place.await_count(before + 2);
+    drop((source, destination));
+    place.stop();
+    host.assert_nothing_left("rt");
+}
+
 /// Agreed upon, and then something appears: the stop ends with what it is, and not with words of CRIU; and it
 /// runs on. When it has gone the same move works.
 fn obstacles_that_come_late_end_the_stop(host: &Host) {
@@ -292,7 +374,7 @@ fn obstacles_that_come_late_end_the_stop(host: &Host) {
     signal("USR2");
     place.await_log("gone late");
     source.pause().expect("pause");
-    super::support::copy_pages(&mut *source, &mut *destination);
+    support::copy_pages(&mut *source, &mut *destination);
     destination.load(source.save().expect("save")).expect("load");
     source.fence(1).expect("fence");
     destination.activate(1).expect("activate");
@@ -301,6 +383,65 @@ fn obstacles_that_come_late_end_the_stop(host: &Host) {
     drop((source, destination));
     there.stop();
     host.assert_nothing_left("lb");
+}
+
+/// A deleted directory is looked at before the stop, and what leads to it becomes a link to the host's root
+/// after that. CRIU dumps it all the same; nobody restores it.
+fn a_way_that_comes_to_lead_outside_ends_the_stop(host: &Host) {
+    let Some(place) = with(host, "way", "obstacle", &["ghost-late"]) else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    place.run();
+    place.await_log("tick 3\n");
+    assert_eq!(obstacles_of(&place), [""; 0]);
+    let mut source = place.source();
+    let there = place.twin("way2");
+    let mut destination = there.prepare(&mut *source);
+    host.runc(&["kill", &place.place.name, "USR1"]);
+    let (mut before, mut dumped) = (0, 0);
+    let error = loop {
+        assert!(before + dumped < 200, "{before} ended before the stop, {dumped} were right");
+        if let Err(error) = source.pause() {
+            assert!(error.to_string().contains("leads over a symbolic link"), "{error}");
+            before += 1;
+            continue;
+        }
+        let saved = source.save();
+        let ticks = place.ticks();
+        source.resume().expect("resume");
+        place.await_log(&format!("tick {}\n", ticks + 1));
+        match saved {
+            Ok(_) => dumped += 1,
+            Err(error) => break error.to_string(),
+        }
+    };
+    println!("    found in the stop after {before} ended before it and {dumped} were right");
+    let wanted =
+        "ghost-late/srv open, which is deleted, and the way to it leads over a symbolic link";
+    assert!(error.contains(wanted) && error.contains("runs on here"), "{error}");
+    host.runc(&["kill", &place.place.name, "USR2"]);
+    super::support::await_that("the link to go", || obstacles_said(&mut *source).is_empty());
+    // Nor does a destination believe that it was looked at.
+    source.pause().expect("pause");
+    super::support::copy_pages(&mut *source, &mut *destination);
+    let sections = source.save().expect("save");
+    let link = place.bundle().join("rootfs/data/ghost-late");
+    std::os::unix::fs::symlink("/", &link).expect("a link");
+    let error = destination.load(sections).expect_err("it leads outside").to_string();
+    assert!(
+        error.contains("which is deleted: the way to it leads over a symbolic link"),
+        "{error}"
+    );
+    destination.discard().expect("discard");
+    host.assert_nothing_left("way2");
+    std::fs::remove_file(link).expect("removed");
+    source.resume().expect("resume");
+    drop((source, destination));
+    let there = place.twin("way3");
+    place.move_to(&there);
+    there.await_log(&format!("tick {}\n", place.ticks() + 3));
+    there.stop();
+    host.assert_nothing_left("way3");
 }
 
 fn two_hundred_processes_are_seen_quickly(host: &Host) {

@@ -14,7 +14,11 @@ use crate::segments::{MOVED, names};
 use crate::support::redis::Redis;
 use crate::support::{Host, Spot, await_that};
 
-const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo $i; echo $i >/data/count; sleep 0.1; done";
+/// Counts to its standard output, and in a file: on a tmpfs, which goes along as it is in the stop, whole at any
+/// time, and written by another process, so that the first one's streams are what they are.
+const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo $i; \
+    /bin/busybox sh -c \"echo $i >/dev/shm/new; /bin/busybox mv /dev/shm/new /dev/shm/count\"; \
+    sleep 0.1; done";
 
 /// Gives `host` a podman of its own, with one image that has a shell.
 pub(crate) fn set_up(host: &Host) {
@@ -104,6 +108,22 @@ impl<'a> Pod<'a> {
         backend.adopt(&self.spot.spec, &self.spot.place).expect("adopted");
     }
 
+    /// What a next host that is this one says against it, with its volumes at `volumes`.
+    pub(crate) fn refused_there(&self, volumes: &Path) -> Vec<String> {
+        let mut source = self.spot.source();
+        let mut manifest = source.manifest().expect("a manifest");
+        manifest.name.push_str("-next");
+        let placed = |tree: &FileTree| {
+            let is_volume = tree.role().is_volume();
+            let place = self.spot.bundle().with_extension("there");
+            let path = if is_volume { volumes.to_owned() } else { place };
+            PlacedTree { tree: tree.clone(), path }
+        };
+        let trees: Vec<_> = manifest.files.iter().map(placed).collect();
+        let against = self.spot.backend().preflight(&manifest, &trees);
+        against.into_iter().map(|refusal| refusal.text).collect()
+    }
+
     fn reasons(&self) -> Vec<String> {
         let found = self.spot.backend().find_foreign(&format!("podman:{}", self.name()));
         found.expect_err("it was not refused").into_iter().map(|refusal| refusal.text).collect()
@@ -154,23 +174,39 @@ pub(crate) fn await_status(name: &str, status: &str) {
 }
 
 pub(crate) fn podman_is_in_charge_elsewhere(host: &Host) {
-    in_charge(host, "runc");
+    in_charge(host, "runc", "private");
 }
 
 pub(crate) fn podman_with_crun_is_in_charge_elsewhere(host: &Host) {
     if crun_starts(host) {
-        in_charge(host, "crun");
+        in_charge(host, "crun", "host");
     }
 }
 
 /// The next podman lists and controls what comes, and this one knows that it has left.
-fn in_charge(host: &Host, runtime: &str) {
-    let more =
-        ["--label=a=b", "--env=X=a b", "--restart=always", "--stop-timeout=3", "--memory=64m"];
+fn in_charge(host: &Host, runtime: &str, cgroup_namespace: &str) {
+    let cgroup_namespace = format!("--cgroupns={cgroup_namespace}");
+    let more = [
+        &cgroup_namespace,
+        "--label=a=b",
+        "--env=X=a b",
+        "--restart=always",
+        "--stop-timeout=3",
+        "--memory=64m",
+    ];
     let (here, elsewhere) = (format!("pa-{runtime}"), format!("pb-{runtime}"));
     let mut pod = Pod::start_by(host, runtime, &here, &more, COUNTER);
     await_count(pod.name(), 3);
     pod.adopt();
+    let cgroups = |name: &str| {
+        let all = says("podman", &["exec", name, "/bin/busybox", "cat", "/proc/1/cgroup"]);
+        let paths = all.lines().filter_map(|line| line.rsplit(':').next());
+        let has_own = paths.clone().all(|path| path == "/");
+        let id = inspect(name)["Id"].as_str().expect("an id").to_owned();
+        assert_eq!(has_own, !all.contains(&id), "{all}");
+        has_own
+    };
+    let had_own = cgroups(pod.name());
     let there = pod.spot.twin(&elsewhere);
     let moved = pod.spot.move_live(&there, 2);
     eprintln!("    {:.1?}", moved.times);
@@ -188,11 +224,12 @@ fn in_charge(host: &Host, runtime: &str) {
     assert_eq!(said["Config"]["Labels"]["a"], "b");
     assert_eq!(said["HostConfig"]["RestartPolicy"]["Name"], "always");
     assert_eq!(said["HostConfig"]["Memory"], 64 << 20);
+    assert_eq!((cgroups(name), had_own), (had_own, cgroup_namespace.ends_with("private")));
     let environment = says("podman", &["exec", name, "/bin/busybox", "env"]);
     assert!(environment.lines().any(|line| line == "X=a b"), "{environment}");
     let status = says("podman", &["exec", name, "/bin/busybox", "cat", "/proc/1/status"]);
     assert!(status.lines().any(|line| line == "Seccomp:\t2"), "{status}");
-    let count = says("podman", &["exec", name, "/bin/busybox", "cat", "/data/count"]);
+    let count = says("podman", &["exec", name, "/bin/busybox", "cat", "/dev/shm/count"]);
     assert!(count.trim().parse::<u64>().expect("a number") >= before);
     assert_eq!(says("podman", &["exec", name, "/bin/busybox", "cat", "/proc/1/comm"]).trim(), "sh");
     host.assert_nothing_left(&here);
@@ -372,6 +409,40 @@ pub(crate) fn podman_forgets_what_did_not_come(host: &Host) {
     }
 }
 
+/// While podman does not remove what did not come, it stays ours, and is removed by who sweeps.
+pub(crate) fn podman_that_forgets_nothing_is_asked_again(host: &Host) {
+    let mut pod = Pod::start(host, "pr", &["--security-opt=seccomp=unconfined"], COUNTER);
+    await_count(pod.name(), 2);
+    pod.adopt();
+    let there = pod.spot.twin("pt");
+    let mut source = pod.spot.source();
+    let mut destination = there.prepare(&mut *source);
+    let name = there.place.name.clone();
+    let other = format!("{name}-other");
+    let by = format!("--pid=container:{name}");
+    does("podman", &["create", "--name", &other, &by, "localhost/shell", "/bin/true"]);
+    let mark = there.place.dir.join("container.claim");
+    destination.discard().expect("all but podman's record of it is taken away");
+    drop(destination);
+    for _ in 0..2 {
+        assert!(mark.exists(), "nobody would try it again");
+        assert_eq!(inspect(&name)["State"]["Status"], "created");
+        let error =
+            there.backend().sweep(&there.spec, &there.place).expect_err("another depends on it");
+        assert!(error.to_string().contains("rm --force"), "{error}");
+    }
+    does("podman", &["rm", &other]);
+    there.backend().sweep(&there.spec, &there.place).expect("swept");
+    let exists = Command::new("podman").args(["container", "exists", &name]).status();
+    assert!(!exists.expect("podman").success(), "podman kept it");
+    assert!(!mark.exists());
+    source.resume().expect("resume");
+    drop(source);
+    host.assert_nothing_left("pt");
+    no_commands_left();
+    await_count(pod.name(), last_count(pod.name()) + 2);
+}
+
 /// A podman that gives its start up does so before anything runs: the container goes on where it was.
 pub(crate) fn podman_that_gave_up_is_asked_for_nothing(host: &Host) {
     let mut pod = Pod::start(host, "pi", &["--security-opt=seccomp=unconfined"], COUNTER);
@@ -442,21 +513,11 @@ pub(crate) fn podman_forgets_what_was_not_noted(host: &Host) {
     await_count(pod.name(), last_count(pod.name()) + 2);
 }
 
-/// What podman mounts by itself, and a volume that others have there, are refused.
+/// Volumes with options, and one that others have there, are refused.
 pub(crate) fn podman_says_what_does_not_go_along(host: &Host) {
     set_up(host);
-    let secret = host.directory().join("secret");
-    fs::write(&secret, "word").expect("written");
-    does("podman", &["secret", "create", "ps-key", secret.to_str().expect("UTF-8")]);
     does("podman", &["volume", "create", "--opt=o=uid=5", "ps-own"]);
-    let mut pod = Pod::start(host, "ps", &["--secret=ps-key"], COUNTER);
-    await_count(pod.name(), 1);
-    let against = pod.reasons();
-    // A directory and the file in it.
-    let all = against.iter().all(|text| text.contains("at /run/secrets"));
-    assert!(!against.is_empty() && all, "{against:?}");
-    remove(pod.name());
-    pod = Pod::start(host, "pq", &["--volume=ps-own:/vol"], COUNTER);
+    let mut pod = Pod::start(host, "pq", &["--volume=ps-own:/vol"], COUNTER);
     await_count(pod.name(), 1);
     let against = pod.reasons();
     assert!(against.len() == 1 && against[0].contains("options of its own"), "{against:?}");
@@ -464,21 +525,11 @@ pub(crate) fn podman_says_what_does_not_go_along(host: &Host) {
     pod = Pod::start(host, "pp", &["--volume=ps-data:/vol"], COUNTER);
     await_count(pod.name(), 1);
     pod.adopt();
-    let mut source = pod.spot.source();
-    let manifest = source.manifest().expect("a manifest");
     let data = Path::new("/var/lib/containers/storage/volumes/ps-data/_data");
-    let placed = |tree: &FileTree| {
-        let path =
-            if tree.role().is_volume() { data.to_owned() } else { host.directory().join("pp") };
-        PlacedTree { tree: tree.clone(), path }
-    };
-    let trees: Vec<_> = manifest.files.iter().map(placed).collect();
-    let against = pod.spot.backend().preflight(&manifest, &trees);
-    let said = |text: &str| against.iter().any(|refusal| refusal.text.contains(text));
+    let against = pod.refused_there(data);
+    let said = |text: &str| against.iter().any(|refusal| refusal.contains(text));
     assert!(said(&format!("that of another container there ({})", pod.name())), "{against:?}");
-    drop(source);
     pod.spot.backend().let_go(&pod.spot.place).expect("let go");
     drop(pod);
     does("podman", &["volume", "rm", "ps-own", "ps-data"]);
-    does("podman", &["secret", "rm", "ps-key"]);
 }

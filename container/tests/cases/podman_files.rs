@@ -1,4 +1,5 @@
-//! What containers of podman have beside their root file system: volumes and terminals, moved with them.
+//! What containers of podman have beside their root file system: volumes, terminals, and what podman itself mounts,
+//! moved with them.
 
 use std::fs;
 use std::io::Write;
@@ -9,9 +10,9 @@ use std::process::{Command, Stdio};
 use decamp_shared::workload::{FileRole, FileTree};
 use serde_json::json;
 
-use crate::podman::{Pod, await_count, await_status, inspect, last_count, set_up};
+use crate::podman::{Pod, await_count, await_status, import, inspect, last_count, set_up};
 use crate::runtimes::{does, says};
-use crate::support::{Host, await_that, copy_pages};
+use crate::support::{Host, await_that, copy_pages, program};
 
 /// A volume of podman's, a directory and a file of the host, and two file systems in memory. One podman stands
 /// for two: the next host has the volume under another name.
@@ -167,4 +168,99 @@ pub(crate) fn podman_terminal_goes_along(host: &Host) {
     there.await_exit();
     await_that("podman to remove it", || !exists(name));
     host.assert_nothing_left("pt");
+}
+
+/// The program of `--init` and a secret in two places are those of the next podman, which has to have the same.
+pub(crate) fn podman_init_and_secrets_go_along(host: &Host) {
+    if program("catatonit").is_none() {
+        return host.skip("needs catatonit (tests/setup)");
+    }
+    set_up(host);
+    let keep = |contents: &str| {
+        let line = format!("echo {contents} | podman secret create po-key -");
+        does("sh", &["-c", &line]);
+    };
+    keep("word");
+    let twice = ["--secret=po-key", "--secret=po-key,target=/opt/key,uid=1234,mode=0440"];
+    let line = "exec 3</run/secrets/po-key; i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done";
+    let mut pod = Pod::start(host, "po", &[&["--init"][..], &twice].concat(), line);
+    await_count(pod.name(), 2);
+    pod.adopt();
+    let nowhere = Path::new("/nowhere");
+    assert_eq!(pod.refused_there(nowhere), [""; 0]);
+    let refuses = |says: &str| {
+        let against = pod.refused_there(nowhere);
+        // The secret is in two places.
+        let all = against.iter().all(|text| text.contains(says) && !text.contains("word"));
+        assert!(!against.is_empty() && all, "{says:?} is not in {against:?}");
+    };
+    does("podman", &["secret", "rm", "po-key"]);
+    refuses("podman secret create po-key");
+    keep("ward");
+    refuses("secret po-key there is another than the one in the container");
+    does("podman", &["secret", "rm", "po-key"]);
+    keep("word");
+    let conf = "/etc/containers/containers.conf";
+    let text = fs::read_to_string(conf).expect("a configuration");
+    let other = text.replace("[containers]", "[containers]\ninit_path = \"/bin/busybox\"");
+    fs::write(conf, other).expect("written");
+    refuses("program of --init there, /bin/busybox, is another");
+    fs::write(conf, text).expect("written");
+    let stray = ["exec", pod.name(), "/bin/busybox", "touch", "/run/secrets/stray"];
+    does("podman", &stray);
+    refuses("/run/secrets/stray is in a directory that podman makes");
+    does("podman", &[&stray[..3], &["rm", "/run/secrets/stray"]].concat());
+    let there = pod.spot.twin("pz");
+    pod.spot.move_live(&there, 1);
+    let name = there.place.name.as_str();
+    await_count(name, last_count(pod.name()) + 3);
+    let within =
+        |words: &[&str]| says("podman", &[&["exec", name, "/bin/busybox"], words].concat());
+    // podman has one file for both.
+    let looks = within(&["stat", "-c", "%u %g %a %s", "/run/secrets/po-key", "/opt/key"]);
+    assert_eq!(looks, "1234 0 440 5\n1234 0 440 5\n");
+    assert_eq!(within(&["cat", "/run/secrets/po-key", "/opt/key"]), "word\nword\n");
+    let first = within(&["cat", "/proc/1/cmdline"]);
+    assert!(first.starts_with("/run/podman-init\0--\0/bin/sh\0"), "{first:?}");
+    let (was, said) = (inspect(pod.name()), inspect(name));
+    for what in ["/HostConfig/Init", "/Path", "/Args", "/Config/Secrets/1/Name"] {
+        assert_eq!(said.pointer(what), was.pointer(what), "{what}");
+    }
+    // What podman starts again has all of it, by itself.
+    does("podman", &["stop", "--time", "0", name]);
+    there.await_exit();
+    does("podman", &["start", name]);
+    await_status(name, "running");
+    assert_eq!(within(&["cat", "/opt/key"]), "word\n");
+    does("podman", &["rm", "-f", "-t", "0", name]);
+    drop(pod);
+    does("podman", &["secret", "rm", "po-key"]);
+    host.assert_nothing_left("pz");
+}
+
+/// A user that its image does not name is in the `passwd` that podman mounts where it cannot change the image's.
+pub(crate) fn podman_names_its_user_anew(host: &Host) {
+    set_up(host);
+    let spot = host.shell("pc", "true");
+    let passwd = spot.bundle().join("rootfs/etc/passwd");
+    fs::create_dir_all(passwd.parent().expect("a parent")).expect("a directory");
+    fs::write(&passwd, "root:x:0:0::/:/bin/sh\n").expect("written");
+    import(host, "named", &spot, &[]);
+    let name = spot.place.name.clone();
+    let options = ["--detach", "--network=none", "--read-only", "--user=1234:55", "--name", &name];
+    let line = "exec 3</etc/passwd; i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done";
+    let last = ["localhost/named", "/bin/sh", "-c", line];
+    does("podman", &[&["run"][..], &options, &last].concat());
+    let mut pod = Pod { spot };
+    await_count(pod.name(), 2);
+    pod.adopt();
+    let there = pod.spot.twin("pd");
+    pod.spot.move_live(&there, 1);
+    let name = there.place.name.as_str();
+    await_count(name, last_count(pod.name()) + 3);
+    let reads = |name: &str| says("podman", &["exec", name, "/bin/busybox", "cat", "/etc/passwd"]);
+    let named = reads(name);
+    assert!(named.starts_with("root:") && named.contains(":1234:55:"), "{named}");
+    does("podman", &["rm", "-f", "-t", "0", name]);
+    host.assert_nothing_left("pd");
 }

@@ -236,3 +236,32 @@ pub(crate) fn runtimes_that_do_not_do(host: &Host) {
     assert!(error.contains("crun has a container"), "{error}");
     assert!(list.contains("created"), "{list}");
 }
+
+/// Its own cgroups are at the root of what it sees of them, here and there.
+pub(crate) fn cgroup_namespace_goes_along(host: &Host) {
+    let source = host.counter("cn");
+    source.change_config(|config| {
+        let namespaces = config["linux"]["namespaces"].as_array_mut().expect("namespaces");
+        namespaces.push(json!({"type": "cgroup"}));
+        let mount = json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+            "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]});
+        config["mounts"].as_array_mut().expect("mounts").push(mount);
+    });
+    source.run();
+    source.await_count(3);
+    let sees = |spot: &Spot<'_>| {
+        let words = ["exec", &spot.place.name, "/bin/busybox", "cat", "/proc/1/cgroup"];
+        let all = says("runc", &words);
+        assert!(all.lines().all(|line| line.ends_with(":/")), "{all}");
+        let inside =
+            says("runc", &[&words[..2], &["/bin/busybox", "ls", "/sys/fs/cgroup"]].concat());
+        inside.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let before = sees(&source);
+    let there = source.twin("cn2");
+    source.move_live(&there, 1);
+    assert_eq!(sees(&there), before);
+    let count = there.last_count();
+    there.await_count(count + 3);
+    host.assert_nothing_left("cn");
+}

@@ -224,7 +224,6 @@ pub(crate) fn measure_shared(host: &Host) {
     }
 }
 
-/// Private and shared mappings of huge pages, which are left to CRIU.
 /// What nobody maps, and a cgroup elsewhere may be charged for, is announced all the same.
 pub(crate) fn what_lies_on_a_tmpfs_is_announced(host: &Host) {
     const MIB: u64 = 1 << 20;
@@ -247,36 +246,6 @@ pub(crate) fn what_lies_on_a_tmpfs_is_announced(host: &Host) {
     assert!((24 * MIB..32 * MIB).contains(&announced(&there)), "{}", announced(&there));
     there.stop();
     host.assert_nothing_left("ot1");
-}
-
-pub(crate) fn huge_pages_move(host: &Host) {
-    let path = "/proc/sys/vm/nr_hugepages";
-    let read = || std::fs::read_to_string(path).unwrap_or_default();
-    let before = read();
-    // Twice what the program has: both ends stand on this machine.
-    std::fs::write(path, "24").expect("huge pages");
-    let moved = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        if read().trim().parse().unwrap_or(0) < 24 {
-            return host.skip("needs 24 huge pages (vm.nr_hugepages)");
-        }
-        let Some(mut here) = host.program("h0", "huge") else {
-            return host.skip("needs cc (tests/setup)");
-        };
-        here.run();
-        here.await_rounds(3);
-        for turn in 1..=3 {
-            let there = here.twin(&format!("h{turn}"));
-            here.move_live(&there, 3);
-            there.await_rounds(here.rounds() + 3);
-            here = there;
-        }
-        here.stop();
-        host.assert_nothing_left("h3");
-    }));
-    std::fs::write(path, before.trim()).expect("as it was");
-    if let Err(panicked) = moved {
-        std::panic::resume_unwind(panicked);
-    }
 }
 
 pub(crate) fn names(spot: &support::Spot<'_>) -> Vec<String> {

@@ -121,6 +121,77 @@ pub(crate) fn volumes_go_along(host: &Host) {
     drop(data);
 }
 
+/// A process has mounted a directory and a file of a volume once more, and all of it read-only. They go along, from
+/// the next host's copy; but not where a link stands in the way there, whoever made it.
+pub(crate) fn parts_of_a_volume_go_along(host: &Host) {
+    const PARTS: &str = "for one in /p/deep /p/all; do busybox mkdir -p $one; done; echo >/p/file
+        busybox mount -o bind /vol/deep /p/deep && busybox mount -o bind /vol/conf /p/file &&
+        busybox mount -o bind /vol /p/all && busybox mount -o remount,bind,ro /p/all || exit 9
+        while :; do
+            n=$((n + 1)); echo $n; echo $n >/p/deep/new; busybox mv /p/deep/new /p/deep/n
+            { echo x >/p/all/x; } 2>/dev/null && exit 8
+            busybox cat /p/file >/vol/new; busybox mv /vol/new /vol/copy
+            usleep 50000
+        done";
+    let here = host.shell("v6", PARTS);
+    let room = here.bundle().with_extension("room");
+    fs::create_dir_all(room.join("data/deep")).expect("a directory");
+    fs::write(room.join("data/conf"), "once\n").expect("written");
+    mounts(&here, &[("/vol", &room.join("data"), &["rbind", "rw"])]);
+    here.change_config(|config| {
+        let rights = ["CAP_SYS_ADMIN"];
+        config["process"]["capabilities"] =
+            json!({"bounding": rights, "effective": rights, "permitted": rights});
+    });
+    here.run();
+    here.await_count(3);
+    let mut source = here.source();
+    let moved = room.with_extension("moved");
+    let elsewhere = |path: &str| match Path::new(path).strip_prefix(&room) {
+        Ok(below) => moved.join(below),
+        Err(_) => path.into(),
+    };
+    for linked in [true, false] {
+        let there = here.twin("v7");
+        let mut destination = there.prepare_at(&mut *source, |tree| elsewhere(&tree.path));
+        source.pause().expect("pause");
+        copy_pages(&mut *source, &mut *destination);
+        let copied = Command::new("cp").arg("-aT").arg(&room).arg(&moved).status().expect("cp");
+        assert!(copied.success());
+        let sections = source.save().expect("save");
+        if linked {
+            let deep = moved.join("data/deep");
+            fs::rename(&deep, deep.with_extension("away")).expect("renamed");
+            std::os::unix::fs::symlink("deep.away", &deep).expect("a link");
+            let error = destination.load(sections).expect_err("a link is in the way");
+            assert!(error.to_string().contains("open deep of the mount /vol"), "{error}");
+            destination.discard().expect("discard");
+            host.assert_nothing_left("v7");
+            let before = here.last_count();
+            source.resume().expect("resume");
+            here.await_count(before + 2);
+            fs::remove_dir_all(&moved).expect("removed");
+            continue;
+        }
+        destination.load(sections).expect("load");
+        source.fence(1).expect("fence");
+        destination.activate(1).expect("activate");
+        source.release().expect("release");
+        drop(destination);
+        fs::write(moved.join("data/conf"), "twice\n").expect("written");
+        there.await_count(here.last_count() + 4);
+        let read = |path: &Path| fs::read_to_string(path).expect("written");
+        let count = read(&moved.join("data/deep/n")).trim().parse::<u64>().expect("a number");
+        assert!(count > here.last_count());
+        assert_eq!(read(&moved.join("data/copy")), "twice\n");
+        assert_eq!(read(&room.join("data/copy")), "once\n");
+        there.stop();
+    }
+    drop(source);
+    host.assert_nothing_left("v6");
+    host.assert_nothing_left("v7");
+}
+
 /// Said before anything is frozen, and most of it before it is run.
 pub(crate) fn what_is_not_there_does_not_move(host: &Host) {
     let spot = host.counter("v4");

@@ -7,9 +7,15 @@ use decamp_shared::workload::{Backend, Liveness, PlacedTree};
 
 use super::support::{self, Case, Host, Moved, Spot};
 
-pub(crate) const CASES: [Case; 6] = [
+pub(crate) const CASES: [Case; 12] = [
     Case { name: "changes_move_by_page_hash", run: changes_move_by_page_hash },
     Case { name: "kinds_move_by_page_hash", run: kinds_move_by_page_hash },
+    Case { name: "changes_move_by_soft_dirty", run: changes_move_by_soft_dirty },
+    Case { name: "kinds_move_by_soft_dirty", run: kinds_move_by_soft_dirty },
+    Case { name: "what_comes_back_moves_by_write_protect", run: comes_back_by_write_protect },
+    Case { name: "what_comes_back_moves_by_soft_dirty", run: comes_back_by_soft_dirty },
+    Case { name: "who_clears_bits_itself_moves_by_soft_dirty", run: rival_by_soft_dirty },
+    Case { name: "what_comes_back_moves_by_page_hash", run: comes_back_by_page_hash },
     Case { name: "page_hash_sends_only_what_differs", run: page_hash_sends_only_what_differs },
     Case { name: "every_way_of_dump_and_restore_moves", run: every_way_of_dump_and_restore_moves },
     Case { name: "live_moves_restored_eagerly", run: live_moves_restored_eagerly },
@@ -25,6 +31,78 @@ fn changes_move_by_page_hash(host: &Host) {
 
 fn kinds_move_by_page_hash(host: &Host) {
     live(host, "memory", TrackerChoice::PageHash, 6);
+}
+
+fn changes_move_by_soft_dirty(host: &Host) {
+    live(host, "churn", TrackerChoice::SoftDirty, 12);
+}
+
+fn kinds_move_by_soft_dirty(host: &Host) {
+    live(host, "memory", TrackerChoice::SoftDirty, 6);
+}
+
+fn comes_back_by_write_protect(host: &Host) {
+    comes_back(host, TrackerChoice::WriteProtect, "");
+}
+
+fn comes_back_by_soft_dirty(host: &Host) {
+    comes_back(host, TrackerChoice::SoftDirty, "");
+}
+
+/// Whose bits they are: neither does it lose what it does with them, nor we what it wrote.
+fn rival_by_soft_dirty(host: &Host) {
+    comes_back(host, TrackerChoice::SoftDirty, "clears");
+}
+
+fn comes_back_by_page_hash(host: &Host) {
+    comes_back(host, TrackerChoice::PageHash, "");
+}
+
+/// Memory that is at two looks where it was, was something else in between, and was sent then.
+fn comes_back(host: &Host, tracker: TrackerChoice, argument: &str) {
+    let name = format!("cb{}-{}", argument.len(), tracker.word());
+    let Some(here) = host.program_with(&name, "returning", argument) else {
+        return host.skip("needs cc (tests/setup)");
+    };
+    here.run();
+    here.await_log("at 0");
+    host.methods.set(Methods { tracker, ..Methods::default() });
+    if lacks(&here, tracker.word()) {
+        here.stop();
+        return host.skip("the kernel has no such tracker");
+    }
+    let step = |number: u32| {
+        let file = here.bundle().join(format!("rootfs/step{number}"));
+        std::fs::write(file, "").expect("a file");
+        here.await_log(&format!("at {number}"));
+    };
+    let there = here.twin(&format!("{name}2"));
+    let mut source = here.source();
+    let mut destination = there.prepare(&mut *source);
+    source.track().expect("track");
+    let mut dirty = PageSet::new();
+    source.harvest(&mut dirty).expect("harvest");
+    step(1);
+    source.harvest(&mut dirty).expect("harvest");
+    step(2);
+    // Of what was written before the first look, this is what is sent.
+    support::copy(&dirty, &mut *source, &mut *destination);
+    step(3);
+    let mut since = PageSet::new();
+    source.harvest(&mut since).expect("harvest");
+    since = support::copy(&since, &mut *source, &mut *destination);
+    source.pause().expect("pause");
+    source.harvest(&mut since).expect("harvest");
+    support::copy(&since, &mut *source, &mut *destination);
+    destination.load(source.save().expect("save")).expect("load");
+    assert_eq!(support::tracker_of(&*source), tracker.word());
+    source.fence(1).expect("fence");
+    destination.activate(1).expect("activate");
+    source.release().expect("release");
+    there.await_rounds(here.rounds() + 3);
+    drop((source, destination));
+    there.stop();
+    host.assert_nothing_left(&format!("{name}2"));
 }
 
 /// Moves a program from place to place by one tracker.

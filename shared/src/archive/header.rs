@@ -237,7 +237,8 @@ impl Described {
             live: tree.live,
             ..FileTree::default()
         };
-        let need = |bridge: &String| NetworkNeed { bridge: bridge.clone() };
+        let need =
+            |bridge: &String| NetworkNeed { bridge: bridge.clone(), ..NetworkNeed::default() };
         Manifest {
             name: self.name.clone(),
             uuid: self.uuid.clone(),

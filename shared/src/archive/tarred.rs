@@ -19,6 +19,8 @@ const USTAR: usize = 257;
 const RECORDS_MOST: u64 = 64 << 10;
 /// Bytes of directories and records that are passed over, with their headers, at most.
 const PASSED_MOST: u64 = 64 << 20;
+/// Why a tar with such an entry is not read.
+const HUGE: &str = "it has a part of 8 GiB or more, which is not for this version";
 /// Memory that decompression may ask for, as a power of two.
 const WINDOW_LOG: u32 = 27;
 /// Zeros that may end a tar: two blocks, and what fills a record of the usual length.
@@ -109,9 +111,15 @@ pub(super) fn next_file<'a, R: Read + 'a>(
                     return Err("it has records that are longer than any".to_owned());
                 }
                 entry.read_to_end(&mut records).map_err(|error| said(&error))?;
-                let has = |key: &[u8]| records.windows(key.len()).any(|some| some == key);
-                if has(b" path=") || has(b" size=") || has(b" linkpath=") {
-                    return Err("it has a name or a size in two places".to_owned());
+                for record in tar::PaxExtensions::new(&records) {
+                    let record = record.map_err(|_| "it has records that are none".to_owned())?;
+                    match record.key_bytes() {
+                        b"size" => return Err(HUGE.to_owned()),
+                        b"path" | b"linkpath" => {
+                            return Err("it has a name in two places".to_owned());
+                        }
+                        _ => {}
+                    }
                 }
             }
             _ => return Ok(Some(entry)),

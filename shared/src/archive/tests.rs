@@ -567,7 +567,11 @@ fn what_others_wrote_may_lie() {
     refused(&[("x", GNULongName, b"y")], "is no file");
     refused(&[("x", XHeader, b"9 path=y\n"), ("x", Regular, b"")], "in two places");
     refused(&[("x", Regular, &[0; 60]), ("y", Regular, &[0; 60])], "have room for 100");
-    let record = [b'x'; 60 << 10];
+    refused(&[("x", XHeader, b"10 size=9\n"), ("x", Regular, b"")], "8 GiB or more");
+    refused(&[("x", XHeader, b"no record"), ("x", Regular, b"")], "records that are none");
+    let attribute = tar_of(&[("x", XHeader, b"20 a.b=c size=path=\n"), ("x", Regular, b"")]);
+    surveyed(&attribute, 100).expect("its value only looks like one");
+    let record = [b"61440 a=", &[b'x'; (60 << 10) - 9][..], b"\n"].concat();
     refused(&vec![("x", XHeader, &record[..]); 1_100], "more directories and records");
     let whole = tar_of(&[("x", Regular, b"x")]);
     let more = [&whole[..], b"x"].concat();

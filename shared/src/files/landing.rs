@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::fs::{self, Mode, Stat};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::beneath::{
@@ -16,6 +17,9 @@ use super::beneath::{
 };
 use super::error::{Doing, FileError, Result};
 use super::placing::TEMPORARY;
+
+/// Begins the names of earlier copies that were put aside.
+const ASIDE: &str = ".decamp-old-";
 
 /// The memory of one arrival, shared by whoever receives its files and whoever ends it. Dropped
 /// without [`Landing::keep`], it removes what was made, unless there is a record on disk: then it
@@ -45,6 +49,8 @@ enum Made {
     Contents { path: PathBuf, identity: (u64, u64) },
     /// A single file that is being written under this temporary name.
     Temporary(PathBuf),
+    /// The earlier copy that stood at `path` and stands at `aside` until it is clear which of the two stays.
+    Aside { path: PathBuf, aside: PathBuf, identity: (u64, u64) },
 }
 
 impl Landing {
@@ -87,9 +93,18 @@ impl Landing {
         Ok(Self { memory: Mutex::new(memory), closed: RwLock::default() })
     }
 
-    /// The move completed: everything stays.
+    /// The move completed: everything stays, but for the earlier copies that it replaced.
     pub fn keep(&self) {
-        drop(self.forget());
+        let memory =
+            std::mem::take(&mut *self.memory.lock().unwrap_or_else(PoisonError::into_inner));
+        for thing in &memory.made {
+            if let Err(error) = thing.replaced() {
+                tracing::warn!(error = error.text(), "Cannot remove an earlier copy");
+            }
+        }
+        if let Some((path, _)) = memory.record {
+            discard(&path);
+        }
     }
 
     /// Removes what was made, and nothing else; receiving that still goes on ends with
@@ -136,21 +151,51 @@ impl Landing {
         Ok(Root::landing(dir, path.to_owned()))
     }
 
+    /// An empty file at `path`, for whoever fills it in another way. `known`: what stands there is an earlier
+    /// copy of it, which is put aside, and is there again when this arrival is removed.
+    ///
+    /// Each step is remembered before it is taken, and the file has its name last: whenever a crash comes, nothing
+    /// stands at `path` that was not there before and is not known to be this arrival's.
+    ///
+    /// # Errors
+    /// When something else stands there, or it cannot be made.
+    pub fn land_empty(&self, path: &Path, known: bool) -> Result<()> {
+        let _step = self.step()?;
+        let (parent, name) = self.land_parent(path)?;
+        let earlier = match stat_of(&parent, &name, path)? {
+            None => None,
+            Some(stat) if known && fs::FileType::from_raw_mode(stat.st_mode).is_file() => {
+                Some((stat.st_dev, stat.st_ino))
+            }
+            Some(_) => return Err(taken(path, "something that is no earlier copy of it")),
+        };
+        let number = rand::random::<u64>();
+        let [new, old] = [TEMPORARY, ASIDE].map(|begins| format!("{begins}{number:016x}"));
+        self.making_file(&path.with_file_name(&new))?;
+        let flags = fs::OFlags::WRONLY
+            | fs::OFlags::CREATE
+            | fs::OFlags::EXCL
+            | fs::OFlags::NOFOLLOW
+            | fs::OFlags::CLOEXEC;
+        let file =
+            fs::openat(&parent, &*new, flags, Mode::RUSR | Mode::WUSR).doing("make", path)?;
+        let stat = fs::fstat(&file).doing("look at", path)?;
+        if let Some(identity) = earlier {
+            let aside = path.with_file_name(&old);
+            self.remember(Made::Aside { path: path.to_owned(), aside, identity })?;
+            fs::renameat(&parent, &*name, &parent, &*old).doing("put aside", path)?;
+        }
+        self.made_tree(path, (stat.st_dev, stat.st_ino))?;
+        rename_to_free(&parent, new.as_bytes(), &name).doing("put into place", path)?;
+        fs::fsync(&parent).doing("sync the directory of", path)
+    }
+
     /// The directory around a tree at `path`, made if it is not there, and the tree's name in it.
     pub(super) fn land_parent(&self, path: &Path) -> Result<(OwnedFd, Vec<u8>)> {
         let (parent, name) = parent_and_name(path).doing("find the directory of", path)?;
         self.make_parents(parent)?;
         let dir = open_directory(parent).doing("open", parent)?;
         Ok((dir, name.to_vec()))
-    }
-
-    fn forget(&self) -> Vec<Made> {
-        let memory =
-            std::mem::take(&mut *self.memory.lock().unwrap_or_else(PoisonError::into_inner));
-        if let Some((path, _)) = memory.record {
-            discard(&path);
-        }
-        memory.made
     }
 
     /// Held during one step of receiving, so that nothing is made while, or after, it is removed.
@@ -229,6 +274,19 @@ impl Drop for Landing {
 }
 
 impl Made {
+    /// What it stands in for goes.
+    fn replaced(&self) -> Result<()> {
+        match self {
+            Self::Aside { aside, identity, .. } => match aside_of(aside, *identity)? {
+                Some((dir, name)) => {
+                    fs::unlinkat(&dir, &*name, fs::AtFlags::empty()).doing("remove", aside)
+                }
+                None => Ok(()),
+            },
+            _ => Ok(()),
+        }
+    }
+
     fn remove(self) -> Result<()> {
         let (path, identity, whole) = match self {
             Self::Parent(path) => {
@@ -239,6 +297,7 @@ impl Made {
                 return Ok(());
             }
             Self::Temporary(path) => return remove_temporary(&path),
+            Self::Aside { path, aside, identity } => return put_back(&path, &aside, identity),
             Self::Tree { path, identity } => (path, identity, true),
             Self::Contents { path, identity } => (path, identity, false),
         };
@@ -260,6 +319,36 @@ impl Made {
     }
 }
 
+/// Where the earlier copy stands that was put aside, if it does: only ever by a name of ours.
+fn aside_of(aside: &Path, identity: (u64, u64)) -> Result<Option<(OwnedFd, Vec<u8>)>> {
+    let (parent, name) = parent_and_name(aside).doing("find the directory of", aside)?;
+    let dir = open_directory(parent).doing("open", parent)?;
+    let found = stat_of(&dir, name, aside)?;
+    let is_it = |stat: &Stat| (stat.st_dev, stat.st_ino) == identity;
+    let is_ours = name.starts_with(ASIDE.as_bytes()) && found.as_ref().is_some_and(is_it);
+    Ok(is_ours.then(|| (dir, name.to_vec())))
+}
+
+/// The earlier copy stands at `path` again, unless somebody else's file stands there by now.
+fn put_back(path: &Path, aside: &Path, identity: (u64, u64)) -> Result<()> {
+    let Some((dir, name)) = aside_of(aside, identity)? else { return Ok(()) };
+    let (_, old) = parent_and_name(path).doing("find the directory of", path)?;
+    rename_to_free(&dir, &name, old).doing("put back what stood at", path)?;
+    fs::fsync(&dir).doing("sync the directory of", path)
+}
+
+/// Renames within `dir` where nothing has the new name yet.
+fn rename_to_free(dir: &OwnedFd, from: &[u8], to: &[u8]) -> io::Result<()> {
+    match fs::renameat_with(dir, from, dir, to, fs::RenameFlags::NOREPLACE) {
+        // Network file systems do not know that; a second name is never given over another.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
+            fs::linkat(dir, from, dir, to, fs::AtFlags::empty())?;
+            Ok(fs::unlinkat(dir, from, fs::AtFlags::empty())?)
+        }
+        renamed => Ok(renamed?),
+    }
+}
+
 /// Only ever a file by a name of ours.
 fn remove_temporary(path: &Path) -> Result<()> {
     let (parent, name) = parent_and_name(path).doing("find the directory of", path)?;
@@ -271,5 +360,97 @@ fn remove_temporary(path: &Path) -> Result<()> {
     match stat_at(dir.as_fd(), name) {
         Ok(stat) if !is_dir(&stat) => remove_all(dir.as_fd(), name, path),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_is_made_where_nothing_of_anybody_else_is_and_goes_with_the_rest() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("new/disk.img");
+        let landing = Landing::new();
+        landing.land_empty(&path, false).expect("made");
+        assert_eq!(std::fs::metadata(&path).expect("there").len(), 0);
+        std::fs::write(&path, "filled").expect("written");
+        assert!(Landing::new().land_empty(&path, false).is_err(), "it is somebody's");
+        landing.remove();
+        assert!(!dir.path().join("new").exists());
+        let earlier = dir.path().join("earlier.img");
+        std::fs::write(&earlier, "an earlier copy").expect("written");
+        let landing = Landing::new();
+        landing.land_empty(&earlier, true).expect("replaced");
+        assert_eq!(std::fs::read(&earlier).expect("there"), b"");
+        landing.keep();
+        assert!(Landing::new().land_empty(dir.path(), true).is_err(), "a directory is no copy");
+        assert_eq!(names(dir.path()), ["earlier.img"]);
+        assert_eq!(std::fs::read(&earlier).expect("there"), b"");
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(dir).expect("listed").map(|entry| entry.expect("listed"));
+        entries.map(|entry| entry.file_name().to_str().expect("UTF-8").to_owned()).collect()
+    }
+
+    #[test]
+    fn an_earlier_copy_is_there_again_when_nothing_came_of_the_new_one() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("disk.img");
+        std::fs::write(&path, "an earlier copy").expect("written");
+        let landing = Landing::new();
+        landing.land_empty(&path, true).expect("put aside");
+        std::fs::write(&path, "half of the new one").expect("written");
+        landing.remove();
+        assert_eq!(std::fs::read(&path).expect("there"), b"an earlier copy");
+        assert_eq!(names(dir.path()), ["disk.img"]);
+        // What somebody put there meanwhile is not ours to replace.
+        let landing = Landing::new();
+        landing.land_empty(&path, true).expect("put aside");
+        // Made beside it, for its number would be given again.
+        std::fs::write(dir.path().join("theirs"), "somebody's").expect("written");
+        std::fs::rename(dir.path().join("theirs"), &path).expect("renamed");
+        landing.remove();
+        assert_eq!(std::fs::read(&path).expect("there"), b"somebody's");
+        assert_eq!(names(dir.path()).len(), 2, "and the earlier copy is not lost");
+    }
+
+    /// The record is cut behind each of its lines, with what was done before the next one: as a crash leaves it.
+    #[test]
+    fn a_crash_at_any_step_leaves_the_earlier_copy_or_a_whole_new_file() {
+        for lines in 0..=3 {
+            for done in [false, true] {
+                let dir = tempfile::tempdir().expect("a directory");
+                let (path, record) = (dir.path().join("disk.img"), dir.path().join("record"));
+                std::fs::write(&path, "an earlier copy").expect("written");
+                let landing = Landing::recorded(&record).expect("recorded");
+                landing.land_empty(&path, true).expect("made");
+                drop(landing);
+                let text = std::fs::read_to_string(&record).expect("read");
+                assert_eq!(text.lines().count(), 3, "{text}");
+                let kept: String = text.split_inclusive('\n').take(lines).collect();
+                std::fs::write(&record, kept).expect("cut");
+                let of = |begins: &str| {
+                    let name = names(dir.path()).into_iter().find(|name| name.starts_with(begins));
+                    dir.path().join(name.unwrap_or_default())
+                };
+                // Back, step by step, to where it was when the next line was not written.
+                let new =
+                    dir.path().join(of(ASIDE).to_str().expect("UTF-8").replace("-old-", "-new-"));
+                if lines < 3 || !done {
+                    std::fs::rename(&path, &new).expect("not in place yet");
+                }
+                if lines < 2 || (lines == 2 && !done) {
+                    std::fs::rename(of(ASIDE), &path).expect("not aside yet");
+                }
+                if lines < 1 || (lines == 1 && !done) {
+                    std::fs::remove_file(&new).expect("not made yet");
+                }
+                Landing::recover(&record).expect("recovered").remove();
+                assert_eq!(std::fs::read(&path).expect("there"), b"an earlier copy", "{lines}");
+                assert_eq!(names(dir.path()), ["disk.img"], "{lines} {done}");
+            }
+        }
     }
 }

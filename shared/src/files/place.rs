@@ -70,7 +70,8 @@ pub fn check_place(tree: &FileTree, path: &Path, keep_equal: bool) -> Option<Str
     let Some(there) = there else {
         return check_around(path);
     };
-    if tree.role() == FileRole::VolumeFile && (tree.live || keep_equal) {
+    let single = matches!(tree.role(), FileRole::VolumeFile | FileRole::Disk);
+    if single && (tree.live || keep_equal) {
         // One that is written must not be somebody else's.
         return match there.is_file() {
             true if keep_equal => check_writable(path),
@@ -80,7 +81,7 @@ pub fn check_place(tree: &FileTree, path: &Path, keep_equal: bool) -> Option<Str
             )),
         };
     }
-    if matches!(tree.role(), FileRole::Kernel | FileRole::Initrd | FileRole::VolumeFile) {
+    if single || matches!(tree.role(), FileRole::Kernel | FileRole::Initrd) {
         let file = std_fs::metadata(path).is_ok_and(|meta| meta.is_file());
         return (!file).then(|| format!("{} exists and is not a file", path.display()));
     }

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -15,7 +16,7 @@ use super::Phase;
 use super::protocol::{self, Ask, Reply, Request, Sections};
 use crate::methods::{Methods, Ways};
 use crate::pages::{PageSet, SpaceId};
-use crate::workload::{Liveness, Place, Result, Section, SpaceInfo, WorkloadError};
+use crate::workload::{Liveness, Place, Restoring, Result, Section, SpaceInfo, WorkloadError};
 
 /// Longer than any keeper may take for a dump or a restore of a large tree.
 const ANSWER_WITHIN: Duration = Duration::from_secs(300);
@@ -54,7 +55,7 @@ pub struct KeeperClient {
     /// Something went wrong on it: an answer that still comes belongs to an earlier question.
     broken: bool,
     stall: Duration,
-    restoring: Duration,
+    restoring: Restoring,
 }
 
 impl KeeperClient {
@@ -98,7 +99,7 @@ impl KeeperClient {
             Ok(stream)
         };
         let stream = connect().map_err(failed)?;
-        let (name, stall, restoring) = (place.name.clone(), Duration::ZERO, Duration::ZERO);
+        let (name, stall, restoring) = (place.name.clone(), Duration::ZERO, Restoring::default());
         Ok(Self { place: place.clone(), name, stream, broken: false, stall, restoring })
     }
 
@@ -167,6 +168,32 @@ impl KeeperClient {
         }
     }
 
+    /// From now on these are among its spaces, until it resumes.
+    pub fn carry(&mut self, spaces: &[SpaceId]) -> Result<()> {
+        let named = |space: &SpaceId| SpaceInfo { id: space.0, ..SpaceInfo::default() };
+        let spaces = spaces.iter().map(named).collect();
+        self.tell(Request { spaces, ..Request::of(Ask::Carry) })
+    }
+
+    /// From now on the file that is `space` is followed alone, and will be replaced by `file`, which stands at
+    /// `path`.
+    pub fn mirror(&mut self, space: SpaceId, path: &Path, file: OwnedFd) -> Result<()> {
+        let json = serde_json::to_string(path)
+            .map_err(|error| WorkloadError::new("Cannot write a path as JSON", error))?;
+        let request = Request { space: space.0, json, ..Request::of(Ask::Mirror) };
+        self.exchange(request, Some(file)).map(|_| ())
+    }
+
+    /// Nothing is written to the files that are mirrored from the answer on.
+    pub fn hold(&mut self) -> Result<()> {
+        self.tell(Request::of(Ask::Hold))
+    }
+
+    /// The new files take the place of those that are mirrored, for `migration`.
+    pub fn switch(&mut self, migration: &str) -> Result<()> {
+        self.tell(Request { json: migration.to_owned(), ..Request::of(Ask::Switch) })
+    }
+
     /// Starts dirty tracking.
     pub fn track(&mut self) -> Result<()> {
         self.tell(Request::of(Ask::Track))
@@ -186,7 +213,9 @@ impl KeeperClient {
             dirty.intersect(&exists);
         }
         self.stall = Duration::from_micros(reply.stall_us);
-        self.restoring = Duration::from_micros(reply.restoring_us);
+        let (needed, wished) = (reply.restoring_us, reply.wished_us);
+        let [needed, wished] = [needed, wished].map(Duration::from_micros);
+        self.restoring = Restoring { needed, wished };
         Ok(())
     }
 
@@ -196,7 +225,7 @@ impl KeeperClient {
     }
 
     /// How much longer restoring will take than it takes any workload of the kind, as the last harvest had it.
-    pub fn restoring(&self) -> Duration {
+    pub fn restoring(&self) -> Restoring {
         self.restoring
     }
 

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,10 +15,11 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::{KeeperClient, Phase};
 use crate::methods::Ways;
-use crate::pages::{PageRange, PageReader, PageSet, PageWriter, SpaceId};
+use crate::pages::{PAGE_SIZE, PageRange, PageReader, PageSet, PageWriter, SpaceId};
+use crate::sys;
 use crate::workload::{
-    DestinationWorkload, Liveness, Manifest, Result, Section, SourceWorkload, SpaceInfo,
-    WorkloadError,
+    DestinationWorkload, FileTree, Liveness, Manifest, Restoring, Result, Section, SourceWorkload,
+    SpaceInfo, WorkloadError,
 };
 
 /// So many bytes are written between two looks at how much memory there is.
@@ -92,6 +96,25 @@ impl SourceWorkload for KeeperSource {
         self.client.spaces()
     }
 
+    fn carry(&mut self, trees: &[FileTree]) -> Result<()> {
+        let paged = trees.iter().filter(|tree| tree.is_paged());
+        let spaces: Vec<_> = paged.map(|tree| SpaceId(tree.space)).collect();
+        // A keeper that is older than the question has none.
+        if spaces.is_empty() { Ok(()) } else { self.client.carry(&spaces) }
+    }
+
+    fn mirror(&mut self, tree: &FileTree, path: &Path, file: OwnedFd) -> Result<()> {
+        self.client.mirror(SpaceId(tree.space), path, file)
+    }
+
+    fn hold(&mut self) -> Result<()> {
+        self.client.hold()
+    }
+
+    fn switch(&mut self, migration: &str) -> Result<()> {
+        self.client.switch(migration)
+    }
+
     fn reader(&mut self) -> Result<Arc<dyn PageReader>> {
         let spaces = self.client.spaces()?;
         (self.make_reader)(&mut self.client, &spaces)
@@ -109,7 +132,7 @@ impl SourceWorkload for KeeperSource {
         self.client.stall()
     }
 
-    fn restoring(&self) -> Duration {
+    fn restoring(&self) -> Restoring {
         self.client.restoring()
     }
 
@@ -248,7 +271,7 @@ fn ways_of(client: &mut KeeperClient) -> Result<Ways> {
 /// Writes pages through descriptors whose offset is the address. No mapping is kept, so nothing
 /// that arrives can touch memory that a running workload already uses.
 #[derive(Default)]
-struct DescriptorWriter {
+pub(crate) struct DescriptorWriter {
     spaces: BTreeMap<SpaceId, (Arc<File>, u64)>,
     room: Option<Arc<Room>>,
 }
@@ -299,7 +322,21 @@ pub fn available_memory() -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
+/// Bytes of a page of a file of huge pages, which takes no writes.
+fn huge_page(file: &File) -> Option<u64> {
+    /// `HUGETLBFS_MAGIC` (linux/magic.h).
+    const MAGIC: u32 = 0x9584_58f6;
+    let found = rustix::fs::fstatfs(file).ok()?;
+    let page = u64::try_from(found.f_bsize).ok()?;
+    (found.f_type as u32 == MAGIC && page.is_power_of_two()).then_some(page)
+}
+
 impl DescriptorWriter {
+    /// Of these files, each with one past its last page.
+    pub(crate) fn of(spaces: BTreeMap<SpaceId, (Arc<File>, u64)>) -> Self {
+        Self { spaces, room: None }
+    }
+
     fn space(&self, range: PageRange) -> Result<&File> {
         let (file, limit) = self
             .spaces
@@ -320,17 +357,63 @@ impl PageWriter for DescriptorWriter {
         if let Some(room) = &self.room {
             room.take(bytes.len() as u64, &self.spaces)?;
         }
-        self.space(range)?
-            .write_all_at(bytes, range.address())
-            .map_err(|error| WorkloadError::new(format!("Cannot store {range}"), error))
+        let file = self.space(range)?;
+        let stored = match file.write_all_at(bytes, range.address()) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => match huge_page(file) {
+                Some(page) => sys::write_mapped(file, range.address(), bytes, page),
+                None => Err(error),
+            },
+            stored => stored,
+        };
+        stored.map_err(|error| WorkloadError::new(format!("Cannot store {range}"), error))
     }
 
     fn zero(&self, range: PageRange) -> Result<()> {
-        let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let file = self.space(range)?;
-        fallocate(file, hole, range.address() as i64, range.bytes() as i64)
+        let punched = match punch(file, range.address(), range.bytes() as u64) {
+            // A file system without holes keeps zeros.
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                let page = [0; PAGE_SIZE];
+                let pages = (range.first..range.end()).map(|page| page * PAGE_SIZE as u64);
+                pages.into_iter().try_for_each(|at| file.write_all_at(&page, at))
+            }
+            punched => punched,
+        };
+        punched
+            .and_then(|()| match huge_page(file) {
+                Some(page) => clear_parts(file, range.address(), range.bytes() as u64, page),
+                None => Ok(()),
+            })
             .map_err(|error| WorkloadError::new(format!("Cannot clear {range}"), error))
     }
+}
+
+fn punch(file: &File, at: u64, length: u64) -> io::Result<()> {
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    Ok(fallocate(file, hole, at as i64, length as i64)?)
+}
+
+/// Has zeros be in those of `length` bytes that are not whole huge pages, of `page` bytes each, where anything else
+/// is: kernels before Linux 5.19 make holes of whole ones alone, and say nothing of the rest.
+fn clear_parts(file: &File, at: u64, length: u64, page: u64) -> io::Result<()> {
+    let end = at + length;
+    let (first, last) = (at.next_multiple_of(page).min(end), end / page * page);
+    // Within one page there is no whole one between.
+    let parts = if first <= last { [at..first, last..end] } else { [at..end, end..end] };
+    let size = file.metadata()?.len();
+    let mut bytes = vec![0; PAGE_SIZE];
+    for part in parts {
+        // A hole is read as zeros, and stays one; behind the end there is nothing.
+        for at in (part.start..part.end.min(size)).step_by(PAGE_SIZE) {
+            bytes.fill(0);
+            file.read_exact_at(&mut bytes, at)?;
+            if bytes.iter().any(|byte| *byte != 0) {
+                bytes.fill(0);
+                sys::write_mapped(file, at, &bytes, page)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -381,6 +464,50 @@ mod tests {
         let all = (0..LOOK_EVERY >> 18).map(write).find_map(std::result::Result::err);
         let error = all.expect("too much").to_string();
         assert!(error.contains("announced"), "{error}");
+    }
+
+    #[test]
+    fn a_file_of_huge_pages_is_written_and_cleared() {
+        const PAGE: usize = crate::pages::PAGE_SIZE;
+        let flags = nix::sys::memfd::MFdFlags::from_bits_retain(4 | libc::MFD_CLOEXEC);
+        let Ok(file) = nix::sys::memfd::memfd_create("huge", flags) else {
+            return eprintln!("skipped: the kernel has no huge pages");
+        };
+        let file = Arc::new(File::from(file));
+        let page = huge_page(&file).expect("its size");
+        let space = SpaceId(1);
+        let spaces = BTreeMap::from([(space, (file.clone(), 1 << 20))]);
+        let writer = DescriptorWriter { spaces, room: None };
+        // Across where two of them meet.
+        let range = PageRange::new(space, page / PAGE as u64 - 1, 2);
+        let bytes = [[1; PAGE], [2; PAGE]].concat();
+        if let Err(error) = writer.write(range, &bytes) {
+            // As it has to be where there are none, and nothing worse.
+            return eprintln!("skipped: {error}: needs two huge pages (vm.nr_hugepages)");
+        }
+        let mut read = vec![7; 2 * PAGE];
+        file.read_exact_at(&mut read, range.address()).expect("read");
+        assert_eq!(read, bytes);
+        writer.zero(PageRange::new(space, range.first, 1)).expect("cleared");
+        file.read_exact_at(&mut read, range.address()).expect("read");
+        assert_eq!(read, [[0; PAGE], [2; PAGE]].concat());
+        // As on an older kernel, which does nothing for a part of a huge page.
+        writer.write(range, &bytes).expect("written");
+        clear_parts(&file, range.address() + PAGE as u64, PAGE as u64, page).expect("cleared");
+        file.read_exact_at(&mut read, range.address()).expect("read");
+        assert_eq!(read, [[1; PAGE], [0; PAGE]].concat());
+        let pages = |count: u64| count * page / PAGE as u64;
+        file.set_len(5 * page).expect("longer");
+        let blocks = || file.metadata().expect("a file").blocks();
+        let before = blocks();
+        // The end of one and a whole one, which are there, and the beginning of the next, which is not.
+        writer.zero(PageRange::new(space, range.first, pages(1) + 2)).expect("cleared");
+        file.read_exact_at(&mut read, range.address()).expect("read");
+        assert_eq!((read, blocks()), (vec![0; 2 * PAGE], before / 2));
+        writer.zero(PageRange::new(space, pages(4) + 3, 5)).expect("a hole");
+        writer.zero(PageRange::new(space, pages(5), pages(1) + 5)).expect("behind its end");
+        assert_eq!(blocks(), before / 2);
+        assert_eq!(huge_page(&tempfile::tempfile().expect("a file")), None);
     }
 
     #[test]

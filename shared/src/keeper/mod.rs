@@ -12,8 +12,11 @@ pub mod ends;
 pub mod protocol;
 pub mod server;
 pub mod spawn;
+pub mod switched;
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -21,12 +24,13 @@ use serde::{Deserialize, Serialize};
 use crate::methods::{Methods, Ways};
 use crate::pages::{PageSet, SpaceId};
 use crate::workload::{
-    HostTools, Kind, Liveness, Place, Result, Section, SpaceInfo, WorkloadError,
+    HostTools, Kind, Liveness, Place, Restoring, Result, Section, SpaceInfo, WorkloadError,
 };
 
 pub use client::{KeeperClient, is_kept};
-pub use server::{ExitSignal, serve, serve_on};
+pub use server::{ExitSignal, serve, serve_on, write_exit_record};
 pub use spawn::{allow_many_files, spawn};
+pub use switched::{forget_switch, record_switch, switched_for};
 
 /// How a keeper begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,7 +96,7 @@ pub struct Harvest {
     /// The longest that any part of the workload stood still for the tracking, so far.
     pub stall: Duration,
     /// How much longer restoring will take in the stop than it takes any workload of the kind.
-    pub restoring: Duration,
+    pub restoring: Restoring,
 }
 
 /// A workload as its keeper holds it. Called by one thread, the keeper's server; phases are the
@@ -119,6 +123,27 @@ pub trait Kept: Send {
     /// A descriptor whose byte offset is the address within `space`. Source: readable. Destination:
     /// readable and writable, sparse.
     fn memory(&mut self, space: SpaceId) -> Result<OwnedFd>;
+    /// From now on these, which are files of the workload's, are among its spaces, until it resumes.
+    fn carry(&mut self, spaces: &[SpaceId]) -> Result<()> {
+        let _ = spaces;
+        Err(WorkloadError::Unsupported("A file that travels as pages"))
+    }
+    /// From now on the file that is `space` is followed without the workload's memory, and will be replaced by
+    /// `file`, which stands at `path`; see [`crate::workload::SourceWorkload::mirror`].
+    fn mirror(&mut self, space: SpaceId, path: &Path, file: File) -> Result<()> {
+        let _ = (space, path, file);
+        Err(WorkloadError::Unsupported("A file that moves alone"))
+    }
+    /// Nothing is written to the files that are mirrored until [`Kept::switch`] or [`Kept::resume`].
+    fn hold(&mut self) -> Result<()> {
+        Err(WorkloadError::Unsupported("A file that moves alone"))
+    }
+    /// The new files take the place of those that are mirrored, all of them or, on an error, none, which
+    /// [`record_switch`] says of `migration` before anything is written to them.
+    fn switch(&mut self, migration: &str) -> Result<()> {
+        let _ = migration;
+        Err(WorkloadError::Unsupported("A file that moves alone"))
+    }
     /// Starts dirty tracking; see [`crate::workload::SourceWorkload::track`].
     fn track(&mut self) -> Result<()>;
     /// Adds to `dirty` what was written since the last harvest, and re-arms; see
@@ -133,7 +158,12 @@ pub trait Kept: Send {
     fn pause(&mut self) -> Result<()>;
     /// State sections, while paused. On an error it can still be resumed.
     fn save(&mut self) -> Result<Vec<Section>>;
-    /// Undoes tracking, throttling, `save` and `pause`, whichever of them were done.
+    /// It is about to be fenced, and may run elsewhere next: what only one host may hold is let go, and taken
+    /// again by `resume`. Nothing, for whoever holds nothing of the kind.
+    fn fenced(&mut self) -> Result<()> {
+        Ok(())
+    }
+    /// Undoes tracking, throttling, `mirror`, `hold`, `save` and `pause`, whichever of them were done.
     fn resume(&mut self) -> Result<()>;
     /// Destination: restores everything, runs nothing.
     fn load(&mut self, sections: Vec<Section>) -> Result<()>;

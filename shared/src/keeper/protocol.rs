@@ -40,6 +40,10 @@ pub(super) enum Ask {
     Configure = 19,
     Ways = 20,
     LetGo = 21,
+    Carry = 22,
+    Mirror = 23,
+    Hold = 24,
+    Switch = 25,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -80,9 +84,12 @@ pub(super) struct Reply {
     /// With a harvest: the longest that any part of the workload stood still for the tracking.
     #[prost(uint64, tag = "7")]
     pub stall_us: u64,
-    /// With a harvest: how much longer restoring will take than it takes any workload of the kind.
+    /// With a harvest: how much longer restoring will take than it takes any workload of the kind, in any
+    /// case, and where there is time for it.
     #[prost(uint64, tag = "8")]
     pub restoring_us: u64,
+    #[prost(uint64, tag = "9")]
+    pub wished_us: u64,
 }
 
 /// Bits of a page set: bit 0 of the first byte is page `first`.

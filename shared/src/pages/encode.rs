@@ -21,7 +21,7 @@ const SMALL_TABLE: usize = 60_000;
 
 /// Whether every byte of `bytes` is zero. Made of plain loops over words, which the compiler turns
 /// into vector code.
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     // A page that is not zero mostly shows it at once.
     let (blocks, rest) = bytes.as_chunks::<256>();
     blocks.iter().all(|block| {

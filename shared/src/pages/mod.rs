@@ -17,6 +17,7 @@ mod tests;
 
 pub use address::{PAGE_SIZE, PageRange, SpaceId};
 pub use choose::Compression;
+pub(crate) use encode::is_zero;
 pub use receive::{ReceiveCanceller, ReceiveError, ReceivePool, RoundReceived};
 pub use send::{RoundSent, SendCanceller, SendCounters, SendError, SendOptions, SendPool};
 pub use set::PageSet;

@@ -4,6 +4,7 @@
 //! with a piece is [`super::sender`]'s business. Which pages exist and when a round is due is decided
 //! elsewhere.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -45,8 +46,18 @@ pub struct SendCounters {
     pub raw: AtomicU64,
     /// Bytes of batches, headers included, TLS not.
     pub wire_bytes: AtomicU64,
+    /// Of those, the bytes of batches with pages of each space.
+    pub(super) by_space: Mutex<BTreeMap<SpaceId, u64>>,
     /// Bytes read from the workload.
     pub read_bytes: AtomicU64,
+}
+
+impl SendCounters {
+    /// Of `wire_bytes`, the bytes of batches with pages of these spaces.
+    pub fn wire_bytes_of(&self, spaces: &[SpaceId]) -> u64 {
+        let by_space = self.by_space.lock().unwrap_or_else(PoisonError::into_inner);
+        spaces.iter().filter_map(|space| by_space.get(space)).sum()
+    }
 }
 
 /// What one round came to.
@@ -116,6 +127,7 @@ pub struct SendPool {
     canceller: SendCanceller,
     sent: Arc<PageSet>,
     round: u32,
+    gives_way: bool,
     failed: bool,
 }
 
@@ -164,9 +176,17 @@ pub(super) struct Round {
     pub(super) sent: Arc<PageSet>,
     at: Mutex<(SpaceId, u64)>,
     stop: AtomicBool,
+    /// Whether the workload runs meanwhile, and comes first.
+    pub(super) gives_way: bool,
 }
 
 impl Round {
+    /// Whether the thread of stream `index` takes part. Where the workload comes first it is left half of the
+    /// processors, for each page that is sent costs its receiver as much, if not more.
+    pub(super) fn wants(&self, index: u32) -> bool {
+        !self.gives_way || index < (processors() / 2).max(1)
+    }
+
     /// Takes the next piece from the queue, all of one space; false when the queue is empty.
     pub(super) fn take(&self, piece: &mut Vec<PageRange>) -> bool {
         piece.clear();
@@ -187,6 +207,11 @@ impl Round {
         }
         !piece.is_empty()
     }
+}
+
+/// Processors that this process may use.
+fn processors() -> u32 {
+    std::thread::available_parallelism().map_or(1, |number| number.get() as u32)
 }
 
 impl SendPool {
@@ -211,6 +236,7 @@ impl SendPool {
             canceller,
             sent: Arc::default(),
             round: 0,
+            gives_way: false,
             failed: false,
         };
         for stream in streams {
@@ -250,6 +276,7 @@ impl SendPool {
             sent: self.sent.clone(),
             at: Mutex::default(),
             stop: AtomicBool::new(false),
+            gives_way: self.gives_way,
         });
         let outcomes = self.order(|| Order::Round(work.clone()), Some(&work))?;
         drop(work);
@@ -264,6 +291,12 @@ impl SendPool {
             total.wire_bytes += outcome.sent.wire_bytes;
         }
         Ok(total)
+    }
+
+    /// Whether the workload comes first in the rounds that follow: then they take longer where processors are
+    /// few. Otherwise they are to be over as soon as can be.
+    pub fn give_way(&mut self, gives_way: bool) {
+        self.gives_way = gives_way;
     }
 
     /// What was sent so far.

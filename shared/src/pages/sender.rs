@@ -4,8 +4,8 @@
 //! What the piece is, and what becomes of an error, is the pool's business ([`super::send`]).
 
 use std::io::IoSlice;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -14,6 +14,7 @@ use super::address::{PAGE_SIZE, PageRange, SpaceId};
 use super::batch::{BatchHeader, BatchKind, Encoding, Entry, HEADER_LEN, MAX_RUN};
 use super::encode::{Encoder, is_zero};
 use super::send::{Order, Outcome, PIECE, Round, SendCounters, SendError, SendOptions};
+use crate::sys;
 use crate::transport::{PageStream, TransportError};
 
 /// One thread's stream and memory.
@@ -24,6 +25,31 @@ pub(super) struct StreamSender {
     pages: Box<[u8]>,
     entries: Vec<Planned>,
     since: Instant,
+    niceness: Niceness,
+}
+
+/// How nice a thread is that gives way to a workload: it gets a tenth of what that gets, if that wants it.
+const GIVES_WAY: i32 = 10;
+
+/// How nice this thread is (sched(7)).
+#[derive(Default)]
+struct Niceness {
+    now: i32,
+    /// Known once it was tried: who may not take back what it gave is never nice.
+    may_take_back: Option<bool>,
+}
+
+impl Niceness {
+    /// Only in the thread that it is of.
+    fn set(&mut self, wanted: i32) {
+        if wanted == self.now {
+            return;
+        }
+        let may = || sys::be_nice(1).is_ok() && sys::be_nice(0).is_ok();
+        if *self.may_take_back.get_or_insert_with(may) && sys::be_nice(wanted).is_ok() {
+            self.now = wanted;
+        }
+    }
 }
 
 /// An entry and where its payload is.
@@ -60,6 +86,7 @@ impl StreamSender {
             pages: vec![0; bytes].into_boxed_slice(),
             entries: Vec::with_capacity(PIECE as usize),
             since: Instant::now(),
+            niceness: Niceness::default(),
         }
     }
 
@@ -86,7 +113,8 @@ impl StreamSender {
         let mut outcome = Outcome::default();
         let mut piece = Vec::new();
         self.since = Instant::now();
-        while round.take(&mut piece) {
+        self.niceness.set(if round.gives_way { GIVES_WAY } else { 0 });
+        while round.wants(self.stream.index()) && round.take(&mut piece) {
             self.read(round, &piece)?;
             self.plan(round, &piece, &mut outcome);
             if !self.entries.is_empty() {
@@ -217,6 +245,8 @@ impl StreamSender {
         self.encoder.chooser.written(wire, end - start, end - self.since);
         self.since = end;
         self.counters.wire_bytes.fetch_add(wire, Ordering::Relaxed);
+        let by_space = &self.counters.by_space;
+        *by_space.lock().unwrap_or_else(PoisonError::into_inner).entry(space).or_default() += wire;
         Ok(wire)
     }
 

@@ -1,5 +1,6 @@
 //! The page engine as a whole, over real sockets: what arrives, what is refused, how it ends.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering::Relaxed;
@@ -10,9 +11,10 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
 
-use super::batch::{BatchError, BatchHeader, BatchKind, Encoding, Entry};
+use super::batch::{BatchError, BatchHeader, BatchKind, Encoding, Entry, HEADER_LEN};
 use super::receive::StreamError;
 use super::*;
+use crate::sys;
 use crate::transport::testing::stream_pairs;
 use crate::transport::{PageStream, Role, TransportError};
 use crate::workload::{Result as WorkResult, SpaceInfo, WorkloadError};
@@ -154,6 +156,7 @@ proptest! {
     fn after_each_round_the_destination_is_the_source(
         encrypted in any::<bool>(),
         streams in 1u32..4,
+        gives_way in any::<bool>(),
         compression in prop::sample::select(vec![
             Compression::Auto, Compression::None, Compression::Lz4, Compression::Zstd,
         ]),
@@ -168,6 +171,7 @@ proptest! {
         let mut pool = sending(ours, compression);
         let incoming = receiving(theirs, &destination);
         let mut dirty_total = 0;
+        let last = rounds.len();
         for (number, changes) in rounds.iter().enumerate() {
             let number = number as u32 + 1;
             let mut dirty = PageSet::new();
@@ -179,6 +183,7 @@ proptest! {
                 dirty.insert(range);
             }
             dirty_total += dirty.len();
+            pool.give_way(gives_way && number as usize != last);
             let sent = pool.round(number, source.clone(), &dirty).expect("sent");
             let received = incoming.wait_round(number, LIMIT).expect("received");
             prop_assert_eq!((sent.pages, sent.wire_bytes), (received.pages, received.bytes));
@@ -214,6 +219,69 @@ fn zero_pages_are_left_out_until_they_must_be_said() {
     assert_eq!(round(2), 5, "markers for what the destination has, and no more");
     assert_eq!(round(3), 0, "what is zero there already needs no marker");
     assert_eq!(pool.counters().zero.load(Relaxed), 95 + 100 + 100);
+}
+
+#[test]
+fn bytes_on_the_wire_are_told_apart_by_space() {
+    let spaces = [(A, 100), (B, 100)];
+    let (source, destination) = (Memory::new(&spaces), Memory::new(&spaces));
+    let (ours, theirs) = ends(false, 1);
+    let mut pool = sending(ours, Compression::None);
+    let incoming = receiving(theirs, &destination);
+    apply(&source, PageRange::new(A, 0, 10), &Change::Noise(1));
+    apply(&source, PageRange::new(B, 50, 30), &Change::Noise(2));
+    let all = [PageRange::new(A, 0, 100), PageRange::new(B, 0, 100)].into_iter().collect();
+    let sent = pool.round(1, source.clone(), &all).expect("sent").wire_bytes;
+    incoming.wait_round(1, LIMIT).expect("received");
+    let of = |spaces: &[SpaceId]| pool.counters().wire_bytes_of(spaces);
+    let content = |pages: u64| pages * PAGE_SIZE as u64;
+    for (space, pages) in [(A, 10), (B, 30)] {
+        assert!((content(pages)..content(pages + 1)).contains(&of(&[space])), "{space}");
+    }
+    assert_eq!(of(&[SpaceId(1)]), 0);
+    // What is left is the barrier.
+    assert_eq!(of(&[A, B]) + HEADER_LEN as u64, sent);
+}
+
+/// Reads nothing but zeros, and notes which threads did, and how nice they were.
+#[derive(Default)]
+struct Watched(Mutex<BTreeSet<(String, i32)>>);
+
+impl PageReader for Watched {
+    fn read(&self, _: PageRange, into: &mut [u8]) -> WorkResult<()> {
+        into.fill(0);
+        let name = std::thread::current().name().unwrap_or_default().to_owned();
+        self.0.lock().expect("no panic").insert((name, sys::niceness().expect("a thread")));
+        // So that whoever takes part gets some.
+        std::thread::sleep(Duration::from_millis(1));
+        Ok(())
+    }
+
+    fn take_missed(&self) -> PageSet {
+        PageSet::default()
+    }
+}
+
+#[test]
+fn a_running_workload_comes_before_those_who_copy_it() {
+    const STREAMS: usize = 4;
+    let memory = Memory::new(&[(A, 20_000)]);
+    let (ours, theirs) = ends(false, STREAMS as u32);
+    let mut pool = sending(ours, Compression::None);
+    let incoming = receiving(theirs, &memory);
+    let all: PageSet = [PageRange::new(A, 0, 20_000)].into_iter().collect();
+    let half = (std::thread::available_parallelism().expect("known").get() / 2).max(1);
+    // Who may not take it back is never nice.
+    let may = sys::be_nice(1).is_ok() && sys::be_nice(0).is_ok();
+    for (number, gives_way, threads) in [(1, true, half.min(STREAMS)), (2, false, STREAMS)] {
+        let reader = Arc::new(Watched::default());
+        pool.give_way(gives_way);
+        pool.round(number, reader.clone(), &all).expect("sent");
+        incoming.wait_round(number, LIMIT).expect("received");
+        let seen = std::mem::take(&mut *reader.0.lock().expect("no panic"));
+        assert_eq!(seen.len(), threads, "{seen:?}");
+        assert!(seen.iter().all(|(_, nice)| (*nice > 0) == (gives_way && may)), "{seen:?}");
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use super::manifest::{Manifest, Refusal, SpaceInfo};
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Request {
     /// Exactly one of these.
-    #[prost(oneof = "request::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "request::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub body: Option<request::Body>,
 }
 
@@ -18,7 +18,7 @@ pub struct Request {
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Reply {
     /// Exactly one of these.
-    #[prost(oneof = "reply::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "reply::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub body: Option<reply::Body>,
 }
 
@@ -55,6 +55,10 @@ pub mod request {
         /// Are you there; answered by [`super::Pong`] at once, whatever else goes on.
         #[prost(message, tag = "9")]
         Ping(super::Ping),
+        /// What CPU can you offer a guest; the first message of a connection that asks nothing else.
+        /// Answered by [`super::CpuAnswer`].
+        #[prost(message, tag = "10")]
+        CpuQuestion(super::CpuQuestion),
     }
 }
 
@@ -87,6 +91,9 @@ pub mod reply {
         /// Answers Ping.
         #[prost(message, tag = "8")]
         Pong(super::Pong),
+        /// Answers CpuQuestion.
+        #[prost(message, tag = "9")]
+        CpuAnswer(super::CpuAnswer),
     }
 }
 
@@ -212,11 +219,14 @@ pub struct Part {
 }
 
 /// Load the workload.
-#[derive(Clone, PartialEq, Eq, prost::Message)]
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 pub struct Load {
     /// Number of sections that were sent.
     #[prost(uint32, tag = "1")]
     pub sections: u32,
+    /// Number of the last round, whose pages may still be on their way.
+    #[prost(uint32, tag = "2")]
+    pub round: u32,
 }
 
 /// Everything is restored, nothing runs.
@@ -292,6 +302,18 @@ pub struct Ping {}
 /// Here.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 pub struct Pong {}
+
+/// What CPU can you offer a guest.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct CpuQuestion {}
+
+/// Answers [`CpuQuestion`].
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct CpuAnswer {
+    /// What a fresh guest would see of its CPU, in the backend's own JSON.
+    #[prost(bytes = "vec", tag = "1")]
+    pub offer: Vec<u8>,
+}
 
 impl From<request::Body> for Request {
     fn from(body: request::Body) -> Self {

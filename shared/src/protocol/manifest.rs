@@ -85,12 +85,19 @@ pub enum FileRole {
     Volume = 4,
     /// A single file that is mounted into a container.
     VolumeFile = 5,
+    /// A VM's disk: one file, or a block device.
+    Disk = 6,
 }
 
 impl FileRole {
     /// Whether it is mounted into a container, a directory or a file.
     pub fn is_volume(self) -> bool {
         matches!(self, Self::Volume | Self::VolumeFile)
+    }
+
+    /// Whether it may lie on storage that hosts share, so that somebody has to say what becomes of it.
+    pub fn is_storage(self) -> bool {
+        self.is_volume() || self == Self::Disk
     }
 }
 
@@ -99,8 +106,8 @@ impl FileRole {
 #[serde(rename_all = "lowercase")]
 #[repr(i32)]
 pub enum Storage {
-    /// Nobody said. What is mounted into a container is shared if both hosts see the very same, else
-    /// refused; everything else is copied.
+    /// Nobody said. What is mounted into a container, or is a VM's disk, is shared if both hosts see the very
+    /// same, else refused; everything else is copied.
     Unsaid = 0,
     /// It is copied.
     Copy = 1,
@@ -136,6 +143,17 @@ pub struct FileTree {
     /// Where it goes on the destination when nobody says otherwise; nothing where it goes to the same path.
     #[prost(string, tag = "8")]
     pub place: String,
+    /// The space that its content travels as while it is copied, so that what the workload writes meanwhile is
+    /// followed; 0 where it travels as files do.
+    #[prost(uint32, tag = "9")]
+    pub space: u32,
+}
+
+impl FileTree {
+    /// Whether its content travels as pages.
+    pub fn is_paged(&self) -> bool {
+        self.space != 0 && self.storage() == Storage::Copy
+    }
 }
 
 /// A bridge that the workload's interface hangs on.
@@ -144,6 +162,42 @@ pub struct NetworkNeed {
     /// Name of the bridge.
     #[prost(string, tag = "1")]
     pub bridge: String,
+    /// Bytes that a frame of its carries at most; 0 where nothing is said.
+    #[prost(uint32, tag = "2")]
+    pub mtu: u32,
+    /// Whether the bridge tells virtual networks apart.
+    #[prost(enumeration = "VlanUse", tag = "3")]
+    pub vlans: i32,
+    /// The virtual network that its frames without a tag are in, where the bridge tells them apart.
+    #[prost(uint32, tag = "4")]
+    pub vlan: u32,
+    /// Who is on its segment, itself among them: at least one of them must answer on the bridge there. With none
+    /// nobody is asked.
+    #[prost(message, repeated, tag = "5")]
+    pub neighbours: Vec<NetworkNeighbour>,
+}
+
+/// Whether a bridge tells virtual networks apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum VlanUse {
+    /// Nothing is said.
+    Unsaid = 0,
+    /// It does not.
+    Plain = 1,
+    /// It does.
+    Filtered = 2,
+}
+
+/// Somebody on a segment.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct NetworkNeighbour {
+    /// An address of IPv4 (4 bytes) or IPv6 (16 bytes).
+    #[prost(bytes = "vec", tag = "1")]
+    pub address: Vec<u8>,
+    /// The hardware address, 6 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub mac: Vec<u8>,
 }
 
 /// All that the destination checks before anything is touched.
@@ -217,7 +271,7 @@ pub enum RefusalCode {
     Memory = 2,
     /// Not enough room on a disk.
     Disk = 3,
-    /// A bridge is missing, or its name is wrong.
+    /// A bridge is missing, its name is wrong, or it does not lead or carry what it must.
     Bridge = 4,
     /// The container runtime is missing or too old.
     Runtime = 5,

@@ -51,8 +51,16 @@ mod tests {
             storage: 1,
             mounts: vec![text()],
             place: text(),
+            space: 1,
         };
-        let network = NetworkNeed { bridge: text() };
+        let neighbour = NetworkNeighbour { address: vec![1; 4], mac: vec![2; 6] };
+        let network = NetworkNeed {
+            bridge: text(),
+            mtu: 1500,
+            vlans: VlanUse::Filtered.into(),
+            vlan: 1,
+            neighbours: vec![neighbour.clone()],
+        };
         let mapping = PathMapping { old: text(), new: text() };
         let refusal = Refusal { code: 1, text: text() };
         let manifest = Manifest {
@@ -81,7 +89,7 @@ mod tests {
             row("Prepare", &Prepare {}),
             row("Round", &Round { round: 1, spaces: vec![space.clone()] }),
             row("Part", &Part { kind: text(), version: 1, total: 1, bytes: vec![1] }),
-            row("Load", &Load { sections: 1 }),
+            row("Load", &Load { sections: 1, round: 2 }),
             row("Commit", &Commit { migration: text(), token: 1 }),
             row("Abort", &Abort { reason: text() }),
             row("Ping", &Ping {}),
@@ -97,9 +105,12 @@ mod tests {
             row("Failed", &Failed { text: text() }),
             row("Pong", &Pong {}),
             row("Manifest", &manifest),
+            row("CpuQuestion", &CpuQuestion {}),
+            row("CpuAnswer", &CpuAnswer { offer: vec![1] }),
             row("SpaceInfo", &space),
             row("FileTree", &tree),
             row("NetworkNeed", &network),
+            row("NetworkNeighbour", &neighbour),
             row("PathMapping", &mapping),
             row("Refusal", &refusal),
         ]
@@ -145,6 +156,7 @@ mod tests {
             ("Commit", request(request::Body::Commit(Commit::default()))),
             ("Abort", request(request::Body::Abort(Abort::default()))),
             ("Ping", request(request::Body::Ping(Ping {}))),
+            ("CpuQuestion", request(request::Body::CpuQuestion(CpuQuestion {}))),
             ("Welcome", reply(reply::Body::Welcome(Welcome::default()))),
             ("Verdict", reply(reply::Body::Verdict(Verdict::default()))),
             ("Ready", reply(reply::Body::Ready(Ready {}))),
@@ -153,6 +165,7 @@ mod tests {
             ("Settled", reply(reply::Body::Settled(Settled::default()))),
             ("Failed", reply(reply::Body::Failed(Failed::default()))),
             ("Pong", reply(reply::Body::Pong(Pong {}))),
+            ("CpuAnswer", reply(reply::Body::CpuAnswer(CpuAnswer::default()))),
         ];
         for (name, tag) in found {
             let row = DOCUMENT.lines().find(|line| line.starts_with(&format!("| {name} | ")));

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::commit::{Answer, Destination, DestinationAction, DestinationInput, Record};
 use super::destination::DestinationHost;
 use super::error::{Result, SessionError, chain, fail_here};
+use super::held::Held;
 use super::journal::{Journal, Role};
 use crate::files::Landing;
 use crate::workload::{self, DestinationWorkload, Manifest, WorkloadError};
@@ -23,7 +24,7 @@ pub(super) struct Arrival {
     host: Arc<dyn DestinationHost>,
     manifest: Manifest,
     machine: Destination,
-    workload: Option<Box<dyn DestinationWorkload>>,
+    workload: Held<dyn DestinationWorkload>,
     landing: Arc<Landing>,
     /// Why it will not run here, for the source.
     reason: String,
@@ -48,7 +49,7 @@ impl Arrival {
             host,
             manifest,
             machine: Destination::Building,
-            workload: None,
+            workload: Held::new(None),
             landing,
             reason: String::new(),
             told: false,
@@ -72,7 +73,7 @@ impl Arrival {
 
     /// The empty workload is built.
     pub(super) fn hold(&mut self, workload: Box<dyn DestinationWorkload>) {
-        self.workload = Some(workload);
+        self.workload = Held::new(Some(workload));
     }
 
     /// Lets `work` use the workload on a thread that may block.
@@ -80,17 +81,7 @@ impl Arrival {
         &mut self,
         work: impl FnOnce(&mut dyn DestinationWorkload) -> workload::Result<R> + Send + 'static,
     ) -> Result<R> {
-        let mut held = self
-            .workload
-            .take()
-            .ok_or_else(|| WorkloadError::plain("There is no workload in this session yet"))?;
-        let (held, result) = tokio::task::spawn_blocking(move || {
-            let result = work(&mut *held);
-            (held, result)
-        })
-        .await?;
-        self.workload = Some(held);
-        Ok(result?)
+        self.workload.with("There is no workload in this session yet", |held| work(held)).await
     }
 
     /// Everything is loaded.
@@ -121,7 +112,7 @@ impl Arrival {
             Destination::Running => {
                 self.landing.keep();
                 // The keeper needs no session any more; its agent is whoever connects next.
-                self.workload = None;
+                self.workload = Held::new(None);
                 tokio::task::spawn_blocking(move || host.running(&migration, &manifest)).await
             }
             Destination::Aborted => {
@@ -130,7 +121,7 @@ impl Arrival {
             Destination::Undecided => {
                 // Its files stay, and so does the record of them, by which they go when an operator gives
                 // the arrival up.
-                self.workload = None;
+                self.workload = Held::new(None);
                 tokio::task::spawn_blocking(move || host.undecided(&migration, &manifest)).await
             }
             _ => return,
@@ -232,13 +223,13 @@ impl Arrival {
     }
 
     async fn discard(&mut self) {
-        if self.workload.is_some()
+        if !self.workload.is_none()
             && let Err(error) = self.with(|workload| workload.discard()).await
         {
             tracing::error!(migration = %self.migration, error = %chain(&error),
                 "Cannot take the prepared copy away");
         }
-        self.workload = None;
+        self.workload = Held::new(None);
         let landing = self.landing.clone();
         // Nothing of ours may stay behind, whatever became of the thread.
         let _ = tokio::task::spawn_blocking(move || landing.remove()).await;

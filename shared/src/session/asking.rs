@@ -1,11 +1,11 @@
-//! Asking a destination, over fresh connections, what became of a committed session.
+//! Asking another host, over fresh connections: what became of a committed session, and what CPU it can offer.
 
 use std::time::Duration;
 
 use super::commit::Answer;
 use super::error::{Result, SessionError, chain};
 use super::link::Link;
-use crate::protocol::control::{Commit, Settlement, reply, request};
+use crate::protocol::control::{Commit, CpuQuestion, Settlement, reply, request};
 use crate::transport::{Control, Dialer, PeerAddress, Role};
 
 /// How long one try may take to connect.
@@ -70,6 +70,35 @@ pub async fn ask(dialer: &Dialer, peer: &PeerAddress, commit: &Commit) -> Result
     };
     link.close().await;
     settled
+}
+
+/// Asks what CPU `peer` can offer a guest; the answer is in the backend's own JSON.
+///
+/// # Errors
+/// When it cannot be reached, cannot say, or does not know the question.
+pub async fn ask_cpu(dialer: &Dialer, peer: &PeerAddress) -> Result<Vec<u8>> {
+    const DOING: &str = "asking what CPU it can offer";
+    let connection = dialer
+        .dial(peer, Role::Control, CONNECT_WITHIN)
+        .await
+        .map_err(|source| SessionError::Unreachable { host: peer.name.clone(), source })?;
+    let mut link = Link::new(Control::new(connection));
+    link.send(request::Body::CpuQuestion(CpuQuestion {})).await;
+    let offer = match link.answer(ANSWER_WITHIN, DOING).await {
+        Ok(Some(reply::Body::CpuAnswer(answer))) => Ok(answer.offer),
+        Ok(Some(other)) => Err(link.unexpected(&other, DOING)),
+        // What an older one does about a question that it does not know.
+        Ok(None) => Err(SessionError::Peer {
+            host: peer.name.clone(),
+            text:
+                "it closed the connection instead of saying what CPU it can offer: its decamp is \
+                   older than this question"
+                    .to_owned(),
+        }),
+        Err(error) => Err(error),
+    };
+    link.close().await;
+    offer
 }
 
 /// What a destination's answer means.

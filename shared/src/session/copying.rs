@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -11,21 +11,20 @@ use tokio::time::interval;
 
 use super::departure::Departure;
 use super::error::{Result, SessionError, chain};
-use super::policy::{Decision, Policy, Remaining};
+use super::policy::{Decision, Policy, Remaining, has_time_to_give_way};
 use super::progress::Progress;
 use super::report::{PageCounts, Report, Round};
+use super::sections::{send_load, send_parts};
 use super::source::{Wire, millis};
 use super::{Compress, MaxDowntime, MoveOptions};
 use crate::files::{FileCounters, TreeSender, settle};
 use crate::pages::{
-    Compression, PAGE_SIZE, PageReader, PageSet, SendCounters, SendOptions, SendPool,
+    Compression, PAGE_SIZE, PageReader, PageSet, SendCounters, SendOptions, SendPool, SpaceId,
 };
-use crate::protocol::control::{self, Load, Part, reply, request};
+use crate::protocol::control::{self, reply, request};
 use crate::transport::{Canceller, DataStream};
-use crate::workload::{FileTree, Section, SpaceInfo, Storage};
+use crate::workload::{FileRole, FileTree, Kind, Section, SpaceInfo, Storage};
 
-/// Bytes of a state section that travel in one control message.
-const PART: usize = 1 << 20;
 /// How long the destination may take to install a round whose last byte has left.
 const ROUND_WITHIN: Duration = Duration::from_secs(120);
 /// How long the files that changed may take while the workload stands still.
@@ -45,12 +44,18 @@ pub(super) struct Copying {
     files: Option<TreeSender<DataStream>>,
     file_canceller: Canceller,
     file_counters: Arc<FileCounters>,
-    /// Those that are copied.
+    /// Disks that travel as pages.
+    disks: Vec<SpaceId>,
+    /// Those that are copied as files.
     trees: Vec<FileTree>,
-    /// Where the shared ones are.
-    shared: Vec<String>,
+    /// Where the shared ones are, and whether the workload has stored each itself when it is saved.
+    shared: Vec<(String, bool)>,
     max_downtime: MaxDowntime,
     timeout: Duration,
+    /// Whether a workload that runs has the processors before those that copy it.
+    gives_way: bool,
+    /// Whether the workload stands still.
+    stopped: bool,
     started: Instant,
     announced: BTreeSet<u32>,
     round: u32,
@@ -63,6 +68,7 @@ impl Copying {
         pages: Vec<DataStream>,
         files: DataStream,
         trees: Vec<FileTree>,
+        kind: Kind,
         options: &MoveOptions,
         started: Instant,
     ) -> Result<Self> {
@@ -72,8 +78,10 @@ impl Copying {
             Compress::Lz4 => Compression::Lz4,
             Compress::Zstd => Compression::Zstd,
         };
-        let (shared, trees): (Vec<_>, Vec<_>) =
+        let (shared, mut trees): (Vec<_>, Vec<_>) =
             trees.into_iter().partition(|tree| tree.storage() == Storage::Shared);
+        let paged = trees.extract_if(.., |tree| tree.is_paged());
+        let disks: Vec<_> = paged.map(|tree| SpaceId(tree.space)).collect();
         let cancellers = pages.iter().map(DataStream::canceller).collect();
         let pool = SendPool::start(pages, SendOptions { compression })
             .map_err(|error| SessionError::Pages { round: 0, source: Box::new(error) })?;
@@ -85,10 +93,16 @@ impl Copying {
             file_canceller: files.canceller(),
             files: Some(TreeSender::new(files, file_counters.clone())),
             file_counters,
+            disks,
             trees,
-            shared: shared.into_iter().map(|tree| tree.path).collect(),
+            shared: shared
+                .into_iter()
+                .map(|tree| (tree.path.clone(), tree.role() == FileRole::Disk))
+                .collect(),
             max_downtime: options.max_downtime(),
             timeout: options.timeout(),
+            gives_way: kind == Kind::Container,
+            stopped: false,
             started,
             announced: BTreeSet::new(),
             round: 0,
@@ -99,7 +113,7 @@ impl Copying {
     /// Sends every file tree while the workload runs.
     pub(super) async fn send_files(&mut self, wire: &mut Wire<'_>) -> Result<()> {
         // Most of it, so that the stop is short.
-        wire.halt.or(self.settle_shared()).await?;
+        wire.halt.or(self.settle_shared(true)).await?;
         if self.trees.is_empty() {
             return Ok(());
         }
@@ -131,11 +145,12 @@ impl Copying {
     }
 
     /// Has what was written to shared trees stored where the other host sees it: what is only in this
-    /// host's memory may never come there.
-    fn settle_shared(&self) -> impl Future<Output = Result<()>> + use<> {
-        let paths = self.shared.clone();
+    /// host's memory may never come there. Without `all`, what the workload stores itself is left out.
+    fn settle_shared(&self, all: bool) -> impl Future<Output = Result<()>> + use<> {
+        let wanted = |(_, itself): &&(String, bool)| all || !itself;
+        let paths: Vec<_> = self.shared.iter().filter(wanted).cloned().collect();
         let settling = spawn_blocking(move || {
-            paths.iter().try_for_each(|path| {
+            paths.iter().try_for_each(|(path, _)| {
                 settle(Path::new(path)).map_err(|source| SessionError::Files {
                     path: path.clone(),
                     source: Box::new(source),
@@ -207,15 +222,16 @@ impl Copying {
             dirty.retain_spaces(|space| known.contains(&space.0));
             let sent = self.send_round(reader.clone(), dirty, &spaces, wire, report).await?;
             dirty = harvest(departure, reader.take_missed()).await?;
-            let (stall, look) = departure
-                .with(|workload| Ok((workload.stall(), workload.look() + workload.restoring())))
+            let (stall, look, restoring) = departure
+                .with(|workload| Ok((workload.stall(), workload.look(), workload.restoring())))
                 .await?;
             report.source_stall_ms = millis(stall);
             let remaining = Remaining {
                 dirty_pages: dirty.len(),
                 wire_ratio: sent.wire_ratio,
                 wire_rate: self.rate.unwrap_or(sent.wire_rate),
-                look,
+                look: look + restoring.needed,
+                wished: restoring.wished,
                 elapsed: self.started.elapsed(),
             };
             let predicted = millis(policy.predict(&remaining));
@@ -226,6 +242,8 @@ impl Copying {
             match policy.decide(&remaining) {
                 Decision::Another => {}
                 Decision::Throttle { percent } => {
+                    // Worse for it than what it was spared.
+                    self.gives_way = false;
                     let text = format!(
                         "It writes faster than the link: taking {percent} % of its processor time"
                     );
@@ -240,6 +258,13 @@ impl Copying {
                     }
                 }
                 Decision::Stop => {
+                    let spare = policy.spare(&remaining);
+                    departure
+                        .with(move |workload| {
+                            workload.spare(spare);
+                            Ok(())
+                        })
+                        .await?;
                     report.predicted.downtime_ms = Some(predicted);
                     return Ok(dirty);
                 }
@@ -259,44 +284,65 @@ impl Copying {
         report: &mut Report,
     ) -> Result<()> {
         let begun = Instant::now();
+        self.stopped = true;
         let spaces = departure.with(|workload| workload.spaces()).await?;
         let reader = departure.with(|workload| workload.reader()).await?;
         let files = self.on_files(|sender, tree| sender.send_changes(tree), |tree| tree.live)?;
-        let settled = self.settle_shared();
+        // A VM's disk is stored with its state, and nothing else that anybody wrote beside it has to be.
+        let settled = self.settle_shared(false);
         let last = harvest(departure, held).await?;
         report.compare_ms = millis(departure.with(|workload| Ok(workload.look())).await?);
-        let cancellers = self.cancellers.clone();
-        let saving = async {
-            let saved = departure.with(|workload| workload.save()).await;
-            // It stands still for nothing while its pages still travel.
-            let sections = saved.inspect_err(|_| cancellers.iter().for_each(Canceller::cancel))?;
-            // Devices may write memory while they are saved. What is not tracked has none.
-            let more = PageSet::new();
-            let more = if tracked { harvest(departure, more).await? } else { more };
-            Ok::<_, SessionError>((sections, more))
+        // Before the state, so that whoever is asked to load knows of it.
+        let round = self.begin_round(&spaces, wire).await;
+        let outbox = wire.link.outbox();
+        let ending = self.end_files(files, settled, wire);
+        let (pages, file_stream) = (self.cancellers.clone(), self.file_canceller.clone());
+        // Whichever fails first has the reason; it ends the other, whose failure says only that.
+        let first = OnceLock::new();
+        let saving_failed = |_: &SessionError| {
+            let _ = first.set(Failed::Saving);
+            pages.iter().for_each(Canceller::cancel);
         };
-        let pages = self.send_round(reader.clone(), last, &spaces, wire, report);
-        let (saved, sent) = tokio::join!(saving, pages);
-        let (sections, more) = saved?;
-        sent?;
+        let saving = async {
+            // It stands still for nothing while its pages still travel.
+            let (sections, more) = save(departure, tracked).await.inspect_err(saving_failed)?;
+            let count = send_parts(sections, &outbox).await;
+            ending.await.inspect_err(saving_failed)?;
+            if more.is_empty() {
+                // Nothing comes after the round that is under way: no need to wait for that to be over.
+                send_load(count, round, &outbox).await;
+            }
+            Ok::<_, SessionError>((count, more))
+        };
+        let sending = async {
+            let sent = self.send_pages(reader.clone(), last, wire, report).await;
+            sent.inspect_err(|_| {
+                let _ = first.set(Failed::Sending);
+                file_stream.cancel();
+            })
+        };
+        let (count, more) = match tokio::join!(saving, sending) {
+            (Ok(saved), Ok(_)) => saved,
+            (Err(_), Err(error)) if first.get() == Some(&Failed::Sending) => return Err(error),
+            (Err(error), _) | (_, Err(error)) => return Err(error),
+        };
+        report.downtime.memory_ms = millis(begun.elapsed());
+        let rest = Instant::now();
         if !more.is_empty() {
             self.send_round(reader, more, &spaces, wire, report).await?;
+            send_load(count, self.round, &outbox).await;
         }
-        report.downtime.memory_ms = millis(begun.elapsed());
-        let stating = Instant::now();
-        self.end_files(files, settled, wire).await?;
-        send_sections(sections, wire).await;
-        report.downtime.state_ms = millis(stating.elapsed());
+        report.downtime.state_ms = millis(rest.elapsed());
         Ok(())
     }
 
     /// Waits for the changed files, and for what is shared to be stored, and ends the files' stream.
-    async fn end_files(
-        &mut self,
+    fn end_files<S: Future<Output = Result<()>>>(
+        &self,
         files: JoinHandle<Result<TreeSender<DataStream>>>,
-        settled: impl Future<Output = Result<()>>,
+        settled: S,
         wire: &Wire<'_>,
-    ) -> Result<()> {
+    ) -> impl Future<Output = Result<()>> + use<S> {
         let ending = async {
             settled.await?;
             let sender = files.await??;
@@ -305,22 +351,25 @@ impl Copying {
                 source: Box::new(error),
             })
         };
-        let canceller = self.file_canceller.clone();
+        let (canceller, halt) = (self.file_canceller.clone(), wire.halt.clone());
+        let host = wire.link.host().to_owned();
         let late = async {
             tokio::time::sleep(FILES_WITHIN).await;
             Err(SessionError::Protocol {
-                host: wire.link.host().to_owned(),
+                host,
                 what: format!(
                     "it did not take the changed files within {} s",
                     FILES_WITHIN.as_secs()
                 ),
             })
         };
-        let ended = tokio::select! {
-            ended = wire.halt.or(ending) => ended,
-            late = late => late,
-        };
-        ended.inspect_err(|_| canceller.cancel())
+        async move {
+            let ended = tokio::select! {
+                ended = halt.or(ending) => ended,
+                late = late => late,
+            };
+            ended.inspect_err(|_| canceller.cancel())
+        }
     }
 
     /// Sends one round and waits until every page of it is in its place.
@@ -332,16 +381,36 @@ impl Copying {
         wire: &mut Wire<'_>,
         report: &mut Report,
     ) -> Result<Sent> {
+        self.begin_round(spaces, wire).await;
+        self.send_pages(reader, pages, wire, report).await
+    }
+
+    /// Says that a round begins, and which spaces are new in it; its number.
+    async fn begin_round(&mut self, spaces: &[SpaceInfo], wire: &Wire<'_>) -> u32 {
         self.round += 1;
+        let round = self.round;
+        let fresh =
+            spaces.iter().filter(|space| self.announced.insert(space.id)).cloned().collect();
+        wire.link.send(request::Body::Round(control::Round { round, spaces: fresh })).await;
+        round
+    }
+
+    /// Sends the pages of the round that has begun, and waits until all of them are in their places.
+    async fn send_pages(
+        &mut self,
+        reader: Arc<dyn PageReader>,
+        pages: PageSet,
+        wire: &mut Wire<'_>,
+        report: &mut Report,
+    ) -> Result<Sent> {
         let round = self.round;
         let begun = Instant::now();
         let before = self.counters.wire_bytes.load(Ordering::Relaxed);
         let read_before = self.counters.read_bytes.load(Ordering::Relaxed);
         let dirty_pages = pages.len();
-        let fresh =
-            spaces.iter().filter(|space| self.announced.insert(space.id)).cloned().collect();
-        wire.link.send(request::Body::Round(control::Round { round, spaces: fresh })).await;
         let mut pool = self.pool.take().ok_or_else(|| gone("page"))?;
+        let gives_way = self.gives_way && !self.stopped;
+        pool.give_way(gives_way && has_time_to_give_way(self.started.elapsed(), self.timeout));
         let mut sending = spawn_blocking(move || {
             let sent = pool.round(round, reader, &pages);
             (pool, sent)
@@ -372,7 +441,8 @@ impl Copying {
                         ),
                     });
                 }
-                body = wire.link.reply(Duration::MAX, "sending pages") => match body {
+                // Whatever comes after that answers something else.
+                body = wire.link.reply(Duration::MAX, "sending pages"), if !installed => match body {
                     Ok(reply::Body::RoundDone(done)) if done.round == round => installed = true,
                     Ok(other) => {
                         self.cancel();
@@ -444,6 +514,7 @@ impl Copying {
             raw: count(&counters.raw),
         };
         report.wire_bytes = count(&counters.wire_bytes);
+        report.disk_bytes = counters.wire_bytes_of(&self.disks);
         report.file_bytes = count(&self.file_counters.wire_bytes);
     }
 }
@@ -475,29 +546,19 @@ async fn harvest(departure: &mut Departure, mut into: PageSet) -> Result<PageSet
         .await
 }
 
-/// Sends the state in parts, then asks to load it.
-async fn send_sections(sections: Vec<Section>, wire: &mut Wire<'_>) {
-    let count = sections.len() as u32;
-    for section in sections {
-        let total = section.bytes.len() as u64;
-        let mut rest = &section.bytes[..];
-        loop {
-            let (part, after) = rest.split_at(rest.len().min(PART));
-            wire.link
-                .send(request::Body::Part(Part {
-                    kind: section.kind.clone(),
-                    version: section.version,
-                    total,
-                    bytes: part.to_vec(),
-                }))
-                .await;
-            rest = after;
-            if rest.is_empty() {
-                break;
-            }
-        }
-    }
-    wire.link.send(request::Body::Load(Load { sections: count })).await;
+/// What of the stop failed.
+#[derive(PartialEq, Eq)]
+enum Failed {
+    Saving,
+    Sending,
+}
+
+/// Saves a workload that stands still; its state, and what was written meanwhile.
+async fn save(departure: &mut Departure, tracked: bool) -> Result<(Vec<Section>, PageSet)> {
+    let sections = departure.with(|workload| workload.save()).await?;
+    // Devices may write memory while they are saved. What is not tracked has none.
+    let more = PageSet::new();
+    Ok((sections, if tracked { harvest(departure, more).await? } else { more }))
 }
 
 fn far() -> tokio::time::Instant {

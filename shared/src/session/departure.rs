@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::commit::{Answer, Keep, Record, Sight, Source, SourceAction, SourceInput};
 use super::error::{Result, SessionError, chain, fail_here};
+use super::held::Held;
 use super::journal::{Journal, Role};
 use super::link::Aborter;
 use crate::workload::{self, SourceWorkload, WorkloadError};
@@ -25,7 +26,7 @@ pub struct Departure {
     token: u64,
     journal: Arc<Journal>,
     machine: Source,
-    workload: Option<Box<dyn SourceWorkload>>,
+    workload: Held<dyn SourceWorkload>,
     /// Whether the journal has a row of this session.
     begun: bool,
     /// How to tell the destination that nothing will come, and why.
@@ -52,7 +53,7 @@ impl Departure {
             token,
             journal,
             machine: Source::Open,
-            workload: Some(workload),
+            workload: Held::new(Some(workload)),
             begun: false,
             farewell: None,
         }
@@ -74,7 +75,7 @@ impl Departure {
             token,
             journal,
             machine,
-            workload,
+            workload: Held::new(workload),
             begun: true,
             farewell: None,
         };
@@ -106,17 +107,7 @@ impl Departure {
         &mut self,
         work: impl FnOnce(&mut dyn SourceWorkload) -> workload::Result<R> + Send + 'static,
     ) -> Result<R> {
-        let mut held = self
-            .workload
-            .take()
-            .ok_or_else(|| WorkloadError::plain("The workload is no longer held by this move"))?;
-        let (held, result) = tokio::task::spawn_blocking(move || {
-            let result = work(&mut *held);
-            (held, result)
-        })
-        .await?;
-        self.workload = Some(held);
-        Ok(result?)
+        self.workload.with("The workload is no longer held by this move", |held| work(held)).await
     }
 
     /// The destination is prepared: fences. On success the wish is to send Commit. When it cannot be
@@ -241,7 +232,7 @@ impl Departure {
                 Err(SessionError::Workload(WorkloadError::KeeperGone { what, .. })) => {
                     // Without its agent's connection the keeper resumes by itself, or is gone.
                     tracing::error!(migration = %self.migration, what, "Lost the keeper");
-                    self.workload = None;
+                    self.workload = Held::new(None);
                 }
                 Err(error) => {
                     tracing::error!(migration = %self.migration, error = %chain(&error),

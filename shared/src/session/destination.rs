@@ -14,8 +14,8 @@ use super::storage;
 use crate::files::{Incoming, receive};
 use crate::pages::ReceivePool;
 use crate::protocol::control::{
-    Loaded, Offer, Part, Pong, Ready, Reply, Request, Round, RoundDone, Settled, Settlement, reply,
-    request,
+    Load, Loaded, Offer, Part, Pong, Ready, Reply, Request, Round, RoundDone, Settled, Settlement,
+    reply, request,
 };
 use crate::transport::{ControlReader, ControlWriter, DataStream, Role};
 use crate::workload::{
@@ -46,6 +46,10 @@ pub trait DestinationHost: Send + Sync + 'static {
     fn name(&self) -> &str;
     /// Whether this host's configuration wants pages encrypted.
     fn page_encryption(&self) -> bool;
+    /// What CPU this host can offer a guest, for [`CpuAnswer`](crate::protocol::control::CpuAnswer).
+    fn cpu_offer(&self) -> crate::workload::Result<Vec<u8>> {
+        Err(crate::workload::WorkloadError::Unsupported("A choice of CPU"))
+    }
     /// Where the files of a workload would stand here.
     ///
     /// # Errors
@@ -231,30 +235,27 @@ pub(super) async fn receive_workload(
     let built =
         tokio::task::spawn_blocking(move || host.prepare(&migration, &manifest, &trees)).await??;
     live.arrival.lock().await.hold(built);
+    make_paged(live, accepted).await?;
     wire.reply(reply::Body::Ready(Ready {})).await;
     let (pages, files) = collect(live, accepted.streams, joined, wire).await?;
     let mut receiving = Receiving::new(live, accepted, pages, files)?;
+    let mut asked = None;
     loop {
+        // It may have been asked for while the last of it was still on its way.
+        if let Some(asked) = asked.filter(|_| !receiving.is_under_way()) {
+            check_shared(accepted).await?;
+            let loaded = receiving.load(asked).await?;
+            live.arrival.lock().await.loaded().await;
+            wire.reply(reply::Body::Loaded(loaded)).await;
+            return Ok(());
+        }
         tokio::select! {
             body = wire.requests.recv() => match body {
-                Some(request::Body::Round(round)) => receiving.begin_round(round, wire).await?,
-                Some(request::Body::Part(part)) => receiving.take_part(part)?,
-                Some(request::Body::Load(load)) => {
-                    let trees = accepted.trees.clone();
-                    let still = tokio::task::spawn_blocking(move || seen(&trees)).await?;
-                    if let Some((path, _)) = still.iter().find(|one| !accepted.shared.contains(one))
-                    {
-                        let what = format!(
-                            "{} is not what it was when the move began: was it unmounted?",
-                            path.display()
-                        );
-                        return Err(WorkloadError::plain(what).into());
-                    }
-                    let loaded = receiving.load(load.sections).await?;
-                    live.arrival.lock().await.loaded().await;
-                    wire.reply(reply::Body::Loaded(loaded)).await;
-                    return Ok(());
+                Some(request::Body::Round(round)) if asked.is_none() => {
+                    receiving.begin_round(round, wire).await?;
                 }
+                Some(request::Body::Part(part)) if asked.is_none() => receiving.take_part(part)?,
+                Some(request::Body::Load(load)) if asked.is_none() => asked = Some(load),
                 Some(request::Body::Abort(abort)) => return Err(aborted(live, abort.reason)),
                 Some(other) => return Err(out_of_turn(live, &other)),
                 None => return Err(lost(live)),
@@ -262,6 +263,38 @@ pub(super) async fn receive_workload(
             result = receiving.background() => result?,
         }
     }
+}
+
+/// That what is shared is still what it was when the move began.
+async fn check_shared(accepted: &Accepted) -> Result<()> {
+    let trees = accepted.trees.clone();
+    let still = tokio::task::spawn_blocking(move || seen(&trees)).await?;
+    match still.iter().find(|one| !accepted.shared.contains(one)) {
+        None => Ok(()),
+        Some((path, _)) => {
+            let what = format!(
+                "{} is not what it was when the move began: was it unmounted?",
+                path.display()
+            );
+            Err(WorkloadError::plain(what).into())
+        }
+    }
+}
+
+/// Makes an empty file for each tree whose content comes as pages. When it stands, so does the record of it.
+async fn make_paged(live: &Arc<Live>, accepted: &Accepted) -> Result<()> {
+    let known = accepted.trees.iter().cloned().zip(accepted.known.iter().copied());
+    let paged: Vec<_> = known.filter(|(placed, _)| placed.tree.is_paged()).collect();
+    let landing = live.landing.clone();
+    let made = move || {
+        paged.iter().try_for_each(|(placed, known)| {
+            landing.land_empty(&placed.path, *known).map_err(|error| SessionError::Files {
+                path: placed.path.display().to_string(),
+                source: Box::new(error),
+            })
+        })
+    };
+    tokio::task::spawn_blocking(made).await?
 }
 
 /// Waits until every stream of the session has joined.
@@ -300,6 +333,8 @@ struct Receiving {
     live: Arc<Live>,
     pool: Arc<ReceivePool>,
     round: Option<JoinHandle<Result<()>>>,
+    /// Number of the round that was begun last.
+    last: u32,
     files: Option<JoinHandle<Result<()>>>,
     spaces: Vec<SpaceInfo>,
     sections: Vec<Section>,
@@ -325,7 +360,7 @@ impl Receiving {
             .trees
             .iter()
             .zip(known)
-            .filter(|(tree, _)| tree.tree.storage() != Storage::Shared)
+            .filter(|(tree, _)| tree.tree.storage() != Storage::Shared && !tree.tree.is_paged())
             .map(|(tree, known)| Incoming { tree: tree.clone(), keep_equal: *known })
             .collect();
         let landing = live.landing.clone();
@@ -339,6 +374,7 @@ impl Receiving {
             live: live.clone(),
             pool,
             round: None,
+            last: 0,
             files: Some(files),
             spaces: Vec::new(),
             sections: Vec::new(),
@@ -361,6 +397,7 @@ impl Receiving {
                 what: "it named more spaces than any workload has, or longer".to_owned(),
             });
         }
+        self.last = round.round;
         let spaces = self.spaces.clone();
         let writer =
             self.live.arrival.lock().await.with(move |workload| workload.writer(&spaces)).await?;
@@ -426,19 +463,23 @@ impl Receiving {
         }
     }
 
-    /// Everything has been sent: waits for what is still arriving, then loads.
-    async fn load(&mut self, count: u32) -> Result<Loaded> {
-        if self.open != 0 || count as usize != self.sections.len() {
-            return Err(SessionError::Protocol {
-                host: self.live.peer.name.clone(),
-                what: "its state is incomplete".to_owned(),
-            });
+    /// Whether pages or files are still arriving.
+    fn is_under_way(&self) -> bool {
+        self.round.is_some() || self.files.is_some()
+    }
+
+    /// Everything has arrived: loads.
+    async fn load(&mut self, asked: Load) -> Result<Loaded> {
+        let wrong = |what: &str| SessionError::Protocol {
+            host: self.live.peer.name.clone(),
+            what: what.to_owned(),
+        };
+        if self.open != 0 || asked.sections as usize != self.sections.len() {
+            return Err(wrong("its state is incomplete"));
         }
-        if let Some(round) = self.round.take() {
-            round.await??;
-        }
-        if let Some(files) = self.files.take() {
-            files.await??;
+        // Rounds begin with 1. Who says none is an older source, which has waited for its last one.
+        if self.last == 0 || (asked.round != self.last && asked.round != 0) {
+            return Err(wrong("its pages are incomplete"));
         }
         fail_here!("destination.load");
         let begun = Instant::now();

@@ -22,7 +22,7 @@ const ABORT_WITHIN: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Link {
     host: String,
-    out: mpsc::Sender<Request>,
+    out: Outbox,
     replies: mpsc::Receiver<std::result::Result<reply::Body, Lost>>,
     writer: JoinHandle<()>,
     reader: JoinHandle<()>,
@@ -41,6 +41,17 @@ impl Aborter {
             let abort = request::Body::Abort(Abort { reason: reason.to_owned() });
             let _ = timeout(ABORT_WITHIN, out.send(abort.into())).await;
         }
+    }
+}
+
+/// Says things over a control connection beside whoever waits for its replies. Keeps the connection open.
+#[derive(Clone, Debug)]
+pub(super) struct Outbox(mpsc::Sender<Request>);
+
+impl Outbox {
+    /// Hands `body` to the connection; a broken one is noticed by the next [`Link::reply`].
+    pub(super) async fn send(&self, body: request::Body) {
+        let _ = self.0.send(body.into()).await;
     }
 }
 
@@ -92,7 +103,7 @@ impl Link {
                 }
             }
         });
-        Self { host, out, replies, writer, reader }
+        Self { host, out: Outbox(out), replies, writer, reader }
     }
 
     /// Name of the destination host.
@@ -102,16 +113,34 @@ impl Link {
 
     /// Says over this connection that nothing will come.
     pub(super) fn aborter(&self) -> Aborter {
-        Aborter(self.out.downgrade())
+        Aborter(self.out.0.downgrade())
     }
 
-    /// Hands `body` to the connection; a broken one is noticed by the next [`Link::reply`].
+    /// As [`Outbox::send`].
     pub(super) async fn send(&self, body: request::Body) {
-        let _ = self.out.send(body.into()).await;
+        self.out.send(body).await;
+    }
+
+    /// Says things over this connection too.
+    pub(super) fn outbox(&self) -> Outbox {
+        self.out.clone()
     }
 
     /// The next reply. A [`reply::Body::Failed`] is an error.
     pub(super) async fn reply(&mut self, patience: Duration, what: &str) -> Result<reply::Body> {
+        let answer = self.answer(patience, what).await?;
+        answer.ok_or_else(|| SessionError::Peer {
+            host: self.host.clone(),
+            text: format!("it closed the connection while {what}"),
+        })
+    }
+
+    /// The same, or nothing when the connection was closed in good order.
+    pub(super) async fn answer(
+        &mut self,
+        patience: Duration,
+        what: &str,
+    ) -> Result<Option<reply::Body>> {
         match timeout(patience, self.replies.recv()).await {
             Err(_) => Err(SessionError::Protocol {
                 host: self.host.clone(),
@@ -120,15 +149,12 @@ impl Link {
             Ok(Some(Ok(reply::Body::Failed(failed)))) => {
                 Err(SessionError::Peer { host: self.host.clone(), text: failed.text })
             }
-            Ok(Some(Ok(body))) => Ok(body),
+            Ok(Some(Ok(body))) => Ok(Some(body)),
             Ok(Some(Err(Lost::Broken(source)))) => Err(SessionError::Transport {
                 what: format!("Lost the connection to {} while {what}", self.host),
                 source,
             }),
-            Ok(Some(Err(Lost::Closed)) | None) => Err(SessionError::Peer {
-                host: self.host.clone(),
-                text: format!("it closed the connection while {what}"),
-            }),
+            Ok(Some(Err(Lost::Closed)) | None) => Ok(None),
         }
     }
 

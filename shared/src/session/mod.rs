@@ -3,7 +3,8 @@
 //! [`commit`] holds the pure state machines that decide who owns the workload; everything else here
 //! drives them. [`source`] runs the leaving end (its copying is in `copying`, its hold on the
 //! workload in [`departure`]), [`destination`] and [`sessions`] the arriving end, [`recovery`]
-//! settles what a restart left open, [`journal`] is the durable memory of all of them.
+//! settles what a restart left open, [`journal`] is the durable memory of all of them. [`relocation`] moves files
+//! within a host, where nothing changes hands.
 
 mod arrival;
 pub mod asking;
@@ -12,12 +13,15 @@ mod copying;
 pub mod departure;
 pub mod destination;
 pub mod error;
+mod held;
 pub mod journal;
 mod link;
 pub mod policy;
 pub mod progress;
 pub mod recovery;
+pub mod relocation;
 pub mod report;
+mod sections;
 pub mod sessions;
 pub mod source;
 pub mod storage;
@@ -88,6 +92,9 @@ pub struct MoveOptions {
     pub dry_run: bool,
     /// Remove the source's files after the move.
     pub remove_source: bool,
+    /// Do not ask whether the destination's bridges lead to the segments that the workload is on, nor whether they
+    /// tell the same virtual networks apart.
+    pub no_network_check: bool,
 }
 
 /// The stop that is aimed at where nobody asked for another.
@@ -115,6 +122,7 @@ impl Default for MoveOptions {
             storage_of: Vec::new(),
             dry_run: false,
             remove_source: false,
+            no_network_check: false,
         }
     }
 }

@@ -8,7 +8,7 @@ use super::MaxDowntime;
 use crate::pages::PAGE_SIZE;
 
 /// What is known after a round, before the next.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Remaining {
     /// Pages written since they were read last.
     pub dirty_pages: u64,
@@ -19,6 +19,8 @@ pub struct Remaining {
     /// What the look for written pages will take in the stop, and restoring, where that is not part of what
     /// every stop costs.
     pub look: Duration,
+    /// What restoring would take beside that, and is left out where there is no time for it.
+    pub wished: Duration,
     /// Since the move began.
     pub elapsed: Duration,
 }
@@ -40,6 +42,12 @@ pub enum Decision {
         /// Why, and what would have worked.
         reason: String,
     },
+}
+
+/// Whether those who copy a workload that runs let it go first, `elapsed` after the move began: that makes rounds
+/// longer, and shall not be why a move does not end in time.
+pub fn has_time_to_give_way(elapsed: Duration, timeout: Duration) -> bool {
+    elapsed < timeout / 4
 }
 
 /// The policy of one move.
@@ -78,6 +86,18 @@ impl Policy {
 
     /// Downtime if the workload were stopped now.
     pub fn predict(&self, remaining: &Remaining) -> Duration {
+        let shortest = self.shortest(remaining);
+        let all = shortest.saturating_add(remaining.wished);
+        if all <= self.target(remaining) { all } else { shortest }
+    }
+
+    /// What of the target a stop now would leave for what is only wished.
+    pub fn spare(&self, remaining: &Remaining) -> Duration {
+        self.target(remaining).saturating_sub(self.shortest(remaining))
+    }
+
+    /// Without what is only wished.
+    fn shortest(&self, remaining: &Remaining) -> Duration {
         let bytes = remaining.dirty_pages as f64 * PAGE_SIZE as f64 * remaining.wire_ratio;
         let seconds = bytes / remaining.wire_rate.max(1.0);
         let sending = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 4);
@@ -107,7 +127,7 @@ impl Policy {
         let falling = (remaining.dirty_pages as f64) < self.least as f64 * FEWER;
         self.least = self.least.min(remaining.dirty_pages);
         self.stuck = if falling { 0 } else { self.stuck + 1 };
-        let predicted = self.predict(remaining);
+        let predicted = self.shortest(remaining);
         let target = self.target(remaining);
         if predicted <= target {
             // Within the target: go on only as long as each round makes the stop shorter.
@@ -157,7 +177,7 @@ mod tests {
 
     fn after(dirty_pages: u64) -> Remaining {
         let elapsed = Duration::from_secs(1);
-        Remaining { dirty_pages, wire_ratio: 1.0, wire_rate: 1e9, look: Duration::ZERO, elapsed }
+        Remaining { dirty_pages, wire_ratio: 1.0, wire_rate: 1e9, elapsed, ..Remaining::default() }
     }
 
     fn policy(target_ms: u64) -> Policy {
@@ -166,6 +186,15 @@ mod tests {
             Duration::from_secs(60),
             Duration::from_millis(10),
         )
+    }
+
+    #[test]
+    fn who_has_little_time_gives_way_to_nobody() {
+        let seconds = Duration::from_secs;
+        assert!(has_time_to_give_way(seconds(0), seconds(60)));
+        assert!(has_time_to_give_way(seconds(14), seconds(60)));
+        assert!(!has_time_to_give_way(seconds(15), seconds(60)));
+        assert!(!has_time_to_give_way(seconds(0), seconds(0)));
     }
 
     #[test]
@@ -213,6 +242,27 @@ mod tests {
         let mut busy = policy(MaxDowntime::Aimed(within));
         let throttled = |decision| matches!(decision, Decision::Throttle { .. });
         assert!((0..10).any(|_| throttled(busy.decide(&after(200_000)))));
+    }
+
+    #[test]
+    fn what_is_wished_is_done_where_the_target_leaves_time_for_it() {
+        let ms = Duration::from_millis;
+        // 10 ms and 40.96 ms for 10,000 pages.
+        let remaining = Remaining { wished: ms(60), ..after(10_000) };
+        for (target, predicted) in [(40, 50), (100, 50), (111, 110), (300, 110)] {
+            let policy = policy(target);
+            assert_eq!(policy.predict(&remaining).as_millis(), predicted, "{target}");
+            let spare = policy.spare(&remaining);
+            assert_eq!(spare >= remaining.wished, target > 110, "{spare:?} of {target}");
+            assert!(spare + ms(50) <= ms(target.max(50)), "{spare:?} of {target}");
+        }
+        // It is no reason to wait, and none to give up.
+        let mut tight = policy(60);
+        assert!((0..10).any(|_| tight.decide(&remaining) == Decision::Stop));
+        // Nor does it raise what is aimed at.
+        let aim = MaxDowntime::Aimed(ms(5));
+        let aimed = Policy::new(aim, Duration::from_secs(60), ms(10));
+        assert!(aimed.spare(&Remaining { dirty_pages: 0, ..remaining }) < ms(3));
     }
 
     #[test]

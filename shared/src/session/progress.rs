@@ -19,6 +19,9 @@ pub enum Phase {
     Pause,
     /// Last pages, state, files; loading.
     Final,
+    /// In place of all that follows, of disks that move within a host: nothing is written to them, and they go over to
+    /// their new files.
+    Switch,
     /// Journaled: from here the source never resumes by itself.
     Fence,
     /// Waiting for the destination's durable answer.
@@ -60,7 +63,7 @@ pub enum Progress {
         done_pages: u64,
         /// Pages of this round.
         round_pages: u64,
-        /// Bytes on the wire since the start.
+        /// Bytes on the wire since the start; of what is copied within a host, bytes that were read.
         wire_bytes: u64,
         /// Bytes on the wire a second, now.
         rate: f64,

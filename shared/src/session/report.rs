@@ -132,10 +132,13 @@ pub struct Report {
     /// Why each way that is not the best was taken, at the source and at the destination.
     #[serde(default)]
     pub fallbacks: Vec<String>,
+    /// What else a user should know: what was not looked at, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// From the request to the end.
     pub total_ms: f64,
     /// From the moment the source stops the workload to the answer that it runs, by the source's
-    /// clock; null when it was never stopped.
+    /// clock; null when it was never stopped. Of disks that move within a host: how long their devices stood.
     pub downtime_ms: Option<f64>,
     /// Its parts.
     pub downtime: DowntimeParts,
@@ -145,6 +148,9 @@ pub struct Report {
     pub memory_bytes: u64,
     /// Bytes of page batches on the wire.
     pub wire_bytes: u64,
+    /// Of those, the bytes of batches with pages of disks.
+    #[serde(default)]
+    pub disk_bytes: u64,
     /// Bytes of files on the wire.
     pub file_bytes: u64,
     /// Pages by encoding.
@@ -161,4 +167,41 @@ pub struct Report {
     /// kernel tells what was written.
     #[serde(default)]
     pub compare_ms: f64,
+}
+
+impl Report {
+    /// Of a move that has just begun: it has failed, unless something else is said.
+    pub(super) fn begun(migration: &str, from: &str, to: &str) -> Self {
+        Self {
+            migration: migration.to_owned(),
+            workload: String::new(),
+            kind: Kind::Unspecified,
+            from: from.to_owned(),
+            to: to.to_owned(),
+            outcome: Outcome::Failed,
+            reason: None,
+            lost: false,
+            refusals: Vec::new(),
+            mode: "stop-and-copy".to_owned(),
+            tracker: None,
+            dump: None,
+            restore: None,
+            fallbacks: Vec::new(),
+            notes: Vec::new(),
+            total_ms: 0.0,
+            downtime_ms: None,
+            downtime: DowntimeParts::default(),
+            rounds: Vec::new(),
+            memory_bytes: 0,
+            wire_bytes: 0,
+            disk_bytes: 0,
+            file_bytes: 0,
+            pages: PageCounts::default(),
+            streams: 0,
+            encrypted: false,
+            predicted: Predicted::default(),
+            source_stall_ms: 0.0,
+            compare_ms: 0.0,
+        }
+    }
 }

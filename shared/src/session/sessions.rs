@@ -17,7 +17,7 @@ use super::error::{Result, SessionError, chain, fail_here};
 use super::journal::{Journal, Role as End, SessionRow, boot_id};
 use crate::files::Landing;
 use crate::protocol::control::{
-    Commit, Failed, Hello, Offer, Pong, Request, Verdict, Welcome, reply, request,
+    Commit, CpuAnswer, Failed, Hello, Offer, Pong, Request, Verdict, Welcome, reply, request,
 };
 use crate::transport::{
     Canceller, Connection, Control, DataStream, JoinRefusal, Peer, Role, Secret,
@@ -143,9 +143,15 @@ impl DestinationSessions {
                 wire.reply(reply::Body::Settled(answer)).await;
                 Ok(())
             }
+            request::Body::CpuQuestion(_) => {
+                let host = Arc::clone(&self.host);
+                let offer = tokio::task::spawn_blocking(move || host.cpu_offer()).await??;
+                wire.reply(reply::Body::CpuAnswer(CpuAnswer { offer })).await;
+                Ok(())
+            }
             _ => Err(SessionError::Protocol {
                 host: peer.name.clone(),
-                what: "it began with neither Hello nor Commit".to_owned(),
+                what: "it began with nothing that a connection can begin with".to_owned(),
             }),
         }
     }

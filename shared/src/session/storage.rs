@@ -18,8 +18,10 @@ pub fn said(
 ) -> std::result::Result<Vec<FileTree>, Vec<Refusal>> {
     let mut refusals = Vec::new();
     let mut refuse = |text: String| refusals.push(Refusal::new(RefusalCode::Request, text));
-    for tree in trees.iter_mut().filter(|tree| tree.role().is_volume()) {
-        tree.storage = options.storage.unwrap_or(Storage::Unsaid).into();
+    // What is said of a tree where it was made counts for less than what is said of the move.
+    if let Some(word) = options.storage {
+        let spoken_of = trees.iter_mut().filter(|tree| tree.role().is_storage());
+        spoken_of.for_each(|tree| tree.storage = word.into());
     }
     let mut named = vec![None; trees.len()];
     for (path, word) in &options.storage_of {
@@ -29,7 +31,7 @@ pub fn said(
             continue;
         };
         let tree = &mut trees[number];
-        let fixed = !(tree.role().is_volume() || tree.role() == FileRole::Bundle);
+        let fixed = !(tree.role().is_storage() || tree.role() == FileRole::Bundle);
         if fixed && *word != Storage::Copy {
             refuse(format!("{} is always copied", tree.path));
         } else if named[number].is_some_and(|before| before != *word) {
@@ -51,6 +53,7 @@ pub fn said(
 /// Every tree that cannot be copied.
 pub(super) fn measure(trees: &mut [FileTree]) -> std::result::Result<(), Vec<Refusal>> {
     let mut refusals = Vec::new();
+    // A disk has said what it holds.
     let copied = |tree: &&mut FileTree| tree.role().is_volume() && tree.storage() == Storage::Copy;
     for tree in trees.iter_mut().filter(copied) {
         match tree_bytes(Path::new(&tree.path)) {
@@ -67,7 +70,7 @@ pub(super) fn measure(trees: &mut [FileTree]) -> std::result::Result<(), Vec<Ref
 /// What the destination did not object to: what nobody spoke of is shared.
 pub(super) fn accepted(trees: &mut [FileTree]) {
     let unsaid =
-        |tree: &&mut FileTree| tree.role().is_volume() && tree.storage() == Storage::Unsaid;
+        |tree: &&mut FileTree| tree.role().is_storage() && tree.storage() == Storage::Unsaid;
     for tree in trees.iter_mut().filter(unsaid) {
         tree.storage = Storage::Shared.into();
     }
@@ -97,7 +100,7 @@ fn decide(placed: &PlacedTree, probe: &str, host: &str) -> std::result::Result<S
         _ => (alike || is_same_place(path, probe), false),
     };
     let refuse = |code, text| Err(Refusal::new(code, text));
-    let volume = tree.role().is_volume();
+    let volume = tree.role().is_storage();
     let word = tree.mounts.first().unwrap_or(&tree.path);
     match (Storage::try_from(tree.storage), volume) {
         (Err(_), _) => refuse(
@@ -130,8 +133,21 @@ fn decide(placed: &PlacedTree, probe: &str, host: &str) -> std::result::Result<S
                 tree.path
             ),
         ),
+        // The source has a device there, and the copy would take memory of this host's.
+        (Ok(_), _) if tree.role() == FileRole::Disk && is_among_devices(path) => refuse(
+            RefusalCode::File,
+            format!(
+                "{there} at {host} would be a file among devices: give the copy another place with \
+                 --path {}=NEW",
+                tree.path
+            ),
+        ),
         (Ok(_), _) => Ok(Storage::Copy),
     }
+}
+
+fn is_among_devices(path: &Path) -> bool {
+    path.starts_with("/dev") && !path.starts_with("/dev/shm")
 }
 
 /// A tree and where it is seen, for people.
@@ -143,7 +159,7 @@ fn shown(tree: &FileTree) -> String {
 }
 
 fn mounts(trees: &[FileTree]) -> String {
-    let known: Vec<_> = trees.iter().filter(|tree| tree.role().is_volume()).map(shown).collect();
+    let known: Vec<_> = trees.iter().filter(|tree| tree.role().is_storage()).map(shown).collect();
     match known.is_empty() {
         true => "nothing from outside is mounted into it".to_owned(),
         false => format!("it has {}", known.join("; ")),
@@ -206,6 +222,45 @@ mod tests {
         assert_eq!(words(&options(None, &[("/srv/web", Shared)])), [Shared, Unsaid, Unsaid]);
         let twice = [("/data", Copy), ("/again", Copy)];
         assert_eq!(words(&options(None, &twice)), [Unsaid, Copy, Unsaid]);
+    }
+
+    #[test]
+    fn a_disk_has_a_word_of_its_own_and_is_told_of_all_others() {
+        use Storage::{Copy, Shared, Unsaid};
+        let own = FileTree {
+            storage: Shared.into(),
+            space: 1,
+            ..tree(FileRole::Disk, "/srv/own.img", &[])
+        };
+        let other = FileTree { space: 2, ..tree(FileRole::Disk, "/srv/other.img", &[]) };
+        let words = |options: &MoveOptions| {
+            let said = said(vec![own.clone(), other.clone()], options).expect("understood");
+            said.iter().map(|tree| (tree.storage(), tree.is_paged())).collect::<Vec<_>>()
+        };
+        assert_eq!(words(&options(None, &[])), [(Shared, false), (Unsaid, false)]);
+        assert_eq!(words(&options(Some(Copy), &[])), [(Copy, true), (Copy, true)]);
+        let one = [("/srv/own.img", Copy)];
+        assert_eq!(words(&options(None, &one)), [(Copy, true), (Unsaid, false)]);
+        let placed = PlacedTree { tree: other, path: "/srv/other.img".into() };
+        let refused = decide(&placed, "", "beta").expect_err("nobody said");
+        assert!(refused.text.contains("--storage /srv/other.img=copy"), "{}", refused.text);
+    }
+
+    #[test]
+    fn a_copy_of_a_device_goes_to_a_file() {
+        let copy = |path: &str| {
+            let tree = FileTree {
+                storage: Storage::Copy.into(),
+                space: 1,
+                ..tree(FileRole::Disk, "/dev/vg/web", &[])
+            };
+            decide(&PlacedTree { tree, path: path.into() }, "", "beta")
+        };
+        let refused = copy("/dev/vg/web").expect_err("there are devices");
+        assert!(refused.text.contains("--path /dev/vg/web=NEW"), "{}", refused.text);
+        for path in ["/srv/web.img", "/dev/shm/web.img", "/devices/web.img"] {
+            assert_eq!(copy(path).expect("a file"), Storage::Copy, "{path}");
+        }
     }
 
     #[test]

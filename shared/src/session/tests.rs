@@ -16,7 +16,7 @@ use super::*;
 use crate::methods::Ways;
 use crate::pages::{PAGE_SIZE, PageRange, PageReader, PageSet, PageWriter, SpaceId};
 use crate::transport::testing::Authority;
-use crate::transport::{Acceptor, Dialer, PeerAddress, Versions};
+use crate::transport::{Acceptor, Control, Dialer, PeerAddress, Versions};
 use crate::workload::{
     self, DestinationWorkload, Kind, Liveness, Manifest, PlacedTree, Refusal, RefusalCode, Section,
     SourceWorkload, SpaceInfo, WorkloadError,
@@ -97,6 +97,11 @@ struct Copies {
     /// In the stop the source looks for written pages until that is called off.
     looks_for_ever: AtomicBool,
     called_off: Arc<AtomicBool>,
+    /// In the stop all pages count as written, and the destination takes so many milliseconds for each piece of them.
+    installs_in: AtomicU64,
+    saved: AtomicBool,
+    /// What was in the destination's memory when it was told to load.
+    at_load: Mutex<Vec<Vec<u8>>>,
 }
 
 impl Copies {
@@ -186,11 +191,15 @@ impl SourceWorkload for Leaving {
         }
         // The writer may be in the middle of a page.
         std::thread::sleep(Duration::from_millis(5));
+        if self.copies.installs_in.load(Ordering::SeqCst) > 0 {
+            lock(&self.memory.dirty).insert(PageRange::new(SPACE, 0, PAGES));
+        }
         Ok(())
     }
 
     fn save(&mut self) -> workload::Result<Vec<Section>> {
         let writes = self.copies.writes.load(Ordering::SeqCst);
+        self.copies.saved.store(true, Ordering::SeqCst);
         Ok(vec![Section {
             kind: "writes".to_owned(),
             version: 1,
@@ -216,6 +225,27 @@ impl SourceWorkload for Leaving {
     }
 }
 
+/// Puts pages in their places, slowly when told so.
+struct Placing {
+    memory: Arc<Memory>,
+    copies: Arc<Copies>,
+}
+
+impl PageWriter for Placing {
+    fn write(&self, range: PageRange, bytes: &[u8]) -> workload::Result<()> {
+        let stands_still = !self.copies.source_runs.load(Ordering::SeqCst);
+        if stands_still {
+            let time = self.copies.installs_in.load(Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(time));
+        }
+        self.memory.write(range, bytes)
+    }
+
+    fn zero(&self, range: PageRange) -> workload::Result<()> {
+        self.write(range, &vec![0; range.bytes()])
+    }
+}
+
 struct Arriving {
     memory: Arc<Memory>,
     copies: Arc<Copies>,
@@ -223,10 +253,12 @@ struct Arriving {
 
 impl DestinationWorkload for Arriving {
     fn writer(&mut self, _spaces: &[SpaceInfo]) -> workload::Result<Arc<dyn PageWriter>> {
-        Ok(self.memory.clone())
+        let (memory, copies) = (self.memory.clone(), self.copies.clone());
+        Ok(Arc::new(Placing { memory, copies }))
     }
 
     fn load(&mut self, sections: Vec<Section>) -> workload::Result<()> {
+        *lock(&self.copies.at_load) = lock(&self.memory.pages).clone();
         let writes = self.copies.writes.load(Ordering::SeqCst).to_le_bytes();
         if sections.len() == 1 && sections[0].bytes == writes {
             Ok(())
@@ -271,6 +303,13 @@ impl DestinationHost for Beta {
 
     fn page_encryption(&self) -> bool {
         true
+    }
+
+    fn cpu_offer(&self) -> workload::Result<Vec<u8>> {
+        match &self.refusals[..] {
+            [] => Ok(b"a fine CPU".to_vec()),
+            [first, ..] => Err(WorkloadError::plain(first.text.clone())),
+        }
     }
 
     fn place_trees(
@@ -464,6 +503,42 @@ async fn a_running_workload_moves_and_only_one_copy_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_loaded_before_the_last_page_is_in_its_place() {
+    let pair = Pair::new(true, Vec::new()).await;
+    pair.copies.installs_in.store(20, Ordering::SeqCst);
+    let ending = pair.migrate(MoveOptions::default(), CancellationToken::new()).await;
+    assert_eq!(ending.fate, Fate::Moved, "{:?}", ending.report.reason);
+    assert!(*lock(&pair.copies.at_load) == *lock(&pair.here.pages), "it was loaded too early");
+    // It was asked for long before: what waits for the pages is that, and not the state.
+    let downtime = &ending.report.downtime;
+    assert!(downtime.memory_ms >= 20.0 && downtime.state_ms < 20.0, "{downtime:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_is_cancelled_while_its_last_pages_travel_and_its_state_has_come() {
+    let pair = Pair::new(true, Vec::new()).await;
+    pair.copies.installs_in.store(1000, Ordering::SeqCst);
+    let cancel = CancellationToken::new();
+    let (copies, asked) = (pair.copies.clone(), cancel.clone());
+    tokio::spawn(async move {
+        while !copies.saved.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        asked.cancel();
+    });
+    let ending = pair.migrate(MoveOptions::default(), cancel).await;
+    assert_eq!(ending.report.outcome, Outcome::Cancelled, "{:?}", ending.report.reason);
+    assert_eq!((ending.fate, pair.copies.running()), (Fate::Here, 1));
+    let gone = async {
+        while !pair.copies.discarded.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), gone).await.expect("the copy goes");
+    assert!(lock(&pair.copies.at_load).is_empty(), "nothing was loaded");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_workload_without_a_tracker_is_stopped_and_copied() {
     let pair = Pair::new(false, Vec::new()).await;
     let ending = pair.migrate(MoveOptions::default(), CancellationToken::new()).await;
@@ -588,4 +663,38 @@ async fn nobody_listening_is_a_refusal_that_says_so() {
     let ending = pair.migrate(MoveOptions::default(), CancellationToken::new()).await;
     assert_eq!(ending.report.outcome, Outcome::Refused);
     assert!(ending.report.reason.unwrap_or_default().contains("beta"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_says_what_cpu_it_offers_or_why_not() {
+    let pair = Pair::new(true, Vec::new()).await;
+    let ask = |pair: &Pair| {
+        let (dialer, peer) = (pair.context.dialer.clone(), pair.context.peer.clone());
+        async move { asking::ask_cpu(&dialer, &peer).await }
+    };
+    assert_eq!(ask(&pair).await.expect("an answer"), b"a fine CPU");
+    let unable = Pair::new(true, vec![Refusal::new(RefusalCode::Kvm, "No KVM here")]).await;
+    let error = ask(&unable).await.expect_err("it has none");
+    assert!(error.to_string().contains("No KVM here"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_does_not_know_the_question_is_named_as_older() {
+    let authority = Authority::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address").to_string();
+    let acceptor = Acceptor::new(authority.identity("beta"), Versions::OURS);
+    let older = tokio::spawn(async move {
+        let (tcp, _) = listener.accept().await.expect("a connection");
+        let connection = acceptor.accept(tcp).await.expect("a peer");
+        let (mut reader, mut writer) = Control::new(connection).split();
+        // What the first version does about a body that it does not know.
+        let _ = reader.recv::<crate::protocol::control::Request>(Duration::from_secs(5)).await;
+        let _ = writer.close().await;
+    });
+    let dialer = Dialer::new(authority.identity("alpha"), Versions::OURS);
+    let peer = PeerAddress { name: "beta".to_owned(), address };
+    let error = asking::ask_cpu(&dialer, &peer).await.expect_err("no answer");
+    assert!(error.to_string().contains("older"), "{error}");
+    older.await.expect("no panic");
 }

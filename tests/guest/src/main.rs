@@ -10,6 +10,7 @@
 
 mod arena;
 mod clock;
+mod disk;
 mod hot;
 mod loader;
 mod options;
@@ -25,6 +26,7 @@ use core::panic::PanicInfo;
 
 use arena::Arena;
 use clock::Clock;
+use disk::Disk;
 use loader::Loader;
 use options::Options;
 use watch::Watch;
@@ -53,7 +55,14 @@ fn start(magic: u32, info: u32) -> ! {
     if !arena.lay_out(options.fill) {
         give_up(format_args!("Pages do not fit: {} into {frames} frames", options.fill));
     }
-    let clean = Watch::begin(&options, arena, clock).run();
+    let disk = match options.disk {
+        0 => None,
+        blocks => match Disk::open(blocks) {
+            Ok(disk) => Some(disk),
+            Err(why) => give_up(format_args!("No disk of {blocks} blocks: {why}")),
+        },
+    };
+    let clean = Watch::begin(&options, arena, disk, clock).run();
     power_off(clean)
 }
 

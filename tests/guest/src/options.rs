@@ -28,6 +28,8 @@ pub(crate) struct Options {
     pub(crate) beat: u64,
     /// Whether all pages are written at the start.
     pub(crate) touch: bool,
+    /// Blocks of 4 KiB of the first disk, which are rewritten all the time; 0: none.
+    pub(crate) disk: u64,
     /// The counter's kHz, when told.
     pub(crate) tsc: Option<u64>,
     /// Damage to do by itself, once, after the first clean sweep.
@@ -79,6 +81,7 @@ impl Options {
             report: 1000,
             beat: 0,
             touch: true,
+            disk: 0,
             tsc: None,
             sabotage: None,
         };
@@ -106,6 +109,7 @@ impl Options {
             "seed" => self.seed = number(value, u64::MAX)?,
             "report" => self.report = number(value, 1 << 30)?.max(1),
             "beat" => self.beat = number(value, 1000)?,
+            "disk" => self.disk = mebibytes(value)?,
             "tsc" => self.tsc = Some(number(value, 20_000_000)?.max(1)),
             "pattern" => {
                 self.pattern = match value {

@@ -5,6 +5,7 @@ use core::fmt::Arguments;
 
 use crate::arena::Arena;
 use crate::clock::{Clock, Pace};
+use crate::disk::{BadBlock, Disk};
 use crate::hot::HotSet;
 use crate::options::{Harm, Options, Sabotage};
 use crate::pattern::{Fault, Pattern};
@@ -21,6 +22,7 @@ pub(crate) struct Watch {
     hot: HotSet,
     clock: Clock,
     witness: Witness,
+    disk: Option<Disk>,
     pages: u64,
     /// Whether pages that were never written are left alone by the sweep.
     sparse: bool,
@@ -49,7 +51,12 @@ enum Command {
 
 impl Watch {
     /// Fills all pages. The arena must be laid out for them.
-    pub(crate) fn begin(options: &Options, mut arena: Arena, mut clock: Clock) -> Watch {
+    pub(crate) fn begin(
+        options: &Options,
+        mut arena: Arena,
+        disk: Option<Disk>,
+        mut clock: Clock,
+    ) -> Watch {
         let pattern = Pattern::new(options.seed, options.pattern);
         let base = u64::from(options.touch);
         if options.touch {
@@ -77,6 +84,7 @@ impl Watch {
             hot: HotSet::new(options.fill, options.hot, options.spread, options.seed, base),
             clock,
             witness,
+            disk,
             pages: options.fill,
             sparse: !options.touch,
             report_ms: options.report,
@@ -101,6 +109,9 @@ impl Watch {
             }
             if self.pages > 0 && self.sweep.pace.due(now) {
                 self.sweep_next();
+            }
+            if let Some(Err(bad)) = self.disk.as_mut().map(|disk| disk.step(&self.pattern)) {
+                self.found_on_disk(&bad);
             }
             if self.beat.as_mut().is_some_and(|beat| beat.due(now)) {
                 self.say(format_args!("+"));
@@ -189,6 +200,9 @@ impl Watch {
                 bad => self.say(format_args!("sweep {number} bad={bad}")),
             }
         }
+        if let Some((passes, blocks)) = self.disk.as_ref().map(Disk::done) {
+            self.say(format_args!("disk passes={passes} blocks={blocks}"));
+        }
         let (sweeps, bad, verdict) = (self.sweep.done, self.bad, self.verdict());
         let (gap, ms) = (self.clock.take_longest_gap(), self.clock.milliseconds());
         self.say(format_args!(
@@ -239,6 +253,15 @@ impl Watch {
 
     fn overwrite(&mut self, page: u64, content_of: u64, version: u64) {
         self.pattern.write(self.arena.page(page), content_of, version);
+    }
+
+    fn found_on_disk(&mut self, BadBlock { block, want, fault }: &BadBlock) {
+        match fault {
+            Some(Fault { kind, got, claims }) => self.found(format_args!(
+                "BAD block={block} kind={kind} want={want} got={got} claims={claims:#x}"
+            )),
+            None => self.found(format_args!("BAD block={block} kind=failed want={want}")),
+        }
     }
 
     fn found(&mut self, text: Arguments<'_>) {

@@ -16,9 +16,9 @@ use crate::runc::Runc;
 use crate::{Bench, median_of, ms, tell};
 
 /// What Redis has in each scenario.
-const ACROSS: Burden = Burden { fill_mib: 256, children: 0 };
-const LOCAL: Burden = Burden { fill_mib: 1024, children: 0 };
-const TREE: Burden = Burden { fill_mib: 16, children: 200 };
+const ACROSS: Burden = Burden { fill_mib: 256, children: 0, shared_mib: 0 };
+const LOCAL: Burden = Burden { fill_mib: 1024, children: 0, shared_mib: 0 };
+const TREE: Burden = Burden { fill_mib: 16, children: 200, shared_mib: 0 };
 /// What the downtime is to be at most, beside a peer that stays where it is.
 const LOCAL_DOWNTIME: f64 = 0.1;
 const TREE_DOWNTIME: f64 = 0.7;

@@ -57,8 +57,13 @@ Example: tests/bench vm --json";
 /// A scenario: its name, what it is, how it is run.
 type Scenario = (&'static str, &'static str, fn(&Bench) -> Result<Vec<Row>>);
 
-const SCENARIOS: [Scenario; 8] = [
+const SCENARIOS: [Scenario; 10] = [
     ("vm", "a virtual machine with 1 GiB filled and 32 MiB hot, beside QEMU", vm::run),
+    (
+        "vm-sparse",
+        "a virtual machine with 16 GiB of which it uses 1, beside itself with 2 GiB",
+        vm::run_sparse,
+    ),
     (
         "container",
         "Redis with 256 MiB, beside runc checkpoint + tar + runc restore",
@@ -80,6 +85,11 @@ const SCENARIOS: [Scenario; 8] = [
         podman::run,
     ),
     ("container-growth", "Redis with 256 MiB, 1 GiB and 4 GiB, beside each other", growth::run),
+    (
+        "container-shared",
+        "Redis with 64 MiB, 256 MiB and 1 GiB that processes share, beside each other",
+        growth::run_shared,
+    ),
     (
         "container-tracking",
         "how fast Redis with 256 MiB answers while it is copied, beside itself before",

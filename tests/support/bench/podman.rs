@@ -22,7 +22,7 @@ use crate::runc::criu;
 use crate::shell::Shell;
 use crate::{Bench, ms, tell};
 
-const BURDEN: Burden = Burden { fill_mib: 1024, children: 0 };
+const BURDEN: Burden = Burden { fill_mib: 1024, children: 0, shared_mib: 0 };
 /// What the downtime is to be at most, beside podman's.
 const DOWNTIME: f64 = 0.2;
 const MAC: &str = "02:77:01:00:00:20";

@@ -19,17 +19,22 @@ use crate::redis::{ADDRESS, Client, RATE};
 use crate::runc::Runc;
 
 pub(crate) const NAME: &str = "bench";
+/// The program that makes a tree of processes, in the container.
+const TREE: &str = "/bin/process-tree";
 /// Memory of each child, in MiB.
 const CHILD_MIB: u32 = 2;
 /// How long the client works on before and after the move.
 pub(crate) const WATCH: Duration = Duration::from_secs(1);
 
 /// What the container holds besides a Redis that is asked all the time.
+#[derive(Default)]
 pub(crate) struct Burden {
     /// MiB of random values.
     pub(crate) fill_mib: u32,
     /// Processes that do nothing, each with its own [`CHILD_MIB`].
     pub(crate) children: u32,
+    /// MiB of memory that two more processes share, and do nothing with.
+    pub(crate) shared_mib: u32,
 }
 
 /// One move, by either side.
@@ -52,16 +57,20 @@ impl Burden {
     /// Makes the bundle for it in `directory`.
     pub(crate) fn bundle(&self, bench: &Bench, directory: &Path) -> Result<()> {
         done(Command::new(bench.root.join("tests/fixtures/redis-bundle")).arg(directory))?;
-        if self.children == 0 {
+        let mut before = Vec::new();
+        if self.shared_mib > 0 {
+            before.extend([TREE.to_owned(), "shared".to_owned(), self.shared_mib.to_string()]);
+        }
+        if self.children > 0 {
+            before.extend([TREE.to_owned(), self.children.to_string(), CHILD_MIB.to_string()]);
+        }
+        if before.is_empty() {
             return Ok(());
         }
-        copy(&bench.process_tree(), &directory.join("rootfs/bin/process-tree"))?;
-        let arguments =
-            ["/bin/process-tree".to_owned(), self.children.to_string(), CHILD_MIB.to_string()];
+        copy(&bench.process_tree(), &directory.join("rootfs").join(TREE.trim_start_matches('/')))?;
         change_config(directory, |config| {
             let redis = config["process"]["args"].as_array().cloned().unwrap_or_default();
-            config["process"]["args"] =
-                arguments.into_iter().map(Value::from).chain(redis).collect();
+            config["process"]["args"] = before.into_iter().map(Value::from).chain(redis).collect();
         })
     }
 }

@@ -12,7 +12,7 @@ use crate::redis_move::{Burden, begin, forget, moved};
 use crate::row::Row;
 use crate::{Bench, ms, tell};
 
-const BURDEN: Burden = Burden { fill_mib: 256, children: 0 };
+const BURDEN: Burden = Burden { fill_mib: 256, children: 0, shared_mib: 0 };
 /// How long the client is watched before.
 const BEFORE: Duration = Duration::from_secs(3);
 /// Throughput while it is copied is to be 0.85 of what it was: so much longer may an operation take.

@@ -1,4 +1,5 @@
-//! Scenario `vm`: the same guest moved by us and by QEMU, in turns, watched by the same observer.
+//! Scenario `vm`: the same guest moved by us and by QEMU, in turns, watched by the same observer. Scenario
+//! `vm-sparse`: the same guest with memory that it never touches.
 //!
 //! Each move is of a fresh machine whose memory has been filled. A machine whose own checks are not
 //! clean after the move ends the benchmark: a fast move that loses a page is none.
@@ -21,6 +22,9 @@ use crate::{Bench, median_of, ms, tell};
 /// The guest that both sides move: 1 GiB filled, 32 MiB of it hot.
 const GUEST: Guest<'static> =
     Guest { cmdline: "fill=1024 hot=32 rate=20000 seed=7 report=200 beat=1", memory_mib: 2048 };
+/// Memory of a guest that is mostly untouched, MiB, and the most that its move may take of the others' time.
+const SPARSE_MIB: u32 = 16 * 1024;
+const SPARSE_MOST: f64 = 1.2;
 const NAME: &str = "bench";
 /// How long heartbeats are watched after the move, and before it.
 const WATCH: Duration = Duration::from_secs(1);
@@ -67,7 +71,7 @@ fn take_pairs(
     let with = if tls { "with TLS" } else { "without encryption" };
     let mut pairs = Vec::new();
     for number in 0..=bench.pairs {
-        let ours = ours(bench, hosts, tls, None, other)?;
+        let ours = ours(bench, hosts, &GUEST, tls, None, other)?;
         let theirs = theirs(bench, hosts, tls, other)?;
         let which = if number == 0 { "warm-up".to_owned() } else { format!("pair {number}") };
         tell(format_args!(
@@ -143,24 +147,63 @@ fn memory_row(bench: &Bench, hosts: &Hosts) -> Result<Row> {
     let mut most = Vec::new();
     for number in 1..=bench.pairs {
         let mut usage = Usage::default();
-        ours(bench, hosts, true, Some(&mut usage), &mut OtherWork::default())?;
+        ours(bench, hosts, &GUEST, true, Some(&mut usage), &mut OtherWork::default())?;
         tell(format_args!("vm, memory {number}: {}", usage.text()));
         most.push(usage);
     }
     crate::memory::row(("vm", "with TLS"), &most, u64::from(GUEST.memory_mib) << 20)
 }
 
-/// One move by us.
+/// All rows of the scenario `vm-sparse`: the same guest with 2 GiB and with 16 GiB of memory, in turns.
+pub(crate) fn run_sparse(bench: &Bench) -> Result<Vec<Row>> {
+    let hosts = Hosts::up(&bench.work, &bench.root, true)?;
+    let (mut totals, mut gaps, mut other) = (Vec::new(), Vec::new(), OtherWork::default());
+    for number in 0..=bench.pairs {
+        let sparse = Guest { memory_mib: SPARSE_MIB, ..GUEST };
+        let sparse = ours(bench, &hosts, &sparse, true, None, &mut other)?;
+        let dense = ours(bench, &hosts, &GUEST, true, None, &mut other)?;
+        tell(format_args!(
+            "vm-sparse, turn {number}: {SPARSE_MIB} MiB in {:.0} ms, gap {:.1} ms; {} MiB in {:.0} ms, gap {:.1} ms",
+            ms(sparse.total),
+            ms(sparse.gap),
+            GUEST.memory_mib,
+            ms(dense.total),
+            ms(dense.gap)
+        ));
+        // The first turn warms the machine up.
+        if number > 0 {
+            totals.push((ms(sparse.total), ms(dense.total)));
+            gaps.push((ms(sparse.gap), ms(dense.gap)));
+        }
+    }
+    let peer = format!("itself with {} MiB", GUEST.memory_mib);
+    let note = format!(
+        "A guest with {SPARSE_MIB} MiB of memory, of which 1 GiB was ever written, beside one with {} MiB and \
+         the same 1 GiB; encrypted. {}",
+        GUEST.memory_mib,
+        other.text()
+    );
+    let rows = [
+        Row::beside(("vm-sparse", "total", "ms"), &peer, &totals, Some(SPARSE_MOST), note.clone()),
+        Row::beside(("vm-sparse", "downtime", "ms"), &peer, &gaps, None, note),
+    ];
+    rows.into_iter()
+        .collect::<Option<Vec<_>>>()
+        .ok_or_else(|| BenchError::wrong("There are no turns to compare"))
+}
+
+/// One move of `guest` by us.
 fn ours(
     bench: &Bench,
     hosts: &Hosts,
+    guest: &Guest<'_>,
     tls: bool,
     usage: Option<&mut Usage>,
     other: &mut OtherWork,
 ) -> Result<Sample> {
     let (here, there) = (Decamp::at(hosts, SOURCE)?, Decamp::at(hosts, DESTINATION)?);
     copy(&bench.guest(), &hosts.srv(SOURCE).join("guest.elf"))?;
-    let memory = format!("{}M", GUEST.memory_mib);
+    let memory = format!("{}M", guest.memory_mib);
     here.verb(&[
         "run",
         "vm",
@@ -170,7 +213,7 @@ fn ours(
         "--memory",
         &memory,
         "--cmdline",
-        GUEST.cmdline,
+        guest.cmdline,
     ])?;
     let mut observer = Observer::new();
     for host in [SOURCE, DESTINATION] {

@@ -1,9 +1,10 @@
 //! Time across a move: the VM's clock and the guest's time stamp counter go on by the time that
 //! passed, so that a guest sees neither a step back nor a second that was lost.
 //!
-//! The arithmetic is that of the kernel's `Documentation/virt/kvm/devices/vcpu.rst`. Where KVM
-//! cannot say its offset or the real time, the counter goes on from the saved value instead and the
-//! clock stands still while the guest does.
+//! The arithmetic is that of the kernel's `Documentation/virt/kvm/devices/vcpu.rst`. Where KVM does not say
+//! the real time that belongs to its clock (it does so only while its master clock runs), it is taken right
+//! after; where it cannot say a counter's offset, or scales the counter, the counter goes on from its saved value by the time that the
+//! clock moved.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -44,24 +45,50 @@ impl ClockState {
             word.copy_from_slice(&bytes[at..at + 8]);
             u64::from_le_bytes(word)
         };
-        Ok(Self {
+        let read = Self {
             nanoseconds: word(CLOCK_AT),
             flags: word(FLAGS_AT) as u32,
             realtime: word(REALTIME_AT),
             host_tsc: word(HOST_TSC_AT),
-        })
+        };
+        Ok(read.with_realtime(real_now()))
+    }
+
+    /// With the real time of `now`, if it has none.
+    fn with_realtime(self, now: u64) -> Self {
+        if self.flags & KVM_CLOCK_REALTIME != 0 {
+            return self;
+        }
+        Self { flags: self.flags | KVM_CLOCK_REALTIME, realtime: now, ..self }
     }
 
     /// Sets the VM's clock to this one, moved on by the time that passed since it was read.
     pub(crate) fn write(&self, vm: &VmFd) -> Result<()> {
+        let moves_on = self.flags & KVM_CLOCK_REALTIME != 0 && self.is_recent(real_now());
+        let by_kvm = if moves_on { KVM_CLOCK_REALTIME } else { 0 };
+        match self.set(vm, self.nanoseconds, by_kvm) {
+            // Kernels before 5.16 do not move it on themselves.
+            Err(error) if moves_on && error.raw_os_error() == Some(libc::EINVAL) => {
+                self.set(vm, self.moved_to(real_now()), 0)
+            }
+            done => done,
+        }
+        .map_err(|error| VmError::refused("set the VM's clock", error))
+    }
+
+    fn set(&self, vm: &VmFd, nanoseconds: u64, flags: u32) -> std::io::Result<()> {
         let mut bytes = [0; CLOCK.size];
-        bytes[CLOCK_AT..CLOCK_AT + 8].copy_from_slice(&self.nanoseconds.to_le_bytes());
-        if self.flags & KVM_CLOCK_REALTIME != 0 && self.is_recent() {
-            bytes[FLAGS_AT..FLAGS_AT + 4].copy_from_slice(&KVM_CLOCK_REALTIME.to_le_bytes());
+        bytes[CLOCK_AT..CLOCK_AT + 8].copy_from_slice(&nanoseconds.to_le_bytes());
+        bytes[FLAGS_AT..FLAGS_AT + 4].copy_from_slice(&flags.to_le_bytes());
+        if flags & KVM_CLOCK_REALTIME != 0 {
             bytes[REALTIME_AT..REALTIME_AT + 8].copy_from_slice(&self.realtime.to_le_bytes());
         }
         sys::set_block(vm, &CLOCK, &bytes)
-            .map_err(|error| VmError::refused("set the VM's clock", error))
+    }
+
+    /// What it reads at the real time `now`; never less than it read.
+    fn moved_to(&self, now: u64) -> u64 {
+        self.nanoseconds.saturating_add(now.saturating_sub(self.realtime))
     }
 
     /// Whether the clock came with the host's counter and real time.
@@ -97,10 +124,15 @@ impl ClockState {
         }
     }
 
-    fn is_recent(&self) -> bool {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos());
-        now.abs_diff(u128::from(self.realtime)) <= u128::from(BELIEVED)
+    fn is_recent(&self, now: u64) -> bool {
+        now.abs_diff(self.realtime) <= BELIEVED
     }
+}
+
+/// The host's real time, nanoseconds since 1970.
+fn real_now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos());
+    u64::try_from(now).unwrap_or(u64::MAX)
 }
 
 const CLOCK_AT: usize = std::mem::offset_of!(kvm_clock_data, clock);
@@ -112,9 +144,29 @@ const HOST_TSC_AT: usize = std::mem::offset_of!(kvm_clock_data, host_tsc);
 /// has moved on with its clock since the source's clock read `there` under `offset`.
 pub(crate) fn moved_offset(offset: u64, there: &ClockState, here: &ClockState, khz: u32) -> u64 {
     let passed = i128::from(here.nanoseconds) - i128::from(there.nanoseconds);
-    let cycles = passed * i128::from(khz) / 1_000_000;
     // Counters and offsets are numbers modulo 2^64.
-    offset.wrapping_add(there.host_tsc).wrapping_sub(here.host_tsc).wrapping_add(cycles as u64)
+    offset
+        .wrapping_add(there.host_tsc)
+        .wrapping_sub(here.host_tsc)
+        .wrapping_add(cycles(passed, khz))
+}
+
+/// Whether a guest's counter, which read `counter` when the clock read `there`, is no more than the host's with
+/// `offset` added. Where KVM scales it is not, and an offset says nothing to another host. Registers are read one
+/// after the other: less than a second apart counts as the same.
+pub(crate) fn is_offset_alone(counter: u64, offset: u64, there: &ClockState, khz: u32) -> bool {
+    let expected = there.host_tsc.wrapping_add(offset);
+    (counter.wrapping_sub(expected) as i64).unsigned_abs() < cycles(1_000_000_000, khz)
+}
+
+/// What a counter that read `value` when the clock read `there` reads when it is `here`; it never goes back.
+pub(crate) fn moved_counter(value: u64, there: &ClockState, here: &ClockState, khz: u32) -> u64 {
+    let passed = here.nanoseconds.saturating_sub(there.nanoseconds);
+    value.wrapping_add(cycles(passed.into(), khz))
+}
+
+fn cycles(nanoseconds: i128, khz: u32) -> u64 {
+    (nanoseconds * i128::from(khz) / 1_000_000) as u64
 }
 
 #[cfg(test)]
@@ -139,6 +191,37 @@ mod tests {
         assert_eq!(9u64.wrapping_add(offset), 2_000_000_500);
     }
 
+    #[test]
+    fn a_scaled_counter_is_told_from_one_with_an_offset() {
+        // A 2 GHz guest; its counter was 500 when the host's was 1,000,000.
+        let offset = 500u64.wrapping_sub(1_000_000);
+        let is = |counter| is_offset_alone(counter, offset, &clock(7, 1_000_000), 2_000_000);
+        assert!(is(500) && is(1_999_999_000) && is(0u64.wrapping_sub(1_999_999_000)));
+        assert!(!is(2_000_001_000) && !is(0u64.wrapping_sub(2_000_000_000)));
+        // After a day on a host of 3 GHz it is far off what its offset says.
+        let day = clock(86_400_000_000_000, 86_400 * 3_000_000_000);
+        assert!(is_offset_alone(86_400 * 3_000_000_000, 0, &day, 2_000_000));
+        assert!(!is_offset_alone(86_400 * 2_000_000_000, 0, &day, 2_000_000));
+    }
+
+    #[test]
+    fn a_counter_without_an_offset_moves_on_with_the_clock_and_never_back() {
+        let moved = |here| moved_counter(500, &clock(7, 0), &clock(here, 0), 2_000_000);
+        assert_eq!(moved(1_000_000_007), 2_000_000_500);
+        assert_eq!(moved(3), 500);
+    }
+
+    #[test]
+    fn a_clock_has_a_real_time_and_moves_on_by_it() {
+        let plain = ClockState { nanoseconds: 10, ..Default::default() };
+        let read = plain.with_realtime(1000);
+        assert_eq!((read.flags, read.realtime), (KVM_CLOCK_REALTIME, 1000));
+        assert_eq!(read.with_realtime(5), read, "what KVM said stands");
+        assert_eq!((read.moved_to(1500), read.moved_to(900)), (510, 10));
+        assert!(read.is_recent(1500) && !read.is_recent(BELIEVED + 2000));
+        assert!(!read.is_complete(), "the host's counter is not known");
+    }
+
     proptest! {
         #[test]
         fn bytes_round_trip(nanoseconds: u64, flags: u32, realtime: u64, host_tsc: u64) {
@@ -149,6 +232,9 @@ mod tests {
         #[test]
         fn no_clock_of_a_peer_overflows(offset: u64, a: u64, b: u64, c: u64, d: u64, khz: u32) {
             let _ = moved_offset(offset, &clock(a, b), &clock(c, d), khz);
+            let _ = is_offset_alone(c, offset, &clock(a, b), khz);
+            let _ = moved_counter(offset, &clock(a, b), &clock(c, d), khz);
+            let _ = clock(a, b).moved_to(c);
         }
     }
 }

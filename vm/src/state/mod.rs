@@ -1,12 +1,13 @@
 //! What of a virtual machine travels besides its memory, and how it is written down.
 //!
-//! Three kinds of section: `vcpu/N`, `vm` (interrupt chips, timer, clock) and `serial`. Each has a
+//! Kinds of section: `vcpu/N`, `vm` (interrupt chips, timer, clock), `serial` and `power`. Each has a
 //! version of its own; each is written by [`fields`] and holds structures of KVM's fixed ABI as the
 //! bytes that KVM gave, checked for their exact length on arrival.
 
 pub(crate) mod clock;
 pub(crate) mod fields;
 pub(crate) mod msrs;
+pub(crate) mod power;
 pub(crate) mod serial;
 pub(crate) mod vcpu;
 pub(crate) mod vm;
@@ -29,12 +30,12 @@ pub(crate) fn payload(section: &Section, version: u32) -> Result<&[u8]> {
 
 /// What the tests of every section share.
 #[cfg(test)]
-mod tests_support {
+pub(crate) mod tests_support {
     use super::Section;
 
     /// Every kind of damage that a section must not survive: cut off anywhere near a boundary or in
     /// the middle, bytes added, another version.
-    pub(super) fn refuses_damage(section: &Section, accepts: impl Fn(&Section) -> bool) {
+    pub(crate) fn refuses_damage(section: &Section, accepts: impl Fn(&Section) -> bool) {
         let with = |bytes: Vec<u8>| Section { bytes, ..section.clone() };
         let length = section.bytes.len();
         for cut in

@@ -7,7 +7,7 @@
 //! used it).
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use crate::error::{Result, VmError};
 
@@ -19,6 +19,8 @@ pub(crate) const TSC_DEADLINE: u32 = 0x6e0;
 const XSS: u32 = 0xda0;
 /// A write of these makes KVM write the wall clock into guest memory.
 const WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+/// Hyper-V's synthetic registers.
+const HYPER_V: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
 
 /// Registers asked for in one call.
 const CHUNK: usize = 64;
@@ -60,6 +62,26 @@ pub(crate) fn listed(kvm: &Kvm) -> Result<Vec<u32>> {
         indexes.push(XSS);
     }
     Ok(indexes)
+}
+
+/// The registers that say what a CPU is. KVM takes another value for one only before the vCPU runs.
+pub(crate) fn features(kvm: &Kvm) -> Result<Vec<u32>> {
+    if !kvm.check_extension(Cap::GetMsrFeatures) {
+        return Ok(Vec::new());
+    }
+    let list = kvm.get_msr_feature_index_list();
+    let list = list.map_err(|error| {
+        VmError::refused("list the model-specific registers that say what a CPU is", error)
+    })?;
+    Ok(list.as_slice().to_vec())
+}
+
+/// Those of `read` that hold anything for a guest. Kernels list registers that the CPU does not have (Linux 6.1 those
+/// of Intel's counters on AMD), which read as zero and are let go as such when they arrive. Hyper-V's are for those
+/// who are told that they run on it, and no guest is.
+pub(crate) fn of_the_guest(read: &[Msr]) -> Vec<u32> {
+    let holds = |msr: &&Msr| msr.value != 0 && !HYPER_V.contains(&msr.index);
+    read.iter().filter(holds).map(|msr| msr.index).collect()
 }
 
 /// Reads `indexes` from vCPU `number`, in chunks; those that it does not have are left out.
@@ -109,10 +131,10 @@ pub(crate) fn write(vcpu: &VcpuFd, number: u32, msrs: &[Msr], known: &[u32]) -> 
     Ok(())
 }
 
-/// Whether the register must be written after everything else: the deadline needs the local APIC,
-/// and the wall clock needs the clock.
+/// Whether the register must be written after everything else: the deadline needs the local APIC, and the
+/// counter and the wall clock need the clock.
 pub(crate) fn is_late(index: u32) -> bool {
-    index == TSC_DEADLINE || WALL_CLOCK.contains(&index)
+    index == TSC || index == TSC_DEADLINE || WALL_CLOCK.contains(&index)
 }
 
 /// How many of `chunk` were read before one was refused.

@@ -4,13 +4,13 @@
 //! Writing, into a vCPU that never ran: the counter's frequency and CPUID before anything that
 //! depends on them; the local APIC after SREGS2, which holds its base; the deadline after the local
 //! APIC; events last, because REGS clears pending exceptions. The VM's own state goes in between
-//! ([`VcpuState::write_early`], then the VM, then [`VcpuState::write_late`]), because the clock must
+//! ([`VcpuState::write_identity`] and [`VcpuState::write_early`], then the VM, then [`VcpuState::write_late`]), because the clock must
 //! stand before registers that make KVM write the time into guest memory.
 
 use decamp_shared::workload::Section;
 use kvm_ioctls::VcpuFd;
 
-use super::clock::{ClockState, moved_offset};
+use super::clock::{ClockState, is_offset_alone, moved_counter, moved_offset};
 use super::fields::{FieldReader, FieldWriter};
 use super::msrs::{self, Msr};
 use super::payload;
@@ -70,6 +70,10 @@ pub(crate) struct HostFacts {
     pub(crate) xsave: XsaveSize,
     /// Registers that this host's KVM lists.
     pub(crate) msrs: Vec<u32>,
+    /// Those of them, and others, that say what a CPU is.
+    pub(crate) features: Vec<u32>,
+    /// Frequency of the time stamp counter that KVM gives to a vCPU unasked, kHz.
+    pub(crate) tsc_khz: u32,
     /// Whether KVM says and takes TSC offsets.
     pub(crate) tsc_offset: bool,
 }
@@ -95,13 +99,8 @@ impl VcpuState {
         let (xcrs, debug, lapic) = (get(&XCRS)?, get(&DEBUGREGS)?, get(&LAPIC)?);
         let tsc_khz =
             vcpu.get_tsc_khz().map_err(|error| refused("read", "TSC_KHZ", number, error.into()))?;
-        let cpuid = vcpu
-            .get_cpuid2(cpuid::MAX_ENTRIES)
-            .map_err(|error| refused("read", "CPUID2", number, error.into()))?
-            .as_slice()
-            .iter()
-            .map(CpuidEntry::from)
-            .collect();
+        let cpuid =
+            cpuid::read(vcpu).map_err(|error| refused("read", "CPUID2", number, error.into()))?;
         let tsc_offset = if host.tsc_offset {
             let offset = sys::get_tsc_offset(vcpu);
             Some(offset.map_err(|error| refused("read", "TSC_OFFSET", number, error))?)
@@ -114,13 +113,9 @@ impl VcpuState {
         Ok(Self { blocks, xsave, tsc_khz, cpuid, msrs, tsc_offset })
     }
 
-    /// Gives a fresh vCPU everything that does not need the VM's clock.
-    pub(crate) fn write_early(&self, vcpu: &VcpuFd, number: u32, host: &HostFacts) -> Result<()> {
-        let [mp_state, regs, sregs, xcrs, debug, lapic, _] = &self.blocks;
-        let set = |block: &Block, bytes: &[u8]| {
-            sys::set_block(vcpu, block, bytes)
-                .map_err(|error| refused("set", block.name, number, error))
-        };
+    /// Makes a fresh vCPU what this one is: its counter's frequency and its CPUID. What the vCPU holds then is
+    /// what it goes back to at a reset.
+    pub(crate) fn write_identity(&self, vcpu: &VcpuFd, number: u32) -> Result<()> {
         // Without TSC scaling KVM refuses even its own frequency: ask for a change only.
         let khz = vcpu.get_tsc_khz().ok();
         if khz != Some(self.tsc_khz) {
@@ -128,7 +123,49 @@ impl VcpuState {
                 .map_err(|error| refused("set", "TSC_KHZ", number, error.into()))?;
         }
         vcpu.set_cpuid2(&cpuid::to_kvm(&self.cpuid)?)
-            .map_err(|error| refused("set", "CPUID2", number, error.into()))?;
+            .map_err(|error| refused("set", "CPUID2", number, error.into()))
+    }
+
+    /// Gives a fresh vCPU that is what this one is everything that does not need the VM's clock.
+    pub(crate) fn write_early(&self, vcpu: &VcpuFd, number: u32, host: &HostFacts) -> Result<()> {
+        self.write_registers(vcpu, number, host, &self.early(&host.features))
+    }
+
+    /// Puts a vCPU that has run back into this, its first state. What a vCPU is cannot be given again, and need
+    /// not: its CPUID, its feature registers and its counter's frequency are the same. The counter runs on, as it
+    /// does on a processor that is reset.
+    pub(crate) fn write_again(&self, vcpu: &VcpuFd, number: u32, host: &HostFacts) -> Result<()> {
+        let mut early = self.early(&host.features);
+        early.retain(|msr| !host.features.contains(&msr.index));
+        self.write_registers(vcpu, number, host, &early)?;
+        let late = |msr: &&Msr| msrs::is_late(msr.index) && msr.index != msrs::TSC;
+        let late: Vec<_> = self.msrs.iter().filter(late).copied().collect();
+        msrs::write(vcpu, number, &late, &host.msrs)?;
+        self.write_events(vcpu, number)
+    }
+
+    /// The model-specific registers that need not wait for the clock. Of them `features` come first: what they say
+    /// decides what KVM takes for others (PERF_CAPABILITIES, for those that count events).
+    fn early(&self, features: &[u32]) -> Vec<Msr> {
+        let early = self.msrs.iter().filter(|msr| !msrs::is_late(msr.index)).copied();
+        let (mut first, rest): (Vec<_>, Vec<_>) =
+            early.partition(|msr| features.contains(&msr.index));
+        first.extend(rest);
+        first
+    }
+
+    fn write_registers(
+        &self,
+        vcpu: &VcpuFd,
+        number: u32,
+        host: &HostFacts,
+        early: &[Msr],
+    ) -> Result<()> {
+        let [mp_state, regs, sregs, xcrs, debug, lapic, _] = &self.blocks;
+        let set = |block: &Block, bytes: &[u8]| {
+            sys::set_block(vcpu, block, bytes)
+                .map_err(|error| refused("set", block.name, number, error))
+        };
         set(&MP_STATE, mp_state)?;
         set(&REGS, regs)?;
         set(&SREGS2, sregs)?;
@@ -137,9 +174,23 @@ impl VcpuState {
         set(&XCRS, xcrs)?;
         set(&DEBUGREGS, debug)?;
         set(&LAPIC, lapic)?;
-        let early: Vec<_> =
-            self.msrs.iter().filter(|msr| !msrs::is_late(msr.index)).copied().collect();
-        msrs::write(vcpu, number, &early, &host.msrs)
+        msrs::write(vcpu, number, early, &host.msrs)
+    }
+
+    /// What is added to the counter of a host to get the guest's, if that is all that is done to it there, where
+    /// the clock read `there`, and on a host where counters run at `khz`.
+    fn unscaled_offset(&self, khz: u32, there: &ClockState) -> Option<u64> {
+        let counter = self.msrs.iter().find(|msr| msr.index == msrs::TSC);
+        self.tsc_offset.filter(|offset| {
+            let alone = |msr: &Msr| is_offset_alone(msr.value, *offset, there, self.tsc_khz);
+            khz == self.tsc_khz && counter.is_none_or(alone)
+        })
+    }
+
+    fn write_events(&self, vcpu: &VcpuFd, number: u32) -> Result<()> {
+        let [.., events] = &self.blocks;
+        sys::set_block(vcpu, &VCPU_EVENTS, events)
+            .map_err(|error| refused("set", VCPU_EVENTS.name, number, error))
     }
 
     /// Gives the vCPU the rest, once the VM's clock stands. `there` is the clock as it was saved,
@@ -152,26 +203,31 @@ impl VcpuState {
         there: &ClockState,
         here: &ClockState,
     ) -> Result<()> {
-        // Otherwise the counter goes on from its saved value, which was written with the MSRs.
-        if let Some(offset) = self.tsc_offset
-            && host.tsc_offset
-            && there.is_complete()
-            && here.is_complete()
-        {
+        let by_offset = self
+            .unscaled_offset(host.tsc_khz, there)
+            .filter(|_| host.tsc_offset && there.is_complete() && here.is_complete());
+        if let Some(offset) = by_offset {
             let offset = moved_offset(offset, there, here, self.tsc_khz);
             sys::set_tsc_offset(vcpu, offset)
                 .map_err(|error| refused("set", "TSC_OFFSET", number, error))?;
         }
+        // Otherwise the counter goes on from its saved value. It is written once, and by one vCPU after the other
+        // at once: KVM takes values of several vCPUs that are less than a second apart for the same one.
         let late: Vec<_> = self
             .msrs
             .iter()
             .filter(|msr| msrs::is_late(msr.index))
-            .map(|msr| self.without_lost_deadline(*msr))
+            .filter(|msr| msr.index != msrs::TSC || by_offset.is_none())
+            .map(|msr| match msr.index {
+                msrs::TSC => {
+                    let value = moved_counter(msr.value, there, here, self.tsc_khz);
+                    Msr { value, ..*msr }
+                }
+                _ => self.without_lost_deadline(*msr),
+            })
             .collect();
         msrs::write(vcpu, number, &late, &host.msrs)?;
-        let [.., events] = &self.blocks;
-        sys::set_block(vcpu, &VCPU_EVENTS, events)
-            .map_err(|error| refused("set", VCPU_EVENTS.name, number, error))?;
+        self.write_events(vcpu, number)?;
         // Tells a guest's watchdog that time passed; a guest without the paravirtual clock refuses.
         match vcpu.kvmclock_ctrl() {
             Err(error) if error.errno() != libc::EINVAL => {
@@ -189,6 +245,19 @@ impl VcpuState {
     /// Frequency of its time stamp counter.
     pub(crate) fn tsc_khz(&self) -> u32 {
         self.tsc_khz
+    }
+
+    /// Flips the lowest bit of a register, if it is there; for tests.
+    #[cfg(test)]
+    pub(crate) fn flip_msr(&mut self, index: u32) -> bool {
+        let found = self.msrs.iter_mut().find(|msr| msr.index == index);
+        found.map(|msr| msr.value ^= 1).is_some()
+    }
+
+    /// What is added to the host's counter, for tests.
+    #[cfg(test)]
+    pub(crate) fn tsc_offset(&self) -> Option<u64> {
+        self.tsc_offset
     }
 
     /// What is not the same in `other`, for tests; leaves out what time changes.
@@ -346,6 +415,35 @@ mod tests {
         let mut short = state(1, None, 3);
         short.xsave.truncate(4095);
         assert!(VcpuState::decode(&short.encode(0)).is_err());
+    }
+
+    #[test]
+    fn registers_that_say_what_a_cpu_is_come_before_those_that_depend_on_it() {
+        let mut state = state(2, None, 0);
+        let indexes = [0x4c1, 0x38f, msrs::TSC, 0x345, 0xc1, 0x10a, msrs::TSC_DEADLINE];
+        state.msrs = indexes.map(|index| Msr { index, value: u64::from(index) }).to_vec();
+        let early = state.early(&[0x10a, 0x345, 0x480]);
+        assert!(early.iter().all(|msr| msr.value == u64::from(msr.index)));
+        let order: Vec<_> = early.iter().map(|msr| msr.index).collect();
+        assert_eq!(order, [0x345, 0x10a, 0x4c1, 0x38f, 0xc1]);
+    }
+
+    #[test]
+    fn an_offset_is_used_where_neither_host_scales() {
+        let mut state = state(2, Some(300), 0);
+        let there = ClockState { host_tsc: 1000, ..ClockState::default() };
+        assert_eq!(
+            state.unscaled_offset(2000, &there),
+            Some(300),
+            "there is no counter to compare"
+        );
+        state.msrs.push(Msr { index: msrs::TSC, value: 1290 });
+        assert_eq!(state.unscaled_offset(2000, &there), Some(300));
+        assert_eq!(state.unscaled_offset(3000, &there), None, "it is scaled here");
+        state.msrs[0].value = 1300 + 3_000_000;
+        assert_eq!(state.unscaled_offset(2000, &there), None, "it was scaled there");
+        state.tsc_offset = None;
+        assert_eq!(state.unscaled_offset(2000, &there), None);
     }
 
     #[test]

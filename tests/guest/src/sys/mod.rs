@@ -3,11 +3,13 @@
 
 mod entry;
 mod intrinsics;
+mod virtio;
 
 use core::arch::asm;
 use core::arch::x86_64::{__cpuid, _rdtsc, CpuidResult};
 
 pub(crate) use entry::{MULTIBOOT_MAGIC, PVH_MAGIC};
+pub(crate) use virtio::Device;
 
 /// Bytes in a page.
 pub(crate) const PAGE: u64 = 4096;

@@ -1,0 +1,156 @@
+//! What the threads of a VMM that work on a guest's behalf may ask of the kernel: seccomp filters, one for each
+//! kind of thread. Whoever took such a thread over through a device could read and write what the VMM has open,
+//! and no more: no other file, no program, no connection.
+//!
+//! A call that is not listed fails with EPERM instead of ending the process: a list that lacks something costs a
+//! device or a line in the log, not the guest.
+//!
+//! The lists hold what the thread's own work needs and what any thread of a Rust program with glibc does beside
+//! it (allocation, locks, logging, its end). Found by running the crate's tests under them.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use libc::{SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_close, SYS_exit, SYS_exit_group};
+use libc::{SYS_epoll_ctl, SYS_epoll_wait, SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid};
+use libc::{SYS_ioctl, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep};
+use libc::{SYS_poll, SYS_ppoll, SYS_read, SYS_readv, SYS_restart_syscall, SYS_rt_sigprocmask};
+use libc::{SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield, SYS_sendto, SYS_sigaltstack};
+use libc::{SYS_tgkill, SYS_write, SYS_writev};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+use crate::error::{Result, VmError};
+
+/// KVM_RUN and KVM_IRQ_LINE (`linux/kvm.h`).
+const KVM_RUN: u32 = 0xae80;
+const KVM_IRQ_LINE: u32 = 0x4008_ae61;
+
+/// What any thread does.
+const COMMON: &[i64] = &[
+    SYS_brk,
+    SYS_clock_gettime,
+    SYS_clock_nanosleep,
+    SYS_close,
+    SYS_exit,
+    SYS_exit_group,
+    SYS_futex,
+    SYS_getpid,
+    SYS_getrandom,
+    SYS_gettid,
+    SYS_madvise,
+    SYS_mmap,
+    SYS_mprotect,
+    SYS_mremap,
+    SYS_munmap,
+    SYS_nanosleep,
+    SYS_poll,
+    SYS_ppoll,
+    SYS_read,
+    SYS_restart_syscall,
+    SYS_rt_sigprocmask,
+    SYS_rt_sigreturn,
+    SYS_sched_getaffinity,
+    SYS_sched_yield,
+    SYS_sigaltstack,
+    SYS_tgkill,
+    SYS_write,
+    SYS_writev,
+];
+
+/// What a thread may do beside that: system calls, and requests of `ioctl`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Allowed {
+    /// Numbers of system calls.
+    pub(crate) calls: Vec<i64>,
+    /// Requests that it may make with `ioctl`.
+    pub(crate) requests: Vec<u32>,
+}
+
+impl Allowed {
+    /// For a thread that runs a vCPU, which reaches the registers of `devices`, and so what those may do when
+    /// their drivers set them up.
+    pub(crate) fn vcpu(devices: &Self) -> Self {
+        let mut allowed = Self::device().and(devices);
+        allowed.requests.push(KVM_RUN);
+        allowed
+    }
+
+    /// For the thread of a device that needs nothing of its own.
+    pub(crate) fn device() -> Self {
+        Self {
+            // The console's clients are sockets; devices are reset where a vCPU says so.
+            calls: vec![SYS_epoll_ctl, SYS_epoll_wait, SYS_readv, SYS_sendto],
+            requests: vec![KVM_IRQ_LINE],
+        }
+    }
+
+    /// Both of them.
+    pub(crate) fn and(mut self, other: &Self) -> Self {
+        self.calls.extend(&other.calls);
+        self.requests.extend(&other.requests);
+        self
+    }
+
+    /// Holds the calling thread to it, for good.
+    ///
+    /// # Errors
+    /// When the kernel has no seccomp filters.
+    pub(crate) fn confine(&self) -> Result<()> {
+        let failed = |error| VmError::refused("put a thread under a seccomp filter", error);
+        let program = self.program().map_err(|error| failed(io::Error::other(error)))?;
+        seccompiler::apply_filter(&program).map_err(|error| failed(io::Error::other(error)))
+    }
+
+    fn program(&self) -> std::result::Result<BpfProgram, seccompiler::BackendError> {
+        let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+        for call in COMMON.iter().chain(&self.calls) {
+            // Without rules a call is allowed whatever its arguments are.
+            rules.insert(*call, Vec::new());
+        }
+        let request = |request: &u32| {
+            let (length, equal) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
+            let condition = SeccompCondition::new(1, length, equal, u64::from(*request))?;
+            SeccompRule::new(vec![condition])
+        };
+        let requests: Vec<_> =
+            self.requests.iter().map(request).collect::<std::result::Result<_, _>>()?;
+        if !requests.is_empty() {
+            rules.insert(SYS_ioctl, requests);
+        }
+        let refuse = SeccompAction::Errno(libc::EPERM as u32);
+        SeccompFilter::new(rules, refuse, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_confined_thread_does_its_work_and_nothing_else() {
+        let mut log = tempfile::tempfile().expect("a file");
+        let kvm = crate::host::open_kvm().expect("KVM");
+        let worker = std::thread::spawn(move || {
+            Allowed::device().confine().expect("confined");
+            let refused = |result: io::Result<()>| {
+                result.expect_err("it is confined").kind() == io::ErrorKind::PermissionDenied
+            };
+            assert!(refused(File::open("/etc/passwd").map(drop)));
+            assert!(refused(Command::new("/bin/true").status().map(drop)));
+            assert!(refused(std::net::TcpListener::bind("127.0.0.1:0").map(drop)));
+            assert!(kvm.create_vm().is_err(), "a request that it does not need");
+            let many: Vec<Vec<u8>> = (0..64).map(|size| vec![1; size << 12]).collect();
+            log.write_all(&many[3]).expect("written");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        });
+        worker.join().expect("its work is done");
+        File::open("/etc/passwd").expect("others are not confined");
+    }
+}
