@@ -350,6 +350,9 @@ mod tests {
 
     use super::*;
 
+    /// More time than anything that is awaited takes, on however slow and busy a machine.
+    const PATIENCE: Duration = Duration::from_secs(120);
+
     /// Takes all that is typed, and tells of it.
     fn keyboard(typed: mpsc::Sender<Vec<u8>>) -> Keyboard {
         Box::new(move |bytes: &[u8]| {
@@ -368,7 +371,7 @@ mod tests {
         let console = Console::listen(&socket, output.clone(), keyboard, None).expect("listen");
         let mut client = UnixStream::connect(&socket).expect("connect");
         client.write_all(b"v").expect("type");
-        assert_eq!(typing.recv_timeout(Duration::from_secs(5)).expect("typed"), b"v");
+        assert_eq!(typing.recv_timeout(PATIENCE).expect("typed"), b"v");
         output.write_all(b"hello").expect("print");
         let mut seen = [0; 5];
         client.read_exact(&mut seen).expect("see");
@@ -380,9 +383,22 @@ mod tests {
 
     /// Whether the console answers a client: it may be turned away, or wait in the queue.
     fn is_served(socket: &Path, typing: &mpsc::Receiver<Vec<u8>>) -> Option<UnixStream> {
+        served_within(Duration::from_millis(200), socket, typing)
+    }
+
+    /// A client that the console answers.
+    fn served(socket: &Path, typing: &mpsc::Receiver<Vec<u8>>) -> UnixStream {
+        served_within(PATIENCE, socket, typing).expect("room")
+    }
+
+    fn served_within(
+        time: Duration,
+        socket: &Path,
+        typing: &mpsc::Receiver<Vec<u8>>,
+    ) -> Option<UnixStream> {
         let mut client = UnixStream::connect(socket).expect("connect");
         let _ = client.write_all(b"?");
-        typing.recv_timeout(Duration::from_millis(200)).ok().map(|_| client)
+        typing.recv_timeout(time).ok().map(|_| client)
     }
 
     #[test]
@@ -397,14 +413,14 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         let mut clients = Vec::new();
         for _ in 0..MAX_CLIENTS {
-            clients.push(is_served(&socket, &typing).expect("room"));
+            clients.push(served(&socket, &typing));
         }
         assert!(is_served(&socket, &typing).is_none(), "one too many");
         // One half closed is still there to see; it leaves its place when it is gone altogether.
         clients[0].shutdown(std::net::Shutdown::Write).expect("shut down");
         assert!(is_served(&socket, &typing).is_none(), "it looks on");
         clients.clear();
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + PATIENCE;
         while is_served(&socket, &typing).is_none() {
             assert!(Instant::now() < deadline, "clients that are gone hold their places");
         }
@@ -418,10 +434,10 @@ mod tests {
         let keyboard = keyboard(typed);
         let socket = dir.path().join("console.sock");
         let _console = Console::listen(&socket, output.clone(), keyboard, None).expect("listen");
-        let mut client = is_served(&socket, &typing).expect("room");
+        let mut client = served(&socket, &typing);
         client.shutdown(std::net::Shutdown::Write).expect("shut down");
         // The next client is attended to after the first one's end was.
-        let _next = is_served(&socket, &typing).expect("room");
+        let _next = served(&socket, &typing);
         output.write_all(b"hello").expect("print");
         let mut seen = [0; 5];
         client.read_exact(&mut seen).expect("see");
@@ -447,7 +463,7 @@ mod tests {
         drop(client);
         let mut seen = Vec::new();
         while seen.len() < 10 {
-            seen.extend(typing.recv_timeout(Duration::from_secs(5)).expect("typed"));
+            seen.extend(typing.recv_timeout(PATIENCE).expect("typed"));
         }
         assert_eq!(seen, b"0123456789");
     }
@@ -471,7 +487,7 @@ mod tests {
         for sent in [&b"80x25"[..], b"", &size.to_bytes()] {
             sender.send_to(sent, &way).expect("sent");
         }
-        assert_eq!(sizes.recv_timeout(Duration::from_secs(5)).expect("a size"), size);
+        assert_eq!(sizes.recv_timeout(PATIENCE).expect("a size"), size);
         drop(console);
         assert!(!way.exists() && sizes.try_recv().is_err());
     }
@@ -484,7 +500,7 @@ mod tests {
         let socket = dir.path().join("console.sock");
         let keyboard = keyboard(typed);
         let console = Console::listen(&socket, output.clone(), keyboard, None).expect("listen");
-        let mut client = is_served(&socket, &typing).expect("room");
+        let mut client = served(&socket, &typing);
         let reader = std::thread::spawn(move || {
             let mut seen = Vec::new();
             client.read_to_end(&mut seen).expect("see");

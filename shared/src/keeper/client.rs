@@ -451,6 +451,11 @@ mod tests {
         let error = error.expect_err("no room for one more");
         assert!(!matches!(error, WorkloadError::KeeperGone { .. }), "{error}");
         drop(busy);
-        assert!(!is_kept(&place));
+        // A program that another test starts at that moment has its descriptor as well, until it is that program.
+        let begun = std::time::Instant::now();
+        while is_kept(&place) {
+            assert!(begun.elapsed() < Duration::from_secs(120), "nobody listens any more");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }

@@ -13,6 +13,8 @@ use super::need::{mapped, need, refusals};
 use super::*;
 use crate::protocol::manifest::{NetworkNeed, Refusal, VlanUse};
 
+/// More time than anything that is awaited takes, on however slow and busy a machine.
+const PATIENCE: Duration = Duration::from_secs(120);
 const HOST: Mac = Mac([2, 0, 0, 0, 0, 0x11]);
 const OTHER: Mac = Mac([2, 0, 0, 0, 0, 0x12]);
 
@@ -57,7 +59,7 @@ fn await_forwarding(port: &str) {
         if String::from_utf8_lossy(&shown).contains("state forwarding") {
             return;
         }
-        assert!(begun.elapsed() < Duration::from_secs(10), "{port} is not let to speak");
+        assert!(begun.elapsed() < PATIENCE, "{port} is not let to speak");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -104,7 +106,7 @@ fn the_kernel_tells_of_links_and_bridges() {
         socket.send_to(b"are you there?", "10.9.0.1:9").expect("sent");
         let begun = Instant::now();
         while !bridge.neighbours().contains(&known) {
-            assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", bridge.neighbours());
+            assert!(begun.elapsed() < PATIENCE, "{:?}", bridge.neighbours());
             std::thread::sleep(Duration::from_millis(2));
         }
         assert_eq!(port.neighbours(), []);
@@ -144,9 +146,14 @@ fn who_is_behind_a_bridge_answers() {
             &[("10.9.0.2", OTHER), ("10.9.0.1", HOST)],
             &[],
         ] {
-            let begun = Instant::now();
-            assert_eq!(checked(asks_for(neighbours)), Vec::<String>::new());
-            assert!(begun.elapsed() < Duration::from_millis(800), "{:?}", begun.elapsed());
+            // Who is not answered is asked for a second. A busy machine may be as slow once, and not each time.
+            let ask = |_| {
+                let begun = Instant::now();
+                assert_eq!(checked(asks_for(neighbours)), Vec::<String>::new());
+                begun.elapsed()
+            };
+            let quick = (0..10).map(ask).find(|took| *took < Duration::from_millis(800));
+            assert!(quick.is_some(), "{neighbours:?} are asked for as if nobody answered");
         }
         // Itself it cannot ask.
         ip("address add 10.9.0.7/24 dev br0");

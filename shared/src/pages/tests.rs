@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -15,11 +15,11 @@ use super::batch::{BatchError, BatchHeader, BatchKind, Encoding, Entry, HEADER_L
 use super::receive::StreamError;
 use super::*;
 use crate::sys;
-use crate::transport::testing::stream_pairs;
+use crate::transport::testing::{stream_pairs, takes_less_than_a_second};
 use crate::transport::{PageStream, Role, TransportError};
 use crate::workload::{Result as WorkResult, SpaceInfo, WorkloadError};
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(60);
 const A: SpaceId = SpaceId(0);
 const B: SpaceId = SpaceId(9);
 
@@ -244,15 +244,23 @@ fn bytes_on_the_wire_are_told_apart_by_space() {
 }
 
 /// Reads nothing but zeros, and notes which threads did, and how nice they were.
-#[derive(Default)]
-struct Watched(Mutex<BTreeSet<(String, i32)>>);
+struct Watched {
+    seen: Mutex<BTreeSet<(String, i32)>>,
+    changed: Condvar,
+    /// How many threads are expected.
+    threads: usize,
+}
 
 impl PageReader for Watched {
     fn read(&self, _: PageRange, into: &mut [u8]) -> WorkResult<()> {
         into.fill(0);
         let name = std::thread::current().name().unwrap_or_default().to_owned();
-        self.0.lock().expect("no panic").insert((name, sys::niceness().expect("a thread")));
-        // So that whoever takes part gets some.
+        let mut seen = self.seen.lock().expect("no panic");
+        seen.insert((name, sys::niceness().expect("a thread")));
+        self.changed.notify_all();
+        // So that whoever takes part gets some, however late it comes to run.
+        let all = |seen: &mut BTreeSet<_>| seen.len() < self.threads;
+        drop(self.changed.wait_timeout_while(seen, LIMIT, all).expect("no panic"));
         std::thread::sleep(Duration::from_millis(1));
         Ok(())
     }
@@ -274,11 +282,12 @@ fn a_running_workload_comes_before_those_who_copy_it() {
     // Who may not take it back is never nice.
     let may = sys::be_nice(1).is_ok() && sys::be_nice(0).is_ok();
     for (number, gives_way, threads) in [(1, true, half.min(STREAMS)), (2, false, STREAMS)] {
-        let reader = Arc::new(Watched::default());
+        let (seen, changed) = (Mutex::default(), Condvar::new());
+        let reader = Arc::new(Watched { seen, changed, threads });
         pool.give_way(gives_way);
         pool.round(number, reader.clone(), &all).expect("sent");
         incoming.wait_round(number, LIMIT).expect("received");
-        let seen = std::mem::take(&mut *reader.0.lock().expect("no panic"));
+        let seen = std::mem::take(&mut *reader.seen.lock().expect("no panic"));
         assert_eq!(seen.len(), threads, "{seen:?}");
         assert!(seen.iter().all(|(_, nice)| (*nice > 0) == (gives_way && may)), "{seen:?}");
     }
@@ -354,6 +363,11 @@ fn no_page_of_a_round_is_written_before_all_streams_ended_the_one_before() {
     theirs.into_iter().for_each(|stream| pool.add_stream(stream).expect("room"));
     let early = [zero_batch(1, 1), mark(BatchKind::Barrier, 1, 1), zero_batch(2, 7)].concat();
     ours[0].write_all(&early).expect("written");
+    let begun = Instant::now();
+    while notes.0.lock().expect("notes").is_empty() {
+        assert!(begun.elapsed() < LIMIT, "no page of the first round comes");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     // Stream 0 is at its barrier now; the page behind it must not get through.
     assert!(matches!(
         pool.wait_round(1, Duration::from_millis(200)),
@@ -450,7 +464,8 @@ fn a_stream_ahead_of_the_destination_waits_until_the_round_is_let_in() {
     ours[0].write_all(&zero_batch(3, 1)).expect("written");
     let start = Instant::now();
     drop(pool);
-    assert!(start.elapsed() < Duration::from_secs(1));
+    // A stream that was waited for would stall for 30 s.
+    assert!(start.elapsed() < Duration::from_secs(10));
 }
 
 #[test]
@@ -503,31 +518,37 @@ fn cancelling_ends_everything_within_a_second() {
         apply(&memory, PageRange::new(A, 0, 20_000), &Change::Noise(4));
         let all: PageSet = [PageRange::new(A, 0, 20_000)].into_iter().collect();
         // Nobody reads at the other end, so the round blocks in the sockets.
-        let (ours, theirs) = ends(encrypted, 2);
-        let mut pool = sending(ours, Compression::None);
-        let canceller = pool.canceller();
-        let blocked = std::thread::spawn(move || pool.round(1, memory, &all));
-        std::thread::sleep(Duration::from_millis(200));
-        assert!(!blocked.is_finished());
-        let start = Instant::now();
-        canceller.cancel();
-        let result = blocked.join().expect("the round's thread");
-        assert!(matches!(result, Err(SendError::Cancelled)), "{result:?}");
-        assert!(start.elapsed() < Duration::from_secs(1));
-        drop(theirs);
-
-        let (ours, theirs) = ends(encrypted, 2);
-        let pool = receiving(theirs, &Memory::new(&[(A, 1)]));
-        let canceller = pool.canceller();
-        let waiting = std::thread::spawn(move || pool.wait_round(1, LIMIT));
-        std::thread::sleep(Duration::from_millis(50));
-        assert!(!waiting.is_finished());
-        let start = Instant::now();
-        canceller.cancel();
-        let result = waiting.join().expect("the waiting thread");
-        assert!(matches!(result, Err(ReceiveError::Cancelled)), "{result:?}");
-        assert!(start.elapsed() < Duration::from_secs(1));
-        drop(ours);
+        takes_less_than_a_second(|| {
+            let (ours, theirs) = ends(encrypted, 2);
+            let mut pool = sending(ours, Compression::None);
+            let canceller = pool.canceller();
+            let (memory, all) = (memory.clone(), all.clone());
+            let blocked = std::thread::spawn(move || pool.round(1, memory, &all));
+            std::thread::sleep(Duration::from_millis(200));
+            assert!(!blocked.is_finished());
+            let start = Instant::now();
+            canceller.cancel();
+            let result = blocked.join().expect("the round's thread");
+            let took = start.elapsed();
+            assert!(matches!(result, Err(SendError::Cancelled)), "{result:?}");
+            drop(theirs);
+            took
+        });
+        takes_less_than_a_second(|| {
+            let (ours, theirs) = ends(encrypted, 2);
+            let pool = receiving(theirs, &Memory::new(&[(A, 1)]));
+            let canceller = pool.canceller();
+            let waiting = std::thread::spawn(move || pool.wait_round(1, LIMIT));
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!waiting.is_finished());
+            let start = Instant::now();
+            canceller.cancel();
+            let result = waiting.join().expect("the waiting thread");
+            let took = start.elapsed();
+            assert!(matches!(result, Err(ReceiveError::Cancelled)), "{result:?}");
+            drop(ours);
+            took
+        });
     }
 }
 

@@ -14,7 +14,17 @@ use uuid::Uuid;
 
 use super::{Acceptor, DataStream, Dialer, Identity, Join, PeerAddress, Role, Secret, Versions};
 
-pub(crate) const LIMIT: Duration = Duration::from_secs(5);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+
+/// That what `attempt` measures takes less than a second. A busy machine may have no time for it just then, and so it
+/// is measured again; what waits for anything else takes as long each time.
+pub(crate) fn takes_less_than_a_second(mut attempt: impl FnMut() -> Duration) {
+    let mut took = Vec::new();
+    while took.last().is_none_or(|last| *last >= Duration::from_secs(1)) {
+        assert!(took.len() < 5, "{took:?}");
+        took.push(attempt());
+    }
+}
 
 /// A certificate authority in a directory of its own.
 pub(crate) struct Authority {

@@ -14,7 +14,7 @@ use crate::transport::Control;
 
 const MIGRATION: &str = "6d3d5d0e-0000-4000-8000-00000000000a";
 /// Far more than anything here takes.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(120);
 
 impl Pair {
     /// A write of one of `records` to that host's journal fails until [`Pair::free_disk`].
