@@ -12,6 +12,7 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use super::Disk;
+use super::lock::Locked;
 use crate::sys;
 
 /// Zeros that are written at once where the file system makes no holes.
@@ -109,7 +110,7 @@ impl Disk {
     }
 
     /// The file, if `length` bytes at `at` are there to be written: a file that was cut does not grow again.
-    fn writable(&self, at: u64, length: u64) -> io::Result<std::sync::Arc<File>> {
+    fn writable(&self, at: u64, length: u64) -> io::Result<std::sync::Arc<Locked>> {
         self.check(at, length)?;
         if self.is_readonly() {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());

@@ -1,9 +1,11 @@
 //! Whose a disk is. A VM that writes one holds a lock for writing over the whole of it, one that only reads a
 //! lock for reading: open file description locks (fcntl(2)), which end with their keeper however that ends, and
-//! which network file systems pass on to other hosts.
+//! which network file systems pass on to other hosts. They are given up by a word, and not with the last
+//! descriptor alone: a process that is forked at that moment has all descriptors until it is another program.
 
 use std::fs::{self, File};
 use std::io;
+use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,21 +18,40 @@ use crate::error::{Result, VmError};
 /// Between two tries to take a lock that somebody is about to give up.
 const AGAIN: Duration = Duration::from_millis(5);
 
+/// An open file with its lock, which is given up when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Locked(File);
+
+impl Deref for Locked {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        &self.0
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // Where that fails it ends with the descriptor.
+        let _ = fcntl(&self.0, FcntlArg::F_OFD_SETLK(&whole(libc::F_UNLCK)));
+    }
+}
+
 /// Takes the lock of `file`, which stands at `path`, for reading alone if `readonly`; waits as long as `patience`
 /// for whoever has it.
 ///
 /// # Errors
 /// When somebody has it, named where this host can tell, or the file system has no locks.
-pub(crate) fn take(file: &File, path: &Path, readonly: bool, patience: Duration) -> Result<()> {
+pub(crate) fn take(file: File, path: &Path, readonly: bool, patience: Duration) -> Result<Locked> {
     let until = Instant::now() + patience;
     let wanted = whole(if readonly { libc::F_RDLCK } else { libc::F_WRLCK });
     loop {
-        match fcntl(file, FcntlArg::F_OFD_SETLK(&wanted)) {
-            Ok(_) => return Ok(()),
+        match fcntl(&file, FcntlArg::F_OFD_SETLK(&wanted)) {
+            Ok(_) => return Ok(Locked(file)),
             Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < until => {
                 std::thread::sleep(AGAIN);
             }
-            Err(Errno::EAGAIN | Errno::EACCES) => return Err(locked(file, path)),
+            Err(Errno::EAGAIN | Errno::EACCES) => return Err(locked(&file, path)),
             Err(error) => {
                 return Err(VmError::refused(format!("lock disk {}", path.display()), error));
             }

@@ -32,6 +32,7 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use crate::error::{Result, VmError};
 use crate::spec::DiskSpec;
 use crate::sys;
+use lock::Locked;
 use next::Next;
 use written::Written;
 
@@ -47,7 +48,7 @@ pub(crate) struct Disk {
     /// Where it lies.
     path: RwLock<PathBuf>,
     readonly: bool,
-    open: RwLock<Option<Arc<File>>>,
+    open: RwLock<Option<Arc<Locked>>>,
     /// As the guest sees it; 0 as long as nobody knows.
     bytes: AtomicU64,
     written: Written,
@@ -120,7 +121,7 @@ impl Disk {
     /// When it is missing, is no disk, is locked, or is shorter than the guest knows it.
     pub(crate) fn open(&self, patience: Duration) -> Result<()> {
         let file = self.open_file()?;
-        lock::take(&file, &self.path(), self.is_readonly(), patience)?;
+        let file = lock::take(file, &self.path(), self.is_readonly(), patience)?;
         let found = size_of(&file, &self.path())?;
         match self.bytes() {
             0 => self.set_bytes(found),
@@ -143,7 +144,7 @@ impl Disk {
             let reason = "pages come into what is empty alone".to_owned();
             return Err(VmError::Disk { path: self.path(), reason });
         }
-        lock::take(&file, &self.path(), false, Duration::ZERO)?;
+        let file = lock::take(file, &self.path(), false, Duration::ZERO)?;
         let bytes = page_limit.checked_mul(PAGE_SIZE as u64).filter(|bytes| *bytes <= MOST);
         let bytes = bytes.ok_or_else(|| {
             VmError::State(format!("A disk of {page_limit} pages is larger than any can be"))
@@ -216,7 +217,7 @@ impl Disk {
     /// # Errors
     /// When it is not open, or the kernel refuses.
     pub(crate) fn descriptor(&self, writable: bool) -> Result<OwnedFd> {
-        let again = |file: Arc<File>| {
+        let again = |file: Arc<Locked>| {
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
             // A description of its own: the lock stays with the one here.
             OpenOptions::new().read(true).write(writable).open(path)
@@ -276,7 +277,7 @@ impl Disk {
     }
 
     /// The file, if it is open.
-    fn file(&self) -> io::Result<Arc<File>> {
+    fn file(&self) -> io::Result<Arc<Locked>> {
         let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
         open.clone().ok_or_else(|| io::Error::other("the disk is not open here"))
     }

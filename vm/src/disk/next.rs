@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use super::lock::Locked;
 use super::{Disk, lock, resized, size_of};
 use crate::error::{Result, VmError};
 
 /// A file that is to be a disk, locked.
 #[derive(Debug)]
 pub(super) struct Next {
-    file: Arc<File>,
+    file: Arc<Locked>,
     path: PathBuf,
 }
 
@@ -48,7 +49,7 @@ impl Disk {
         if OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE != OFlag::O_RDWR {
             return wrong("it is not open for reading and writing");
         }
-        lock::take(&file, path, false, Duration::ZERO)?;
+        let file = lock::take(file, path, false, Duration::ZERO)?;
         file.set_len(self.bytes()).map_err(|error| failed("size", error))?;
         let next = Next { file: Arc::new(file), path: path.to_owned() };
         *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Some(next);

@@ -74,7 +74,7 @@ fn whoever_has_a_disk_has_it_alone_and_is_named() {
     another.close();
     std::thread::scope(|scope| {
         one.open(Duration::ZERO).expect("free again");
-        let waits = scope.spawn(|| other.open(Duration::from_secs(10)));
+        let waits = scope.spawn(|| other.open(crate::testing::PATIENCE));
         std::thread::sleep(Duration::from_millis(30));
         one.close();
         waits.join().expect("no panic").expect("waited for it");
@@ -219,7 +219,7 @@ fn what_a_disk_cannot_go_over_to_is_refused() {
     refused(give(open("full", true)), "an empty file alone");
     refused(give(open("new", false)), "for reading and writing");
     let (taken, at) = open("taken", true);
-    lock::take(&taken, &at, false, Duration::ZERO).expect("free");
+    let _held = lock::take(taken, &at, false, Duration::ZERO).expect("free");
     refused(give(open("taken", true)), "locked by");
     refused(disk.check_next(), "no file that");
     let (old, _) = open("disk", true);
