@@ -173,7 +173,7 @@ mod tests {
         let spec = guest_spec(dir.path());
         std::fs::write(&spec.kernel, elf(&[0x0f, 0x0b], Some(0x10_0000))).expect("write");
         let (machine, end) = kept(&spec, dir.path());
-        let record = end.wait(Duration::from_secs(10)).expect("an end");
+        let record = end.wait(crate::testing::PATIENCE).expect("an end");
         assert_eq!((record.status, record.text.as_str()), (1, "triple fault"));
         let mut machine = machine.lock().expect("machine");
         let machine = machine.as_mut().expect("machine");
@@ -190,7 +190,7 @@ mod tests {
         let mut client =
             std::os::unix::net::UnixStream::connect(dir.path().join("socket")).expect("console");
         std::io::Write::write_all(&mut client, b"r").expect("type");
-        let record = end.wait(Duration::from_secs(10)).expect("an end");
+        let record = end.wait(crate::testing::PATIENCE).expect("an end");
         assert_eq!(record.status, 1);
         assert!(record.text.contains("guest.elf"), "{}", record.text);
     }

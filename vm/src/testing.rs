@@ -143,9 +143,12 @@ pub(crate) fn elf(code: &[u8], pvh_entry: Option<u32>) -> Vec<u8> {
     file
 }
 
-/// Waits until `done` says so; fails the test with `what` after ten seconds.
+/// More time than anything that is awaited takes, on however slow and busy a machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Waits until `done` says so; fails the test with `what` when it does not.
 pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let limit = Instant::now() + Duration::from_secs(10);
+    let limit = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < limit, "waited too long for {what}");
         std::thread::sleep(Duration::from_millis(1));

@@ -198,7 +198,7 @@ fn count(place: &Place) -> u64 {
 }
 
 fn wait_for(what: &str, done: impl FnMut() -> bool) {
-    wait_until(Instant::now() + Duration::from_secs(60), what, done);
+    wait_until(Instant::now() + Duration::from_secs(180), what, done);
 }
 
 /// For what an emulated machine does slowly.

@@ -117,8 +117,9 @@ fn a_disk_that_is_written_all_the_time_is_copied_whole() {
         });
         let mut pages = Vec::new();
         for _ in 0..4 {
-            let before = written.load(Ordering::SeqCst);
             pages.push(round(&mut source.kept, &mut destination.kept));
+            // Since then, so that the next round finds some of them.
+            let before = written.load(Ordering::SeqCst);
             wait_for("more writes", || written.load(Ordering::SeqCst) > before + 20);
         }
         stop.store(true, Ordering::SeqCst);

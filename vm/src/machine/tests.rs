@@ -14,7 +14,9 @@ use crate::memory::{GUEST_MEMORY, discard};
 use crate::reader::GuestReader;
 use crate::spec::VsockSpec;
 use crate::state::vm::VmState;
-use crate::testing::{COUNTER, OTHERS, WRITTEN, WRITTEN_PAGES, elf, guest_spec, wait_for};
+use crate::testing::{
+    COUNTER, OTHERS, PATIENCE, WRITTEN, WRITTEN_PAGES, elf, guest_spec, wait_for,
+};
 use crate::vcpu::{Event, Reset};
 
 /// A machine in a directory of its own.
@@ -162,6 +164,7 @@ fn what_was_saved_loads_and_saves_the_same() {
 fn time_goes_on_across_a_move() {
     let mut source = Bench::running();
     source.machine.pause().expect("pause");
+    let begun = Instant::now();
     let sections = source.machine.save().expect("save");
     let saved = VmState::decode(sections.last().expect("vm")).expect("vm").clock;
     let mut destination = source.destination();
@@ -172,7 +175,8 @@ fn time_goes_on_across_a_move() {
     if saved.is_complete() {
         assert!(passed >= Duration::from_millis(200), "{passed:?}");
     }
-    assert!(passed < Duration::from_secs(10), "{passed:?}");
+    // No more than has passed out here, but for what clocks are corrected by.
+    assert!(passed < begun.elapsed() + Duration::from_secs(1), "{passed:?}");
 }
 
 #[test]
@@ -333,21 +337,31 @@ fn a_throttled_guest_gets_its_share_and_recovers() {
         let sleeps: Option<u64> = sleeps.and_then(|word| word.trim().parse().ok());
         (Duration::from_nanos(nanoseconds.expect("number")), sleeps.expect("number"))
     };
-    let during = |wall: Duration| {
-        let ((time, sleeps), start) = (observe(), Instant::now());
-        std::thread::sleep(wall);
-        let (time_after, sleeps_after) = observe();
-        let share = (time_after - time).as_secs_f64() / start.elapsed().as_secs_f64();
-        (share, sleeps_after - sleeps)
+    // The share of a processor that it had, and how often it slept.
+    let since = |(time, sleeps): (Duration, u64), start: Instant| {
+        let (time_now, sleeps_now) = observe();
+        let share = (time_now - time).as_secs_f64() / start.elapsed().as_secs_f64();
+        (share, sleeps_now - sleeps)
     };
     bench.machine.throttle(80).expect("throttle");
-    let (share, sleeps) = during(Duration::from_millis(400));
-    assert!(share < 0.4, "{share} of a processor at a throttle of 80 percent");
-    assert!(sleeps >= 5, "{sleeps} naps");
+    // On a busy machine it takes long to get to its naps.
+    let (begun, mut seen, mut share) = (observe(), 0, 0.0);
+    let start = Instant::now();
+    wait_for("a guest that naps", || {
+        (share, seen) = since(begun, start);
+        start.elapsed() >= Duration::from_millis(400) && seen >= 5
+    });
+    assert!(share < 0.4, "{share} of a processor at a throttle of 80 percent, {seen} naps");
     bench.machine.throttle(0).expect("no throttle");
     let counted = bench.count();
-    let (_, sleeps) = during(Duration::from_millis(400));
-    assert!(sleeps < 5, "{sleeps} naps without a throttle");
+    // A guest that is throttled naps all the time; one that is not may wait for something now and then.
+    let fewest = (0..5).map(|_| {
+        let (begun, start) = (observe(), Instant::now());
+        std::thread::sleep(Duration::from_millis(400));
+        since(begun, start).1
+    });
+    let fewest = fewest.min().expect("some");
+    assert!(fewest < 5, "{fewest} naps without a throttle");
     bench.wait_for_count(counted);
     bench.machine.throttle(99).expect("throttle");
     bench.machine.pause().expect("a napping guest pauses");
@@ -357,7 +371,7 @@ fn a_throttled_guest_gets_its_share_and_recovers() {
 fn the_console_is_logged_and_typed_into_and_a_guest_switches_itself_off() {
     let bench = Bench::running();
     let mut client = UnixStream::connect(bench.dir.path().join("console.sock")).expect("connect");
-    client.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
+    client.set_read_timeout(Some(PATIENCE)).expect("timeout");
     client.write_all(b"abc").expect("type");
     let mut seen = [0; 3];
     client.read_exact(&mut seen).expect("echo");
@@ -739,13 +753,23 @@ fn registers_are_read_from_all_vcpus_while_they_run_and_it_runs_on() {
         assert_eq!(now.told, fresh.told);
         wait_for("the guest to count", || bench.count() > stood);
     }
-    // One that naps lets visitors in too, and one that is parked.
-    bench.machine.throttle(99).expect("throttled");
-    let begun = Instant::now();
-    for _ in 0..100 {
-        bench.machine.registers().expect("while it naps");
-    }
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    // One that naps lets visitors in too, and one that is parked. Who waits for the end of a nap waits for one of 20 ms
+    // nearly every time.
+    let visits = |machine: &Machine| {
+        let visit = |_| {
+            let begun = Instant::now();
+            machine.registers().expect("let in");
+            begun.elapsed()
+        };
+        let mut visits: Vec<_> = (0..100).map(visit).collect();
+        visits.sort();
+        visits
+    };
+    let (awake, naps) = (visits(&bench.machine), {
+        bench.machine.throttle(99).expect("throttled");
+        visits(&bench.machine)
+    });
+    assert!(naps[25] < awake[75] + Duration::from_millis(10), "{naps:?} and {awake:?}");
     bench.machine.throttle(0).expect("not throttled");
     bench.machine.pause().expect("pause");
     let stood = bench.count();
@@ -892,7 +916,7 @@ fn a_guest_that_faults_three_times_is_reset() {
     let mut machine = Machine::boot(&spec, &console, Vec::new(), on_event).expect("machine");
     machine.run().expect("run");
     for _ in 0..3 {
-        let event = events.recv_timeout(Duration::from_secs(10)).expect("a fault");
+        let event = events.recv_timeout(PATIENCE).expect("a fault");
         assert_eq!(event, Event::Reset(Reset::Fault));
         machine.reset_if_asked().expect("reset");
     }

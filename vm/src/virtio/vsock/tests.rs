@@ -5,7 +5,6 @@ use std::collections::VecDeque;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use super::super::conformance::{Driver, Offer, conforms};
 use super::connection::BUFFER;
@@ -46,7 +45,7 @@ impl Bench {
     /// A host program that has asked for `port`, with `more` behind that.
     fn caller(&self, port: u32, more: &str) -> UnixStream {
         let mut stream = UnixStream::connect(self.socket()).expect("connect");
-        stream.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
+        stream.set_read_timeout(Some(crate::testing::PATIENCE)).expect("timeout");
         stream.write_all(format!("CONNECT {port}\n{more}").as_bytes()).expect("ask");
         stream
     }
