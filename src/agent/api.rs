@@ -12,7 +12,6 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use nix::sys::stat::{Mode, umask};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixListener;
@@ -62,11 +61,23 @@ pub(crate) fn listen(path: &Path) -> std::result::Result<UnixListener, ApiError>
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
         _ => {}
     }
-    // Never open to others, not even for the moment between making it and setting its mode.
-    let before = umask(Mode::from_bits_truncate(0o177));
-    let listener = UnixListener::bind(path);
-    umask(before);
-    listener.map_err(failed)
+    bind_privately(path).and_then(UnixListener::from_std).map_err(failed)
+}
+
+/// A socket at `path` that was never open to others, not even between making it and setting its mode: in Linux it
+/// has that of its descriptor. (A umask would be the whole process's, and another thread's files would have it too.)
+fn bind_privately(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+    };
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::unix::fs::PermissionsExt;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let made = std::fs::File::from(socket(AddressFamily::Unix, SockType::Stream, flags, None)?);
+    made.set_permissions(std::fs::Permissions::from_mode(0o600))?;
+    bind(made.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&made, Backlog::MAXCONN)?;
+    Ok(OwnedFd::from(made).into())
 }
 
 /// Serves `listener` until the task is dropped.
