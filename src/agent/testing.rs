@@ -127,7 +127,8 @@ impl Bench {
 
     /// Waits for what happens beside the test.
     pub(crate) async fn until(&self, what: &str, there: impl Fn(&Self) -> bool) {
-        for _ in 0..1000 {
+        // More time than it takes on however slow and busy a machine.
+        for _ in 0..6000 {
             if there(self) {
                 return;
             }
