@@ -95,7 +95,8 @@ impl<'a> Stranger<'a> {
     /// The last number that it said to its own reader.
     pub(crate) fn last_count(&self) -> u64 {
         let text = fs::read_to_string(Self::output_of(&self.spot)).unwrap_or_default();
-        text.lines().filter_map(|line| line.parse().ok()).next_back().unwrap_or(0)
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        whole.lines().filter_map(|line| line.parse().ok()).next_back().unwrap_or(0)
     }
 
     /// Waits until it has said this to its own reader.
@@ -105,11 +106,13 @@ impl<'a> Stranger<'a> {
     }
 
     pub(crate) fn await_count(&self, count: u64) {
-        let begun = Instant::now();
-        while self.last_count() < count {
-            assert!(begun.elapsed() < Duration::from_secs(20), "it does not count to {count}");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        await_that(&format!("it to count to {count}"), || self.last_count() >= count);
+    }
+
+    /// Waits until its own reader has had all that it ever says here.
+    fn await_last_words(&mut self) {
+        let reader = self.reader.as_mut().expect("it has one");
+        await_that("the end of what it says", || reader.try_wait().expect("a child").is_some());
     }
 
     /// Every reason why it cannot be adopted.
@@ -187,6 +190,7 @@ fn adopted_moves(host: &Host, runtime: &'static str) {
     assert!(reasons.len() == 1 && reasons[0].contains("adopted already"), "{reasons:?}");
     let there = stranger.spot.twin(&format!("ad-{runtime}-2"));
     stranger.spot.move_live(&there, 2);
+    stranger.await_last_words();
     let before = stranger.last_count();
     there.await_count(before + 3);
     let first = there.counts()[0];
@@ -295,12 +299,14 @@ pub(crate) fn held_it_does_not_run_again(host: &Host) {
     stranger.adopt();
     let mut source = stranger.spot.source();
     source.pause().expect("pause");
-    let before = stranger.last_count();
+    let before = stranger.spot.noted();
     stranger.spot.kill_keeper();
     drop(source);
     let backend = stranger.spot.backend();
     backend.sweep(&stranger.spot.spec, &stranger.spot.place).expect("sweep");
     std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(stranger.spot.noted(), before, "it ran again");
+    stranger.await_last_words();
     assert!(stranger.last_count() <= before + 1, "it ran again");
     host.assert_nothing_left("ah");
 }
@@ -405,7 +411,7 @@ fn waited_for(host: &Host, runtime: &'static str) {
     let reasons = loop {
         let reasons = stranger.reasons();
         let waiting = reasons.iter().any(|reason| reason.contains("waits for the container"));
-        if waiting || begun.elapsed() > Duration::from_secs(10) {
+        if waiting || begun.elapsed() > Duration::from_secs(120) {
             break reasons;
         }
         thread::sleep(Duration::from_millis(50));
@@ -451,7 +457,7 @@ pub(crate) fn what_cannot_be_adopted(host: &Host) {
     // Somebody else is in its network namespace.
     let stranger = Stranger::start("runc", host.counter("na5"));
     let mut sharer = Command::new("nsenter")
-        .args(["--target", &stranger.pid(), "--net", "sleep", "60"])
+        .args(["--target", &stranger.pid(), "--net", "sleep", "600"])
         .spawn()
         .expect("nsenter");
     stranger.await_count(2);

@@ -85,7 +85,7 @@ fn a_name_that_others_have_is_theirs(host: &Host) {
 
     let cgroup = host.cgroup(&theirs.place.name);
     std::fs::create_dir_all(&cgroup).expect("a cgroup");
-    let mut sleeper = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
+    let mut sleeper = std::process::Command::new("sleep").arg("600").spawn().expect("sleep");
     std::fs::write(cgroup.join("cgroup.procs"), sleeper.id().to_string()).expect("entered");
     let error = ours.spawn_keeper().expect_err("the cgroup is taken");
     assert!(error.to_string().contains("Processes run in"), "{error}");

@@ -50,6 +50,9 @@ fn keeper_dead_in_a_restore(host: &Host) {
     place.stop();
 }
 
+/// So long somebody has the socket of a CRIU that died, and as long CRIU may do nothing before it is called stuck.
+const WITHOUT_END: Duration = Duration::from_secs(20);
+
 /// A CRIU that died is noticed at once, although others have its socket, and one that is stuck is not
 /// waited for without end.
 fn a_broken_criu_is_noticed(host: &Host) {
@@ -62,7 +65,7 @@ fn a_broken_criu_is_noticed(host: &Host) {
     let begun = Instant::now();
     let error = source.save().expect_err("it died");
     assert!(error.to_string().contains("CRIU died"), "{error}");
-    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert!(begun.elapsed() < WITHOUT_END - Duration::from_secs(2));
     source.resume().expect("resume");
     place.await_count(place.last_count() + 3);
 
@@ -85,7 +88,7 @@ fn a_broken_criu_is_noticed(host: &Host) {
     let begun = Instant::now();
     let error = destination.load(sections).expect_err("it does nothing");
     assert!(error.to_string().contains("nothing has worked for 20 s"), "{error}");
-    assert!(begun.elapsed() < Duration::from_secs(25));
+    assert!(begun.elapsed() < 2 * WITHOUT_END);
     destination.discard().expect("discard");
     host.assert_nothing_left("n3");
     source.resume().expect("resume");
@@ -103,7 +106,7 @@ fn a_broken_criu_is_noticed(host: &Host) {
     let begun = Instant::now();
     let error = destination.load(sections).expect_err("it died");
     assert!(error.to_string().contains("CRIU died"), "{error}");
-    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert!(begun.elapsed() < WITHOUT_END - Duration::from_secs(2));
     destination.discard().expect("discard");
     host.assert_nothing_left("n2");
     source.resume().expect("resume");
@@ -125,7 +128,7 @@ fn keeper_dead_in_a_filling(host: &Host) {
     place.await_rounds(3);
     let twin = place.twin(support::HUNGRY);
     place.move_live(&twin, 2);
-    let before = twin.rounds();
+    let before = twin.settled_rounds();
     twin.kill_keeper();
     std::thread::sleep(Duration::from_millis(1000));
     let bad = place.bundle().join("rootfs/data/BAD");

@@ -121,7 +121,8 @@ fn locks_of_what_is_shared_are_refused(host: &Host) {
     let error = destination.load(sections).expect_err("it is locked");
     let took = begun.elapsed();
     assert!(error.to_string().contains("waits for a lock of /data/locks."), "{error}");
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    // It is called stuck after 20 s.
+    assert!(took < Duration::from_secs(18), "{took:?}");
     destination.discard().expect("discard");
     host.assert_nothing_left("lk2");
     let ticks = place.ticks();

@@ -264,7 +264,7 @@ fn what_came_in_from_outside_is_named(host: &Host) {
     place.run();
     place.await_count(2);
     let mut inside = Command::new("runc")
-        .args(["exec", &place.place.name, "/bin/busybox", "sleep", "60"])
+        .args(["exec", &place.place.name, "/bin/busybox", "sleep", "600"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -279,7 +279,7 @@ fn what_came_in_from_outside_is_named(host: &Host) {
         {
             break said;
         }
-        assert!(begun.elapsed() < Duration::from_secs(10), "{said:#?}");
+        assert!(begun.elapsed() < Duration::from_secs(120), "{said:#?}");
     };
     assert!(
         said.iter().any(|text| text.contains("a pipe whose other end is outside")),
@@ -369,11 +369,16 @@ fn obstacles_that_come_late_end_the_stop(host: &Host) {
     let error = source.pause().expect_err("an obstacle came");
     let took = begun.elapsed();
     assert!(error.to_string().contains("io_uring"), "{error}");
-    assert!(took < Duration::from_millis(500), "{took:?}");
     place.await_log(&format!("tick {}\n", place.ticks() + 3));
     signal("USR2");
     place.await_log("gone late");
+    let begun = Instant::now();
     source.pause().expect("pause");
+    let normal = begun.elapsed();
+    assert!(
+        took < Duration::from_millis(500).max(5 * normal),
+        "{took:?}, and {normal:?} without it"
+    );
     support::copy_pages(&mut *source, &mut *destination);
     destination.load(source.save().expect("save")).expect("load");
     source.fence(1).expect("fence");
@@ -444,6 +449,29 @@ fn a_way_that_comes_to_lead_outside_ends_the_stop(host: &Host) {
     host.assert_nothing_left("way3");
 }
 
+/// Milliseconds of a CPU in which [`reading`] was done at least where it was measured first, and a look took 43 ms.
+const READ_IN: f64 = 10.8;
+
+/// How long this thread works to read what /proc says of processes and their descriptors, in milliseconds.
+fn reading(processes: &str) -> f64 {
+    let worked = || {
+        let text = std::fs::read_to_string("/proc/thread-self/schedstat").expect("schedstat");
+        let spent = text.split(' ').next().and_then(|word| word.parse::<f64>().ok());
+        spent.expect("a number") / 1e6
+    };
+    let before = worked();
+    for pid in processes.lines() {
+        for file in ["status", "maps"] {
+            std::fs::read(format!("/proc/{pid}/{file}")).expect("it lives");
+        }
+        let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it lives");
+        for descriptor in descriptors.flatten() {
+            std::fs::read_link(descriptor.path()).expect("it stays open");
+        }
+    }
+    worked() - before
+}
+
 fn two_hundred_processes_are_seen_quickly(host: &Host) {
     let Some(place) = host.program_with("many", "obstacle", "many") else {
         return host.skip("needs cc (tests/setup)");
@@ -472,8 +500,18 @@ fn two_hundred_processes_are_seen_quickly(host: &Host) {
     println!("    200 processes (ms running, us frozen, seen): {looks:.1?}");
     let _ = std::io::stdout().flush();
     let best = |of: fn(&(f64, f64, f64)) -> f64| looks.iter().map(of).fold(f64::MAX, f64::min);
-    // Time of the CPU, of which 20 ms and 1 ms are aimed at; slow machines take more.
-    assert!(best(|look| look.0) < 100.0 && best(|look| look.1) < 2000.0, "{looks:?}");
+    // Time of the CPU, of which 20 ms and 1 ms are aimed at. Slow machines take more, in the measure in which they do
+    // to read what cannot but be read.
+    let processes = std::fs::read_to_string(host.cgroup(&place.place.name).join("cgroup.procs"));
+    let processes = processes.expect("processes");
+    let plain = (0..5).map(|_| reading(&processes)).fold(f64::MAX, f64::min);
+    let slowness = (plain / READ_IN).max(1.0);
+    println!("    read plainly in {plain:.1} ms");
+    let (running, frozen) = (best(|look| look.0), best(|look| look.1));
+    assert!(
+        running < 100.0 * slowness && frozen < 2000.0 * slowness,
+        "{looks:?}, and {plain:.1} ms"
+    );
     drop(source);
     place.stop();
     host.assert_nothing_left("many");

@@ -34,7 +34,10 @@ pub(crate) fn podman_volumes_go_along(host: &Host) {
         "--tmpfs=/x:size=1m".to_owned(),
         "--mount=type=tmpfs,destination=/y".to_owned(),
     ];
-    let line = "i=0; while :; do i=$((i+1)); echo $i; for at in vol x y; do echo $i >/$at/count; done; sleep 0.1; done";
+    // Replaced in one step, so that no reader ever sees half a number, and by another process, so that the first one's
+    // streams are what they are.
+    let line = "i=0; while :; do i=$((i+1)); echo $i; for at in vol x y; do \
+        /bin/busybox sh -c \"echo $i >/$at/new; /bin/busybox mv /$at/new /$at/count\"; done; sleep 0.1; done";
     let mut pod = Pod::start(host, "pv", &mounts.each_ref().map(String::as_str), line);
     await_count(pod.name(), 2);
     let here = volume("pv-data");

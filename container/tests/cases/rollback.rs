@@ -19,11 +19,12 @@ fn rolled_back_it_runs_on(host: &Host) {
     let mut source = place.source();
     for save in [false, true, true] {
         source.pause().expect("pause");
-        let before = place.last_count();
+        let before = place.noted();
         if save {
             assert!(!source.save().expect("save").is_empty());
         }
         std::thread::sleep(Duration::from_millis(250));
+        assert_eq!(place.noted(), before, "it ran while it was paused");
         assert!(place.last_count() <= before + 1, "it ran while it was paused");
         source.resume().expect("resume");
         place.await_count(before + 3);

@@ -142,7 +142,8 @@ fn page_hash_sends_only_what_differs(host: &Host) {
         return host.skip("needs cc (tests/setup)");
     };
     here.run();
-    here.await_rounds(3);
+    // It has written all of its largest region once more since it forked, and shares none of it with its child.
+    here.await_rounds(9);
     let tracker = TrackerChoice::PageHash;
     host.methods.set(Methods { tracker, ..Methods::default() });
     let there = here.twin("ph2");
@@ -156,8 +157,12 @@ fn page_hash_sends_only_what_differs(host: &Host) {
     let mut last = PageSet::new();
     source.harvest(&mut last).expect("harvest");
     assert!(source.look() > std::time::Duration::ZERO, "it says nothing of how long that took");
-    // It writes all of its largest region, 16 MiB, only every eight rounds of 50 ms.
-    assert!(last.len() < all.len() / 2, "{} of {} pages again", last.len(), all.len());
+    // It writes all of its largest region every eight rounds, which may be in between, and of the others a word of
+    // shared memory, a counter, stacks, and what it says.
+    const LARGEST: u64 = 4096;
+    const OTHERS: u64 = 64;
+    assert!(last.len() <= LARGEST + OTHERS, "{} of {} pages again", last.len(), all.len());
+    assert!(all.len() > LARGEST + 1500, "{} pages", all.len());
     support::copy(&last, &mut *source, &mut *destination);
     destination.load(source.save().expect("save")).expect("load");
     source.fence(1).expect("fence");

@@ -276,7 +276,7 @@ impl Host {
     pub(crate) fn await_no_holder(&self) {
         let holders = || {
             let processes = fs::read_dir("/proc").expect("/proc").flatten();
-            processes.filter(|entry| is_holder(&entry.path())).count()
+            processes.filter(|entry| is_holder(&entry.path(), self.directory())).count()
         };
         await_that("the holder's end", || holders() == 0);
     }

@@ -17,7 +17,8 @@ pub(crate) use host::{HELD, HUNGRY, Host, criu, program};
 pub(crate) use spot::Spot;
 pub(crate) use transfer::{Moved, apart, copy, copy_pages, tracker_of};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+/// More time than anything that is awaited takes, on however slow and busy a machine.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Keepers (of this test run) whose place is `directory`.
 fn keepers_of(directory: &Path) -> Vec<i32> {
@@ -40,9 +41,14 @@ fn keepers_of(directory: &Path) -> Vec<i32> {
     found
 }
 
-/// Whether a process, by its directory in /proc, is a keeper's child that holds descriptors.
-fn is_holder(process: &Path) -> bool {
-    fs::read_to_string(process.join("comm")).is_ok_and(|name| name == "decamp-holder\n")
+/// Whether a process, by its directory in /proc, is a child that holds descriptors of a keeper of workloads below
+/// `workloads`: other runs have theirs.
+fn is_holder(process: &Path, workloads: &Path) -> bool {
+    let is_called = |name: String| name == "decamp-holder\n";
+    let below = workloads.as_os_str().as_encoded_bytes();
+    fs::read_to_string(process.join("comm")).is_ok_and(is_called)
+        && fs::read(process.join("cmdline"))
+            .is_ok_and(|line| line.split(|byte| *byte == 0).any(|word| word.starts_with(below)))
 }
 
 pub(crate) fn await_that(what: &str, mut holds: impl FnMut() -> bool) {

@@ -1,11 +1,13 @@
 //! A client of Redis on one TCP connection, as small as it can be.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use super::{Moved, PATIENCE};
 
 /// One connection, never opened again.
 pub(crate) struct Redis {
@@ -20,12 +22,12 @@ impl Redis {
             match TcpStream::connect(address) {
                 Ok(stream) => break stream,
                 Err(error) => {
-                    assert!(begun.elapsed() < Duration::from_secs(20), "{address}: {error}")
+                    assert!(begun.elapsed() < PATIENCE, "{address}: {error}")
                 }
             }
             std::thread::sleep(Duration::from_millis(10));
         };
-        stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         stream.set_nodelay(true).expect("no delay");
         Self { stream: BufReader::new(stream) }
     }
@@ -83,6 +85,35 @@ impl Redis {
 pub(crate) struct Busy {
     enough: Arc<AtomicBool>,
     thread: JoinHandle<(u64, Duration)>,
+    pulse: JoinHandle<Duration>,
+}
+
+/// What such a client saw.
+pub(crate) struct Seen {
+    pub(crate) writes: u64,
+    /// The longest that a write and a read took.
+    gap: Duration,
+    /// The longest that as much took of somebody who did not move: the machine's own doing.
+    pulse: Duration,
+}
+
+impl Seen {
+    /// Panics when clients of what moved as in `moved` waited longer than for the move. A request that is lost at the
+    /// freeze after all comes again within twice that time; a lost question for a neighbour would cost a second more.
+    pub(crate) fn assert_no_longer_than(&self, moved: &Moved) {
+        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+        let (writes, gap, pulse, stop) = (self.writes, ms(self.gap), ms(self.pulse), moved.stop);
+        eprintln!(
+            "    {writes} writes, longest gap {gap:.0} ms, the stop {stop:.0} ms, of it the move itself \
+             {:.0} ms; others waited {pulse:.0} ms",
+            moved.downtime()
+        );
+        let most = 2.0 * stop + 450.0 + 2.0 * pulse;
+        assert!(
+            gap < most,
+            "a gap of {gap:.0} ms in a stop of {stop:.0} ms, others' of {pulse:.0} ms"
+        );
+    }
 }
 
 impl Busy {
@@ -103,14 +134,45 @@ impl Busy {
             }
             (writes, longest)
         });
-        Self { enough, thread }
+        let pulse = std::thread::spawn({
+            let stop = enough.clone();
+            move || pulse(&stop)
+        });
+        Self { enough, thread, pulse }
     }
 
-    /// How many writes there were, and the longest that one took.
-    pub(crate) fn end(self) -> (u64, Duration) {
+    pub(crate) fn end(self) -> Seen {
         // So that some of them are after the move, whatever happened in it.
         std::thread::sleep(Duration::from_millis(300));
         self.enough.store(true, Ordering::Relaxed);
-        self.thread.join().expect("the busy client saw no error")
+        let (writes, gap) = self.thread.join().expect("the busy client saw no error");
+        Seen { writes, gap, pulse: self.pulse.join().expect("it goes on") }
     }
+}
+
+/// As the client does it, with a server that stays: the longest that a question and its answer took.
+fn pulse(stop: &AtomicBool) -> Duration {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let mut asks =
+        TcpStream::connect(listener.local_addr().expect("its address")).expect("connects");
+    asks.set_nodelay(true).expect("no delay");
+    let answers = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("a client");
+        stream.set_nodelay(true).expect("no delay");
+        let mut byte = [0];
+        while stream.read(&mut byte).is_ok_and(|length| length == 1) {
+            stream.write_all(&byte).expect("it listens");
+        }
+    });
+    let mut longest = Duration::ZERO;
+    while !stop.load(Ordering::Relaxed) {
+        let begun = Instant::now();
+        asks.write_all(b"x").and_then(|()| asks.read_exact(&mut [0])).expect("an answer");
+        longest = longest.max(begun.elapsed());
+        // So that it is no load by itself.
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    drop(asks);
+    answers.join().expect("it goes on");
+    longest
 }

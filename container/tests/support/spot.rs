@@ -110,14 +110,27 @@ impl Spot<'_> {
         await_that("the keeper's end", || keepers_of(&self.place.dir).is_empty());
     }
 
+    /// What it has said so far, in whole lines: the last one may be half written.
+    fn said(&self) -> String {
+        let mut text = fs::read_to_string(self.place.log()).unwrap_or_default();
+        text.truncate(text.rfind('\n').map_or(0, |end| end + 1));
+        text
+    }
+
     pub(crate) fn counts(&self) -> Vec<u64> {
-        let text = fs::read_to_string(self.place.log()).unwrap_or_default();
-        text.lines().filter_map(|line| line.parse().ok()).collect()
+        self.said().lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    /// The number that the counter has in its file, which is always whole. While it stands still this is the one that
+    /// it said last, or the one before: what it says goes through a pipe, whose reader may be late.
+    pub(crate) fn noted(&self) -> u64 {
+        let path = self.bundle().join("rootfs/data/count");
+        fs::read_to_string(path).expect("a count").trim().parse().expect("a number")
     }
 
     /// The last tick that the program with obstacles has said, or 0.
     pub(crate) fn ticks(&self) -> u64 {
-        let text = fs::read_to_string(self.place.log()).unwrap_or_default();
+        let text = self.said();
         let last = text.lines().rev().find_map(|line| line.strip_prefix("tick ")?.parse().ok());
         last.unwrap_or(0)
     }
@@ -134,10 +147,20 @@ impl Spot<'_> {
 
     /// The smallest of the counts that the memory program says last: rounds, its child's, its thread's.
     pub(crate) fn rounds(&self) -> u64 {
-        let text = fs::read_to_string(self.place.log()).unwrap_or_default();
+        let text = self.said();
         assert!(!text.contains("BAD") && !text.contains("no mlock"), "{text}");
         let last = text.lines().rfind(|line| line.starts_with("ok ")).unwrap_or("ok 0");
         last[3..].split(' ').map(|number| number.parse().expect("a number")).min().unwrap_or(0)
+    }
+
+    /// The same once nothing more is said of it: what a program said before it stood still may be on its way.
+    pub(crate) fn settled_rounds(&self) -> u64 {
+        let mut before = self.rounds();
+        await_that(&format!("{} to stand still", self.place.name), || {
+            std::thread::sleep(Duration::from_millis(300));
+            std::mem::replace(&mut before, self.rounds()) == self.rounds()
+        });
+        before
     }
 
     pub(crate) fn await_rounds(&self, rounds: u64) {

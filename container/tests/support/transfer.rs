@@ -18,6 +18,8 @@ use super::spot::Spot;
 #[derive(Debug)]
 pub(crate) struct Moved {
     pub(crate) times: BTreeMap<&'static str, f64>,
+    /// Milliseconds from the beginning of the pause to the end of the activation, with what lies between the steps.
+    pub(crate) stop: f64,
     /// In the stop.
     pub(crate) pages: u64,
     /// In all.
@@ -31,7 +33,7 @@ pub(crate) struct Moved {
 }
 
 impl Moved {
-    /// Milliseconds from the beginning of the pause to the end of the activation.
+    /// Milliseconds of all steps of the stop.
     pub(crate) fn downtime(&self) -> f64 {
         ["pause", "harvest", "copy", "save", "load", "activate"]
             .iter()
@@ -88,6 +90,7 @@ impl Spot<'_> {
         let mut destination = there.prepare(&mut *source);
         step("prepare", begun);
         let begun = Instant::now();
+        let stopped = begun;
         source.pause().expect("pause");
         step("pause", begun);
         let begun = Instant::now();
@@ -112,11 +115,12 @@ impl Spot<'_> {
         let begun = Instant::now();
         destination.activate(1).expect("activate");
         step("activate", begun);
+        let stop = stopped.elapsed().as_secs_f64() * 1000.0;
         let begun = Instant::now();
         source.release().expect("release");
         step("release", begun);
         let pages = dirty.len();
-        Moved { times, pages, sent: pages, tracker, left, arrived }
+        Moved { times, stop, pages, sent: pages, tracker, left, arrived }
     }
 
     /// Moves it to a twin that has files of its own: they are copied, as between two hosts. Its memory is copied
@@ -191,6 +195,7 @@ impl Spot<'_> {
             dirty = copy(&dirty, &mut *source, &mut *destination);
         }
         let mut begun = Instant::now();
+        let stopped = begun;
         let mut step = |name| {
             times.insert(name, begun.elapsed().as_secs_f64() * 1000.0);
             begun = Instant::now();
@@ -211,10 +216,11 @@ impl Spot<'_> {
         source.fence(1).expect("fence");
         destination.activate(1).expect("activate");
         step("activate");
+        let stop = stopped.elapsed().as_secs_f64() * 1000.0;
         source.release().expect("release");
         eprintln!("    {} pages in the stop after {pages}: {times:.1?}", dirty.len());
         let (sent, pages) = (pages + dirty.len(), dirty.len());
-        Moved { times, pages, sent, tracker, left, arrived }
+        Moved { times, stop, pages, sent, tracker, left, arrived }
     }
 }
 
