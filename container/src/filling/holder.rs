@@ -71,7 +71,7 @@ impl Drop for Holder {
 mod tests {
     use std::io::Read;
     use std::process::{Command, Stdio};
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     use nix::unistd::pipe;
 
@@ -95,11 +95,10 @@ mod tests {
         std::thread::sleep(Duration::from_millis(100));
         child.kill().expect("kill");
         child.wait().expect("wait");
-        let begun = Instant::now();
         // The end of the pipe comes with the end of who held it.
         let mut rest = Vec::new();
         std::fs::File::from(read).read_to_end(&mut rest).expect("read");
-        assert!(begun.elapsed() < Duration::from_secs(5) && rest.is_empty());
+        assert!(rest.is_empty());
         assert_eq!(sys::reap(pid).expect("a child"), Ok(0));
     }
 }

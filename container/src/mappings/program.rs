@@ -189,7 +189,11 @@ mod tests {
         while fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| !path.ends_with("sleep")) {
             std::thread::yield_now();
         }
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        let calls = || fs::read_to_string(format!("/proc/{pid}/syscall")).expect("it lives");
+        let sleeps = [libc::SYS_nanosleep, libc::SYS_clock_nanosleep];
+        while !sleeps.iter().any(|call| calls().starts_with(&format!("{call} "))) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
         let listed = list(&program.descriptor, pid).expect("it lives");
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it lives");
         let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("it lives");

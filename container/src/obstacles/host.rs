@@ -448,10 +448,11 @@ mod tests {
     fn a_criu_that_complains_is_quoted_and_one_that_hangs_is_ended() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("criu");
-        fs::write(&path, "#!/bin/sh\necho 'Error (x.c:1): no such thing' >&2\nexit 1\n")
-            .expect("written");
-        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))
-            .expect("set");
+        // By somebody else: a program that another test starts while we have a file open for writing has it open too, and
+        // nothing is executed then.
+        let write = r#"printf '#!/bin/sh\n%s\n' "echo 'Error (x.c:1): no such thing' >&2; exit 1" >"$0" && chmod 755 "$0""#;
+        let wrote = Command::new("sh").args(["-c", write]).arg(&path).status();
+        assert!(wrote.expect("sh").success());
         let said = criu_obstacle(&path).expect("bad");
         assert!(said.ends_with("Error (x.c:1): no such thing"), "{said}");
         assert_eq!(criu_obstacle(&path), Some(said));

@@ -64,6 +64,21 @@ impl Churning {
         fs::read_to_string(self.directory.path().join("said")).expect("what it said")
     }
 
+    /// Lets it run for a while, of which a busy machine may give it nothing.
+    fn let_it_work(&self) {
+        let path = format!("/proc/{}/schedstat", self.child.id());
+        let ran = || {
+            let text = fs::read_to_string(&path).expect("it lives");
+            let spent = text.split(' ').next().and_then(|word| word.parse().ok());
+            Duration::from_nanos(spent.expect("a number"))
+        };
+        let before = ran();
+        sleep(BETWEEN);
+        while ran() < before + BETWEEN / 6 {
+            sleep(BETWEEN / 10);
+        }
+    }
+
     fn processes(&self) -> Vec<Process> {
         let pids = self.cgroups.processes().expect("members");
         memory::processes(&pids, self.child.id() as i32).expect("its processes")
@@ -78,7 +93,7 @@ impl Churning {
             if !one_is_lost || round + 1 < ROUNDS {
                 sent.note(&self.processes(), &dirty);
             }
-            sleep(BETWEEN);
+            self.let_it_work();
         }
         self.cgroups.freeze().expect("frozen");
         let processes = self.processes();
