@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::failures::{Failure, Held, Living, Served, arm, hold, report};
+use crate::failures::{Failure, HOLDS, Held, Living, Served, arm, hold, report};
 use crate::guest::Guest;
 use crate::hosts::{ALPHA, BETA, Hosts, hosts};
 use crate::redis::Redis;
@@ -22,7 +22,7 @@ const STEPS: [&str; 7] = [
     "destination.answer",
 ];
 /// A source asks a silent destination again after 2 s at most, and a destination that lost its source waits 5 s.
-const SETTLES_WITHIN: Duration = Duration::from_secs(60);
+const SETTLES_WITHIN: Duration = Duration::from_secs(120);
 
 pub(crate) fn tests() -> Vec<Test> {
     vec![
@@ -112,7 +112,7 @@ fn mend(hosts: &'static Hosts, held: &Held, failure: Failure) {
         Failure::Cut | Failure::Reset => {
             // Healed once the source has noticed; what it then says depends on the step.
             let noticed = ["asking again", "Move ended"];
-            find("the source to notice the cut", Duration::from_secs(60), || {
+            find("the source to notice the cut", SETTLES_WITHIN, || {
                 let log = hosts.log_since(held.from, held.mark);
                 noticed.iter().any(|text| log.contains(text)).then_some(())
             });
@@ -148,9 +148,10 @@ fn killed_while_undone() {
     let guest = Guest::start(hosts, ALPHA, "undone", "256M", "fill=64 hot=8 report=20");
     let watch = Watch::begin(&guest);
     hosts.with_failpoints(ALPHA, "");
-    hosts.with_failpoints(BETA, "destination.activate=1*return;destination.aborted=1*sleep(3000)");
+    let aborted = format!("destination.aborted=1*return({HOLDS})");
+    hosts.with_failpoints(BETA, &format!("destination.activate=1*return;{aborted}"));
     let held = hold(hosts, ALPHA, "undone", "destination.aborted", &[]);
-    held.inflict(Failure::KillSource);
+    hosts.hosts(&["agent", ALPHA, "kill"]).expect(0);
     hosts.start_agent(ALPHA, "");
     let ran = held.ended().expect(4);
     assert_eq!(settled(hosts, "undone"), ALPHA, "{ran}");

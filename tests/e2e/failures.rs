@@ -1,6 +1,8 @@
 //! Breaking a move at a named place: hold it there, break something, see how it ends.
 
 use std::fmt;
+use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -10,13 +12,13 @@ use crate::hosts::{Hosts, other};
 use crate::redis::Client;
 use crate::running::{Pending, Ran, find};
 
-/// How long a move is held. Breaking something takes a few hundred milliseconds.
-const HOLD_MS: u32 = 3000;
+/// A move is held as long as this file is there, as its host sees it: however long it takes to break something.
+pub(crate) const HOLDS: &str = "/run/decamp-host/holds";
 /// How long a move may take to get to a fail point.
-const ARRIVES_WITHIN: Duration = Duration::from_secs(30);
+const ARRIVES_WITHIN: Duration = Duration::from_secs(120);
 /// How long a broken move may take to end. A silent peer is given up after 15 s; a fenced source asks for a
 /// minute.
-pub(crate) const ENDS_WITHIN: Duration = Duration::from_secs(120);
+pub(crate) const ENDS_WITHIN: Duration = Duration::from_secs(300);
 
 /// What goes wrong.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -89,8 +91,10 @@ pub(crate) struct Held {
     pub(crate) to: &'static str,
     /// Length of the source's log when the move began.
     pub(crate) mark: usize,
-    moving: Pending,
+    moving: Option<Pending>,
     name: String,
+    /// What holds it, as seen from outside.
+    holds: PathBuf,
 }
 
 /// Gives both agents the fail points that a failure at `point` needs.
@@ -99,7 +103,7 @@ pub(crate) fn arm(hosts: &'static Hosts, from: &'static str, point: &str, failur
     let holder = holder(from, point);
     let action = match failure {
         Failure::Error => "1*return".to_owned(),
-        _ => format!("1*sleep({HOLD_MS})"),
+        _ => format!("1*return({HOLDS})"),
     };
     hosts.with_failpoints(holder, &format!("{point}={action}"));
     hosts.with_failpoints(other(holder), "");
@@ -129,6 +133,10 @@ pub(crate) fn hold_to(
 ) -> Held {
     let holder = holder(from, point);
     let (mark, begun) = (hosts.log_mark(holder), hosts.log_mark(from));
+    let holds = hosts.path(holder, "conf").join(HOLDS.rsplit('/').next().expect("a name"));
+    fs::write(&holds, "").expect("written");
+    let mut held =
+        Held { hosts, from, to, mark: begun, moving: None, name: name.to_owned(), holds };
     // Moves that were held teach the agents that a stop takes seconds; that is not the subject here.
     let words = ["migrate", name, "--to", to, "--json", "--max-downtime", "60s"];
     let mut moving = hosts.begin(from, &[&words[..], options].concat());
@@ -141,7 +149,8 @@ pub(crate) fn hold_to(
     if !hosts.log_since(holder, mark).contains(&word) {
         panic!("the move never came to {point}\n{}", moving.ended(ENDS_WITHIN));
     }
-    Held { hosts, from, to, mark: begun, moving, name: name.to_owned() }
+    held.moving = Some(moving);
+    held
 }
 
 /// The host on which a fail point is.
@@ -151,24 +160,37 @@ fn holder(from: &'static str, point: &str) -> &'static str {
 }
 
 impl Held {
-    /// Breaks something.
+    /// Breaks something, and lets the move go on.
     #[track_caller]
     pub(crate) fn inflict(&self, failure: Failure) {
         let Self { hosts, from, to, name, .. } = self;
-        match failure {
+        let _broken = match failure {
             Failure::Cut => hosts.hosts(&["cut", to]).expect(0),
             Failure::Reset => hosts.hosts(&["cut", to, "--reset"]).expect(0),
             Failure::KillDestination => hosts.hosts(&["agent", to, "kill"]).expect(0),
             Failure::KillSource => hosts.hosts(&["agent", from, "kill"]).expect(0),
             Failure::Cancel => hosts.decamp(from, &["cancel", name]).expect(0),
-            Failure::Error => return,
+            Failure::Error => return self.let_go(),
         };
+        self.let_go();
     }
 
-    /// Waits for the end of the move.
+    /// Lets the move go on.
+    pub(crate) fn let_go(&self) {
+        let _ = fs::remove_file(&self.holds);
+    }
+
+    /// Waits for the end of the move, which goes on if it is still held.
     #[track_caller]
-    pub(crate) fn ended(self) -> Ran {
-        self.moving.ended(ENDS_WITHIN)
+    pub(crate) fn ended(mut self) -> Ran {
+        self.let_go();
+        self.moving.take().expect("taken only here").ended(ENDS_WITHIN)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.let_go();
     }
 }
 

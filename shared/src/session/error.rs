@@ -115,16 +115,30 @@ fn sentences(refusals: &[Refusal]) -> String {
     refusals.iter().map(|refusal| refusal.text.as_str()).collect::<Vec<_>>().join("; ")
 }
 
-/// A named place in a session where a test may hold it, or break it. Nothing in other builds.
+/// What a test wants at a point: to break it, or to hold it as long as `file` is there. Whether it is broken.
+#[cfg(feature = "failpoints")]
+pub(crate) fn is_broken(file: Option<String>) -> bool {
+    /// No test takes longer.
+    const MOST: Duration = Duration::from_secs(300);
+    let Some(file) = file else { return true };
+    let begun = std::time::Instant::now();
+    while std::path::Path::new(&file).exists() && begun.elapsed() < MOST {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
+}
+
+/// A named place in a session where a test may hold it (`return(FILE)`, while FILE is there), or break it (`return`).
+/// Nothing in other builds.
 macro_rules! fail_here {
     ($name:literal) => {
         #[cfg(feature = "failpoints")]
         {
-            // Sleeping points block a thread, which is why they run on a blocking one.
+            // Points that hold block a thread, which is why they run on a blocking one.
             let broken = tokio::task::spawn_blocking(|| {
                 // What a test waits for before it breaks something else.
                 tracing::debug!(target: "decamp_shared::failpoint", "At {}", $name);
-                fail::fail_point!($name, |_| true);
+                fail::fail_point!($name, $crate::session::error::is_broken);
                 false
             })
             .await?;
