@@ -99,7 +99,7 @@ impl Agent {
         let log = fs::File::create(dir.path().join("agent.log")).expect("a log");
         let child = Self::command(dir.path()).stderr(log).spawn().expect("the agent starts");
         let agent = Self { dir, child };
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while agent.ask(&["ls"]).status.code() != Some(0) {
             assert!(Instant::now() < deadline, "{}", agent.log());
             std::thread::sleep(Duration::from_millis(20));
@@ -291,7 +291,7 @@ fn one_agent_a_state_directory_and_a_stale_socket_is_no_hindrance() {
     assert_exit(&agent.ask(&["ls"]), 1);
     let log = fs::File::create(agent.dir.path().join("agent.log")).expect("a log");
     agent.child = Agent::command(agent.dir.path()).stderr(log).spawn().expect("starts again");
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while agent.ask(&["ls"]).status.code() != Some(0) {
         assert!(Instant::now() < deadline, "{}", agent.log());
         std::thread::sleep(Duration::from_millis(20));
@@ -536,7 +536,7 @@ fn whatever_ends_a_stay_at_a_console_the_terminal_is_as_before() {
         let head = "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n\
             Upgrade: decamp-console\r\n\r\n";
         console.write_all(head.as_bytes()).expect("written");
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         let is_raw = || {
             let settings = tcgetattr(&slave).expect("settings");
             !settings.local_flags.contains(LocalFlags::ICANON)

@@ -9,7 +9,7 @@ use crate::running::until;
 use crate::{Needs, Test};
 
 /// What is awaited happens within this, on however slow a machine.
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(120);
 
 pub(crate) fn tests() -> Vec<Test> {
     vec![

@@ -12,7 +12,7 @@ use crate::running::{Pending, run, until};
 use crate::{Needs, Test};
 
 /// What is awaited happens within this, on however slow a machine.
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 const NAME: &str = "ledger";
 const ADDRESS: &str = "10.77.1.70";
 /// What pgbench's transactions leave equal.

@@ -282,11 +282,11 @@ fn agent_killed() {
     hosts.with_failpoints(ALPHA, "checkpoint-part=pause");
     let words = ["checkpoint", "web", "--output", file.path()];
     let waiting = hosts.begin(ALPHA, &words);
-    crate::running::until("the guest to stand still", std::time::Duration::from_secs(20), || {
+    crate::running::until("the guest to stand still", std::time::Duration::from_secs(120), || {
         !guest.advances(ALPHA)
     });
     hosts.hosts(&["agent", ALPHA, "kill"]).expect(0);
-    waiting.ended(std::time::Duration::from_secs(30)).expect(1);
+    waiting.ended(std::time::Duration::from_secs(120)).expect(1);
     hosts.start_agent(ALPHA, "");
     guest.runs_clean(ALPHA);
     assert_eq!(hosts.state(ALPHA, "web").as_deref(), Some("running"));

@@ -18,7 +18,7 @@ use crate::running::{Ran, until};
 use crate::{Needs, Test};
 
 /// Anything that somebody waits for at a console.
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(120);
 /// Ctrl-].
 const DETACH: &[u8] = b"\x1d";
 
@@ -140,12 +140,12 @@ fn of_a_vm() {
     second.types(b"v");
     first.shows("verified pages=");
     second.shows("verified pages=");
-    let third = piped(hosts, ALPHA, "v", "seated --for 3s").expect(0);
+    let third = piped(hosts, ALPHA, "v", "seated --for 10s").expect(0);
     assert!(third.stdout.contains("bad=0 verdict=clean") && third.stderr.is_empty(), "{third}");
     first.shows("verified pages=");
     // It is never quiet: it is left all the same.
     piped(hosts, ALPHA, "", "seated").expect(0);
-    let lines = piped(hosts, ALPHA, "", "seated --for 1s --json").expect(0).stdout;
+    let lines = piped(hosts, ALPHA, "", "seated --for 5s --json").expect(0).stdout;
     let first_line = lines.lines().next().expect("a line");
     let line: serde_json::Value = serde_json::from_str(first_line).expect("JSON");
     assert!(line["output"].as_str().is_some_and(|text| !text.is_empty()), "{lines}");

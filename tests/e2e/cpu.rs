@@ -96,7 +96,7 @@ fn less() {
         return;
     }
     ran.expect(0);
-    until("the guest", std::time::Duration::from_secs(30), || guest.advances(ALPHA));
+    until("the guest", std::time::Duration::from_secs(120), || guest.advances(ALPHA));
     let seen = hosts.decamp(ALPHA, &["inspect", "pinned", "--json"]).expect(0).json();
     let entries = seen["keeper"]["facts"]["needs"]["cpuid"].as_array().expect("entries").clone();
     let leaf = entries.iter().find(|one| one["leaf"] == 7 && one["subleaf"] == 0).expect("leaf 7");

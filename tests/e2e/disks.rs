@@ -16,7 +16,7 @@ use crate::snapshot::Snapshot;
 use crate::{Needs, Test};
 
 /// Something is taken away within this.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(120);
 /// A disk that ends within a page, of which a part holds anything.
 const BYTES: u64 = (64 << 20) + 1536;
 /// What the guest does beside.

@@ -10,11 +10,11 @@ use crate::hosts::Hosts;
 use crate::running::{find, until};
 
 /// A guest reports every 50 ms: this is a hundred reports.
-const REPORT_WITHIN: Duration = Duration::from_secs(30);
+const REPORT_WITHIN: Duration = Duration::from_secs(120);
 /// A dozen reports.
 const ADVANCES_WITHIN: Duration = Duration::from_millis(600);
 /// Sweeping or verifying a GiB, on a busy machine.
-const VERIFY_WITHIN: Duration = Duration::from_secs(60);
+const VERIFY_WITHIN: Duration = Duration::from_secs(180);
 
 /// A virtual machine; taken away from both hosts when it is dropped.
 pub(crate) struct Guest {

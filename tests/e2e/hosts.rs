@@ -17,8 +17,10 @@ pub(crate) const ALPHA: &str = "alpha";
 pub(crate) const BETA: &str = "beta";
 /// The namespace that clients run in.
 pub(crate) const CLIENT: &str = "e2e-clients";
-/// Longest that any command but a move may take.
-const SOON: Duration = Duration::from_secs(60);
+/// Longest that any command but a move may take, on however slow and busy a machine.
+const SOON: Duration = Duration::from_secs(180);
+/// Longest that the test guest and the client take to be built.
+const BUILT_WITHIN: Duration = Duration::from_secs(900);
 /// What agents log: enough to see a move arrive at a fail point.
 const LOG: &str = "info,decamp_shared::failpoint=debug";
 
@@ -81,10 +83,10 @@ impl Hosts {
         fs::create_dir_all(&hosts.shared).expect("a shared directory");
         fs::create_dir_all(&hosts.tools).expect("a directory for tools");
         let guest = root.join("tests/guest/build");
-        run(Command::new(guest).arg(hosts.tools.join("guest.elf")), SOON).expect(0);
+        run(Command::new(guest).arg(hosts.tools.join("guest.elf")), BUILT_WITHIN).expect(0);
         let mut rustc = Command::new("rustc");
         rustc.args(["--edition", "2024", "-O", "-o"]).arg(hosts.redis_client());
-        run(rustc.arg(root.join("tests/support/redis_client.rs")), SOON).expect(0);
+        run(rustc.arg(root.join("tests/support/redis_client.rs")), BUILT_WITHIN).expect(0);
         run(hosts.script().args(["up", "2"]), SOON).expect(0);
         run(hosts.script().args(["client", CLIENT, "10.77.1.9/16"]), SOON).expect(0);
         for host in [ALPHA, BETA] {
@@ -127,6 +129,11 @@ impl Hosts {
         run(self.script().args(words), SOON)
     }
 
+    /// The same, begun.
+    pub(crate) fn begin_hosts(&self, words: &[&str]) -> Pending {
+        Pending::start(self.script().args(words))
+    }
+
     /// Runs a command in a host.
     #[track_caller]
     pub(crate) fn exec(&self, host: &str, words: &[&str]) -> Ran {
@@ -136,7 +143,7 @@ impl Hosts {
     /// Runs `decamp` in a host.
     #[track_caller]
     pub(crate) fn decamp(&self, host: &str, words: &[&str]) -> Ran {
-        self.begin(host, words).ended(Duration::from_secs(150))
+        self.begin(host, words).ended(Duration::from_secs(300))
     }
 
     /// Starts `decamp` in a host.

@@ -4,9 +4,10 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use decamp_shared::network::{index_of, packet_socket};
 use nix::sched::{CloneFlags, setns};
@@ -17,6 +18,7 @@ use serde_json::Value;
 use crate::guest::Guest;
 use crate::hosts::{ALPHA, BETA, CLIENT, Hosts, hosts};
 use crate::refusals::refused;
+use crate::running::until;
 use crate::snapshot::Snapshot;
 use crate::{Needs, Test};
 
@@ -52,10 +54,19 @@ fn taps(hosts: &'static Hosts, host: &str, bridge: &str) -> Vec<(String, String)
     links.iter().filter_map(tap).collect()
 }
 
+/// Nothing of it is on the network of the host that it left, and then its tap device goes with its keeper.
+#[track_caller]
+fn leaves(hosts: &'static Hosts, host: &str) {
+    let left = taps(hosts, host, "br0");
+    assert!(left.iter().all(|(_, state)| state != "forwarding"), "{left:?}");
+    until("its tap device to go", Duration::from_secs(120), || taps(hosts, host, "br0").is_empty());
+}
+
 /// Who listens among the clients for frames of the guest's.
 struct Ear {
     done: Arc<AtomicBool>,
-    listener: JoinHandle<Vec<[u8; 2]>>,
+    kinds: Arc<Mutex<Vec<[u8; 2]>>>,
+    listener: JoinHandle<()>,
 }
 
 impl Ear {
@@ -64,6 +75,8 @@ impl Ear {
         const ALL: u16 = 3;
         let done = Arc::new(AtomicBool::new(false));
         let stop = done.clone();
+        let kinds = Arc::<Mutex<Vec<_>>>::default();
+        let noted = kinds.clone();
         let (ready, is_ready) = std::sync::mpsc::channel();
         let listener = std::thread::spawn(move || {
             let namespace = File::open(format!("/run/netns/{CLIENT}")).expect("a namespace");
@@ -75,27 +88,33 @@ impl Ear {
             let socket = packet_socket(index_of(&name).expect("it"), ALL).expect("a socket");
             setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::milliseconds(50)).expect("set");
             ready.send(()).expect("awaited");
-            let (mut socket, mut kinds) = (File::from(socket), Vec::new());
+            let mut socket = File::from(socket);
             let mut frame = [0; 2048];
             while !stop.load(Ordering::SeqCst) {
                 let Ok(length) = socket.read(&mut frame) else { continue };
                 if length > 14 && frame[6..12] == MAC_BYTES {
+                    let mut kinds = noted.lock().unwrap_or_else(PoisonError::into_inner);
                     kinds.push([frame[12], frame[13]]);
                 }
             }
-            kinds
         });
         is_ready.recv().expect("it listens");
-        Self { done, listener }
+        Self { done, kinds, listener }
     }
 
-    /// How many reverse ARP frames were heard, a while after all should have been.
+    /// How many reverse ARP frames were heard, a while after the last of so many should have been.
     #[track_caller]
-    fn heard(self) -> usize {
-        std::thread::sleep(std::time::Duration::from_millis(1600));
+    fn heard(self, wanted: usize) -> usize {
+        let count = || {
+            let kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
+            kinds.iter().filter(|kind| **kind == [0x80, 0x35]).count()
+        };
+        until("announcements", Duration::from_secs(120), || count() >= wanted);
+        std::thread::sleep(Duration::from_millis(1600));
         self.done.store(true, Ordering::SeqCst);
-        let kinds = self.listener.join().expect("it listened");
-        kinds.iter().filter(|kind| **kind == [0x80, 0x35]).count()
+        let heard = count();
+        self.listener.join().expect("it listened");
+        heard
     }
 }
 
@@ -108,13 +127,13 @@ fn announced() {
     let ear = Ear::open();
     hosts.decamp(ALPHA, &["migrate", "netted", "--to", BETA]).expect(0);
     guest.runs_clean(BETA);
-    assert_eq!(ear.heard(), 6, "one at once and five rounds after that");
+    assert_eq!(ear.heard(6), 6, "one at once and five rounds after that");
     let there = taps(hosts, BETA, "br0");
     assert!(there.len() == 1 && there[0].1 == "forwarding", "{there:?}");
-    assert_eq!(taps(hosts, ALPHA, "br0"), []);
+    leaves(hosts, ALPHA);
     hosts.decamp(BETA, &["migrate", "netted", "--to", ALPHA]).expect(0);
     guest.runs_clean(ALPHA);
-    assert_eq!(taps(hosts, BETA, "br0"), []);
+    leaves(hosts, BETA);
 }
 
 /// The destination cannot load what came: it is back on the network where it was, and says so.
@@ -130,7 +149,8 @@ fn rolled_back() {
         ran.expect(4);
         before.is_restored();
         let stood = point == "destination.load";
-        assert_eq!(ear.heard(), if stood { 6 } else { 0 }, "{point}");
+        let wanted = if stood { 6 } else { 0 };
+        assert_eq!(ear.heard(wanted), wanted, "{point}");
         let here = taps(hosts, ALPHA, "br0");
         assert!(here.len() == 1 && here[0].1 == "forwarding", "{here:?}");
         guest.runs_clean(ALPHA);

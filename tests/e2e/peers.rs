@@ -181,7 +181,7 @@ fn speak_without_certificate(ca: &PathBuf) -> Result<(), String> {
     let name = ServerName::try_from("beta").expect("a name");
     let mut tls = rustls::ClientConnection::new(Arc::new(config), name).expect("a client");
     let mut tcp = TcpStream::connect("10.77.0.2:7420").expect("the agent listens");
-    tcp.set_read_timeout(Some(Duration::from_secs(10))).expect("a deadline");
+    tcp.set_read_timeout(Some(Duration::from_secs(120))).expect("a deadline");
     let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
     stream.write_all(&[0; 16]).map_err(|error| error.to_string())?;
     let read = stream.read(&mut [0; 16]).map_err(|error| error.to_string())?;

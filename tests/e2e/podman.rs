@@ -11,11 +11,13 @@ use crate::running::until;
 use crate::{Needs, Test};
 
 /// What is awaited happens within this, on however slow a machine.
-const SOON: Duration = Duration::from_secs(30);
+const SOON: Duration = Duration::from_secs(120);
 /// Of what is in podman's network.
 const ADDRESS: &str = "10.77.1.60";
-/// What podman runs.
-const LINE: &str = "i=0; while :; do i=$((i+1)); echo $i; echo $i >/data/count; sleep 0.1; done";
+/// What podman runs. The file is replaced in one step, so that no reader ever sees half a number, and by another process,
+/// so that the first one's streams are what they are.
+const LINE: &str = "i=0; while :; do i=$((i+1)); echo $i; \
+    /bin/busybox sh -c \"echo $i >/data/new; /bin/busybox mv /data/new /data/count\"; sleep 0.1; done";
 /// Where a host's podman has what it is told, for itself.
 const CONF: &str = "/etc/containers";
 /// Gives a host a podman of its own.
@@ -185,7 +187,8 @@ fn volume_and_directory() {
     let conf = "mkdir -p /srv/plum-conf && echo of the first host >/srv/plum-conf/file";
     hosts.exec(ALPHA, &["sh", "-c", conf]).expect(0);
     let mounts = ["--network=none", "--volume=plum-data:/vol", "--volume=/srv/plum-conf:/conf:ro"];
-    let line = "i=0; while :; do i=$((i+1)); echo $i; echo $i >/vol/count; echo $i >/data/count; sleep 0.1; done";
+    let line = "i=0; while :; do i=$((i+1)); echo $i; for at in vol data; do \
+        /bin/busybox sh -c \"echo $i >/$at/new; /bin/busybox mv /$at/new /$at/count\"; done; sleep 0.1; done";
     podmans.run_line("plum", &[], &mounts, line);
     podmans.adopt("plum");
     refused(hosts.decamp(ALPHA, &["migrate", "plum", "--to", BETA]), &["--storage /vol=copy"]);
@@ -211,15 +214,15 @@ fn volume_and_directory() {
 fn terminal() {
     let hosts = hosts();
     let podmans = Podmans::prepare(hosts);
-    let line = "(i=0; while :; do i=$((i+1)); echo $i; echo $i >/data/count; sleep 0.1; done) & exec cat >/data/typed";
-    podmans.run_line("fig", &[], &["--network=none", "-t", "-i", "--rm"], line);
+    let line = format!("({LINE}) & exec cat >/data/typed");
+    podmans.run_line("fig", &[], &["--network=none", "-t", "-i", "--rm"], &line);
     podmans.adopt("fig");
     podmans.migrate("fig", &[]);
     let lines = || podmans.says(BETA, &["logs", "fig"]).lines().count();
     let before = lines();
     until("its log to go on", SOON, || lines() > before);
     let attach =
-        "(echo typed; sleep 2) | timeout 10 podman attach --sig-proxy=false fig >/dev/null";
+        "(echo typed; sleep 2) | timeout 60 podman attach --sig-proxy=false fig >/dev/null";
     hosts.exec(BETA, &["sh", "-c", attach]);
     until("what is typed", SOON, || podmans.reads(BETA, "fig", "/data/typed").contains("typed"));
     podmans.says(BETA, &["stop", "--time", "0", "fig"]);

@@ -15,7 +15,7 @@ use crate::snapshot::Snapshot;
 use crate::{Needs, Test};
 
 /// Something is seen within this.
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(180);
 /// A disk that ends within a page.
 const BYTES: u64 = (32 << 20) + 1536;
 /// The guest rewrites the first MiB of it all the time.

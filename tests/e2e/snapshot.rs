@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::hosts::{ALPHA, BETA, Hosts};
+use crate::running::until;
 
 /// How long leftovers may take to go.
-const CLEAN_WITHIN: Duration = Duration::from_secs(20);
+const CLEAN_WITHIN: Duration = Duration::from_secs(120);
 
 /// Lists everything, one thing a line. Processes first and without starting any, so that it sees none of
 /// its own. Not named: a database's working files, what runc and CRIU make for themselves at their first use and
@@ -60,10 +61,16 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
-    /// Looks at both hosts.
+    /// Looks at both hosts, until they look the same twice: what comes and goes while something is still about to
+    /// begin or to end (programs that an agent asks, say) would be missed later.
     #[track_caller]
     pub(crate) fn take(hosts: &'static Hosts) -> Self {
-        Self { hosts, things: look(hosts) }
+        let mut things = look(hosts);
+        until("the hosts to come to rest", CLEAN_WITHIN, || {
+            let now = look(hosts);
+            std::mem::replace(&mut things, now) == things
+        });
+        Self { hosts, things }
     }
 
     /// Waits until both hosts look as they did; panics with what is left, or missing.

@@ -15,7 +15,7 @@ use crate::snapshot::Snapshot;
 use crate::{Needs, Test};
 
 /// A number is written within this, on a busy machine.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(120);
 /// Writes on one descriptor that is open all the time, and reads a file that is deleted.
 const WRITER: &str =
     "exec 3>>/vol/log; echo kept >/vol/gone; exec 4</vol/gone; busybox rm /vol/gone
