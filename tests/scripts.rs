@@ -148,7 +148,7 @@ fn a_lab_that_cannot_be_says_what_it_lacks() {
         return;
     }
     std::os::unix::fs::symlink("/usr/bin/python3", bin.join("python3")).expect("linked");
-    for name in ["guests", "peers", "containers"] {
+    for name in ["guests", "peers", "refusals", "crossing", "containers"] {
         let told = skips(&lab(&[name]));
         assert!(told.contains("qemu-system-x86_64"), "{told}");
         assert!(told.contains(&format!("test lab::{name} ... skipped: ")), "{told}");

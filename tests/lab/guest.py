@@ -110,6 +110,10 @@ class Guest:
         """The disk is written to again."""
         self._tell(host, "go", "on")
 
+    def cpuid(self, host, leaf):
+        """What CPUID tells it: EAX, EBX, ECX and EDX of a leaf."""
+        return [int(word) for word in self._ask(host, f"cpuid {leaf}")[0].split()]
+
     def kernel_log(self, host):
         """All that its kernel has said."""
         return self._ask(host, "sh dmesg")

@@ -50,17 +50,18 @@ def at_once(calls):
             done.result()
 
 
-def boot_hosts(kernels, scratch, hosts, decamp):
+def boot_hosts(kernels, scratch, hosts, decamp, *, models=("max", "max"), devices=(), modules=""):
+    """Two hosts with agents, each of its own model of processor, with these devices of QEMU's and modules besides."""
     network = Network()
     issue_certificates(decamp, scratch / "pki")
     with part("hosts boot"):
-        for name, kernel in zip(NAMES, kernels):
-            hosts.append(Host(name, kernel, scratch, network, decamp))
+        for name, kernel, model in zip(NAMES, kernels, models):
+            hosts.append(Host(name, kernel, scratch, network, decamp, cpu=model, devices=devices))
         for host in hosts:
             host.machine.wait_ready()
             say(f"{host.name} is under Linux {host.machine.release}")
     with part("hosts get KVM, network and agents"):
-        at_once([partial(host.set_up, delay=DELAY, loss=LOSS) for host in hosts])
+        at_once([partial(host.set_up, delay=DELAY, loss=LOSS, modules=modules) for host in hosts])
 
 
 def start_guest(guest, host):

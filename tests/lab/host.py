@@ -4,6 +4,7 @@ What belongs here: making a host, and what one asks of it. What does not: what m
 """
 
 import json
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -15,6 +16,8 @@ from telling import Failed
 HERE = Path(__file__).resolve().parent
 PORT = 7420
 NAMES = ["alpha", "beta"]
+# Where tests/setup puts a newer one than Debian's.
+CRIU = Path(os.environ.get("DECAMP_CRIU") or "/opt/decamp-criu/bin/criu")
 
 
 def issue_certificates(decamp, pki):
@@ -32,16 +35,16 @@ def address(name):
 class Host:
     """A host that is booting. `set_up` waits for that."""
 
-    def __init__(self, name, kernel, scratch, network, decamp, *, memory="4G"):
+    def __init__(self, name, kernel, scratch, network, decamp, *, memory="4G", cpu="max", devices=()):
         self.name, self._decamp, self.pki = name, decamp, scratch / "pki"
         self._number = NAMES.index(name) + 1
         cards = network.card(LINK, f"02:77:00:00:00:{self._number:02x}")
         cards += network.card(SEGMENT, f"02:77:01:00:00:{self._number:02x}")
         self._config = scratch / f"{name}.toml"
         self._config.write_text(self._agent_toml())
-        self.machine = Machine(name, kernel, scratch, memory=memory, devices=cards)
+        self.machine = Machine(name, kernel, scratch, memory=memory, cpu=cpu, devices=[*cards, *devices])
 
-    def set_up(self, *, delay, loss):
+    def set_up(self, *, delay, loss, modules):
         """Waits until it has booted and makes a host of it, with its clock set."""
         self.machine.wait_ready()
         given = {
@@ -49,6 +52,8 @@ class Host:
             "segment": f"10.77.1.{self._number}/24",
             "delay": delay,
             "loss": loss,
+            "more": modules,
+            "log": os.environ.get("DECAMP_LOG") or "info",
             "decamp": self._decamp,
             "config": self._config,
             "lab": HERE,
@@ -89,13 +94,24 @@ class Host:
         """Has a workload moved away; the exit code, the report, and all that was said."""
         command = shlex.join(["decamp", "migrate", workload, "--to", to, "--json", *options])
         order = self.machine.order(f"date +%s%N; {command}")
-        code = order.wait(within)
+        try:
+            code = order.wait(within)
+        except Failed as error:
+            raise Failed(f"{error}\n{self._words()}") from None
         asked, _, text = order.output().partition("\n")
         try:
             report = json.loads(text) | {"asked_ns": int(asked)}
         except ValueError:
             report = {}
         return code, report, text + order.errors()
+
+    def _words(self):
+        """What agent and keepers said, and where programs stand, of a host that may not answer any more."""
+        script = "decamp ls; tail -n 30 /var/lib/decamp/workloads/*/*.log; ps -eo pid,stat,wchan:24,args"
+        try:
+            return self.agent_log() + self.run(script, 60)
+        except Failed as error:
+            return f"{self.agent_log()}{error}"
 
     def agent_log(self):
         """The end of what its agent said."""
@@ -114,5 +130,6 @@ class Host:
         return (
             f'name = "{self.name}"\nlisten = "{address(self.name)}:{PORT}"\n'
             f'ca = "{pki}/ca.pem"\ncertificate = "{pki}/{self.name}.pem"\nkey = "{pki}/{self.name}.key"\n'
+            f'criu = "{CRIU}"\n'
             f"[hosts]\n{peers}"
         )

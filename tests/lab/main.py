@@ -11,14 +11,16 @@ import tempfile
 from pathlib import Path
 
 import containers
+import crossing
 import guests
 import peers
 import qemu
+import refusals
 from telling import Failed, Skipped, say, sum_up
 
 # Emulation is slow; a scenario that takes longer than so many seconds is ended.
 WITHIN = int(os.environ.get("DECAMP_LAB_WITHIN") or 1800)
-SCENARIOS = {"guests": guests, "peers": peers, "containers": containers}
+SCENARIOS = {"guests": guests, "peers": peers, "refusals": refusals, "crossing": crossing, "containers": containers}
 USAGE = f"""\
 Usage: tests/lab/run [SCENARIO [ARGUMENT...]]
 
@@ -33,6 +35,12 @@ Exit code 0 only if nothing failed.
   peers [--json]
       The same guest under decamp and under QEMU's own microvm in turns, on two such hosts: boot, move and downtime beside
       each other, with the link slower than what either encrypts. --json: rows as tests/bench has them, last.
+  refusals
+      Two hosts, one of them without AVX2: a guest that sees it is refused, one that is held to the baseline of both
+      moves, with a disk that both see; and a bridge whose VLANs are others is refused until they are the same.
+  crossing
+      A container with Redis in it moves to and fro between the two hosts and their kernels, under a client that
+      remembers every write that was acknowledged.
   containers [--lib] [CASE...]
       Cases of container/tests/moves, or with --lib of the container backend's own tests, whose names CASE is part of,
       under another kernel ({containers.PACKAGE}). One case takes minutes.
@@ -53,7 +61,11 @@ Environment
                       MiB that the guest writes all the time, and has beside that ({peers.BUSY}, {peers.BALLAST})
   DECAMP_LAB_CHANNELS of QEMU's multifd ({qemu.CHANNELS}: one stream)
   DECAMP_LAB_MICROVM  QEMU's machine ({qemu.MACHINE})
-  guests and peers:
+  crossing:
+  DECAMP_LAB_CROSSINGS
+                      how often the container moves ({crossing.MOVES})
+  guests, peers, refusals and crossing:
+  DECAMP_LOG          what the agents say in their logs (info)
   DECAMP_BIN          the decamp to run (default: what was built here)
   containers:
   DECAMP_LAB_KERNEL   package of the kernel ({containers.PACKAGE})

@@ -2,7 +2,7 @@
 //! answers who asks on the console or on the network, and says whether anything was ever wrong.
 //!
 //! Built by rustc alone, without libraries, into one static program. On the console a line is a question: `time`,
-//! `state`, `written FROM TO` (bytes that the disk's writer wrote from one time to another), `rest` (it stops, and all
+//! `state`, `cpuid LEAF` (its four registers), `written FROM TO` (bytes that the disk's writer wrote from one time to another), `rest` (it stops, and all
 //! of it is on the disk), `verify` (all of the file is read from the disk), `go`, or `sh COMMAND`. Answers begin with
 //! `@`, so that they are told from what the kernel prints.
 
@@ -224,6 +224,13 @@ fn written(words: &str) -> String {
     }
 }
 
+/// EAX, EBX, ECX and EDX.
+fn cpuid(words: &str) -> String {
+    let Ok(leaf) = words.trim().parse() else { return "what?".to_owned() };
+    let found = std::arch::x86_64::__cpuid(leaf);
+    format!("{} {} {} {}", found.eax, found.ebx, found.ecx, found.edx)
+}
+
 fn shell(command: &str) {
     let run = Command::new("/bin/sh").args(["-c", command]).stdin(Stdio::null()).output();
     match run {
@@ -264,6 +271,7 @@ fn main() {
             }
             other => match other.split_once(' ') {
                 Some(("sh", command)) => shell(command),
+                Some(("cpuid", words)) => answer(&format!("cpuid {}", cpuid(words))),
                 Some(("written", words)) => answer(&format!("written {}", written(words))),
                 _ => answer("what?"),
             },

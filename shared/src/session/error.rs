@@ -24,6 +24,16 @@ pub enum SessionError {
         /// What it said.
         text: String,
     },
+    /// The peer said nothing for too long.
+    #[error("{host} gave no answer within {} s while {what}", patience.as_secs())]
+    Silent {
+        /// By its certificate.
+        host: String,
+        /// So long was waited.
+        patience: Duration,
+        /// What was being done.
+        what: String,
+    },
     /// The peer said something that does not belong there.
     #[error("{host} broke the protocol: {what}")]
     Protocol {

@@ -142,9 +142,10 @@ impl Link {
         what: &str,
     ) -> Result<Option<reply::Body>> {
         match timeout(patience, self.replies.recv()).await {
-            Err(_) => Err(SessionError::Protocol {
+            Err(_) => Err(SessionError::Silent {
                 host: self.host.clone(),
-                what: format!("no answer within {} s while {what}", patience.as_secs()),
+                patience,
+                what: what.to_owned(),
             }),
             Ok(Some(Ok(reply::Body::Failed(failed)))) => {
                 Err(SessionError::Peer { host: self.host.clone(), text: failed.text })

@@ -1,8 +1,10 @@
 //! Before anything is touched: how the memory is copied, and whether the destination takes the workload.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::{Departing, PATIENCE};
+
 use crate::files::{Probe, look_of};
 use crate::protocol::control::{Hello, Offer, PathMapping, Verdict, reply, request};
 use crate::session::error::{Result, SessionError, fail_here};
@@ -11,6 +13,10 @@ use crate::session::progress::Progress;
 use crate::session::{Mode, storage};
 use crate::transport::{Control, Role as StreamRole};
 use crate::workload::{FileRole, FileTree, Liveness, Refusal, RefusalCode};
+
+/// How long the destination may look at the offer: at its network and storage, and, by programs that it may have to
+/// load from a slow disk first, at what its kernel can do.
+const JUDGEMENT: Duration = Duration::from_secs(60);
 
 impl Departing<'_> {
     pub(super) fn choose_mode(&mut self) -> Result<bool> {
@@ -83,7 +89,7 @@ impl Departing<'_> {
             probes: probes.iter().map(Left::name).collect(),
         }))
         .await;
-        let verdict = match self.halt.or(link.reply(PATIENCE, "offering the workload")).await? {
+        let verdict = match self.halt.or(link.reply(JUDGEMENT, "offering the workload")).await? {
             reply::Body::Verdict(verdict) => verdict,
             other => return Err(link.unexpected(&other, "offering the workload")),
         };
