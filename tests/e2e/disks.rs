@@ -2,6 +2,7 @@
 //! guest writes its disk where it is told to; in most of these tests it does not, so that contents can be compared.
 //! Disks that move alone are in `relocation`.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ pub(crate) fn tests() -> Vec<Test> {
     vec![
         Test::new("disks::copied_there_and_back", Needs::Kvm, copied),
         Test::new("disks::shared_changes_hands", Needs::Kvm, shared),
+        Test::new("disks::a_guest_that_spoils_its_ring_loses_its_disk_alone", Needs::Kvm, spoiled),
         Test::new("disks::refused_before_anything_is_touched", Needs::Kvm, refusals),
     ]
 }
@@ -139,6 +141,42 @@ fn shared() {
     drop(guest);
     assert!(path.exists(), "what was shared is gone");
     fs::remove_file(&path).expect("removed");
+}
+
+/// Each way of spoiling a ring ends the device, and only that: the guest runs on, moves as it is, and has its disk
+/// again where it arrives, once it resets the device.
+fn spoiled() {
+    let hosts = hosts();
+    hosts.mend();
+    clear(hosts);
+    let path = "/srv/disks/spoiled.img";
+    File::create(on(hosts, ALPHA, path)).and_then(|file| file.set_len(8 << 20)).expect("made");
+    let options = format!("{GUEST} disk=4");
+    let guest = Guest::start_with(hosts, ALPHA, "spoiler", "128M", &options, &["--disk", path]);
+    let (mut here, mut there) = (ALPHA, BETA);
+    for way in ["loop", "outside", "index", "head"] {
+        guest.tell(here, b's');
+        let broken = format!("disk spoiled={way} needs_reset");
+        guest.says(here, &broken);
+        guest.runs_clean(here);
+        let words = ["migrate", "spoiler", "--to", there, "--storage", "copy"];
+        hosts.decamp(here, &words).expect(0);
+        guest.says(there, &broken);
+        guest.runs_clean(there);
+        guest.tell(there, b'm');
+        until("its disk to go on", SOON, || {
+            let mark = guest.log(there).len();
+            guest.runs_clean(there);
+            let news = guest.log(there).split_off(mark);
+            let done: BTreeSet<_> =
+                news.lines().filter(|line| line.starts_with("disk passes=")).collect();
+            done.len() > 1 && !news.contains("spoiled")
+        });
+        (here, there) = (there, here);
+    }
+    guest.verify(here);
+    drop(guest);
+    clear(hosts);
 }
 
 fn refusals() {

@@ -97,14 +97,31 @@ impl Guest {
         assert!(!seen.contains("BAD") && !seen.contains("FAILED"), "{}", self.tail(host));
     }
 
+    /// Gives it a command.
+    #[track_caller]
+    pub(crate) fn tell(&self, host: &str, command: u8) {
+        let socket = self.hosts.path(host, &format!("state/workloads/{}/console.sock", self.name));
+        let mut console = UnixStream::connect(&socket)
+            .unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
+        console.write_all(&[command]).expect("the console takes a byte");
+    }
+
+    /// Waits until it says `what`, a whole line, anew.
+    #[track_caller]
+    pub(crate) fn says(&self, host: &str, what: &str) {
+        let mark = self.log(host).len();
+        until(&format!("{} to say {what:?} on {host}", self.name), REPORT_WITHIN, || {
+            self.log(host)
+                .get(mark..)
+                .is_some_and(|news| news.lines().skip(1).any(|line| line == what))
+        });
+    }
+
     /// Has it look at all its memory at once.
     #[track_caller]
     pub(crate) fn verify(&self, host: &str) {
         let mark = self.log(host).len();
-        let socket = self.hosts.path(host, &format!("state/workloads/{}/console.sock", self.name));
-        let mut console = UnixStream::connect(&socket)
-            .unwrap_or_else(|error| panic!("{}: {error}", socket.display()));
-        console.write_all(b"v").expect("the console takes a byte");
+        self.tell(host, b'v');
         let what = format!("{} to verify itself on {host}", self.name);
         let said = find(&what, VERIFY_WITHIN, || {
             let log = self.log(host);

@@ -203,6 +203,10 @@ impl Watch {
         if let Some((passes, blocks)) = self.disk.as_ref().map(Disk::done) {
             self.say(format_args!("disk passes={passes} blocks={blocks}"));
         }
+        if let Some((way, needs_reset)) = self.disk.as_ref().and_then(Disk::spoiled) {
+            let (way, says) = (way.word(), if needs_reset { "needs_reset" } else { "works" });
+            self.say(format_args!("disk spoiled={way} {says}"));
+        }
         let (sweeps, bad, verdict) = (self.sweep.done, self.bad, self.verdict());
         let (gap, ms) = (self.clock.take_longest_gap(), self.clock.milliseconds());
         self.say(format_args!(
@@ -214,6 +218,8 @@ impl Watch {
         while let Some(byte) = serial::received() {
             match byte {
                 b'v' => self.verify(),
+                b's' => self.disk.iter_mut().for_each(Disk::spoil),
+                b'm' => self.mend(),
                 b'q' => {
                     self.verify();
                     self.report();
@@ -224,6 +230,13 @@ impl Watch {
             }
         }
         Command::GoOn
+    }
+
+    /// Resets the disk, spoiled or not.
+    fn mend(&mut self) {
+        if let Some(Err(why)) = self.disk.as_mut().map(Disk::set_up) {
+            self.found(format_args!("BAD disk: {why}"));
+        }
     }
 
     /// Does to one page what a broken move would do.
