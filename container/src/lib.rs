@@ -40,6 +40,8 @@ mod file_locks;
 mod filling;
 mod foreign;
 mod forked;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod ghosts;
 mod hiding;
 pub mod hooks;

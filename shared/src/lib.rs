@@ -13,6 +13,8 @@
 pub mod archive;
 pub mod console;
 pub mod files;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod keeper;
 pub mod methods;
 pub mod network;

@@ -79,7 +79,8 @@ impl Power {
         Self::with_line(Box::new(move |level| Ok(guest.vm().set_irq_line(SCI, level)?)))
     }
 
-    fn with_line(line: Line) -> Self {
+    /// The same, with whatever `line` interrupts.
+    pub(crate) fn with_line(line: Line) -> Self {
         Self { state: PowerState::default(), line }
     }
 

@@ -41,7 +41,16 @@ pub(crate) struct SerialPort {
 impl SerialPort {
     /// A port in its reset state whose interrupts go to `guest`.
     pub(crate) fn new(guest: Arc<Backed>, output: Output) -> Self {
-        let line = Line { guest, live: Arc::new(AtomicBool::new(true)) };
+        let raise = move || {
+            guest.vm().set_irq_line(INTERRUPT, true)?;
+            Ok(guest.vm().set_irq_line(INTERRUPT, false)?)
+        };
+        Self::with_line(Arc::new(raise), output)
+    }
+
+    /// The same, with whatever `raise` interrupts.
+    pub(crate) fn with_line(raise: Raise, output: Output) -> Self {
+        let line = Line { raise, live: Arc::new(AtomicBool::new(true)) };
         Self { device: Serial::new(line, output), queue: VecDeque::new() }
     }
 
@@ -108,11 +117,14 @@ impl fmt::Debug for SerialPort {
     }
 }
 
-/// The interrupt line. Raised and lowered in one go, by calls that are through when they return, so
-/// that nothing is under way when the interrupt chip is saved.
-#[derive(Clone, Debug)]
+/// Raises the interrupt line and lowers it, in one go, by calls that are through when they return, so that nothing is
+/// under way when the interrupt chip is saved.
+pub(crate) type Raise = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
+
+/// The interrupt line.
+#[derive(Clone)]
 struct Line {
-    guest: Arc<Backed>,
+    raise: Raise,
     live: Arc<AtomicBool>,
 }
 
@@ -120,10 +132,6 @@ impl Trigger for Line {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        if !self.live.load(Ordering::SeqCst) {
-            return Ok(());
-        }
-        self.guest.vm().set_irq_line(INTERRUPT, true)?;
-        Ok(self.guest.vm().set_irq_line(INTERRUPT, false)?)
+        if self.live.load(Ordering::SeqCst) { (self.raise)() } else { Ok(()) }
     }
 }

@@ -335,6 +335,46 @@ impl Index {
     }
 }
 
+/// An index in one piece, for fuzzers: taken or refused.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn try_index(bytes: &[u8], changes: bool, root: &Path) {
+    use prost::Message;
+    let Ok(part) = IndexPart::decode(bytes) else { return };
+    let mut gathering = Gathering::default();
+    if gathering.add(part, bytes.len(), root).is_err() {
+        return;
+    }
+    let Ok(index) = gathering.checked(changes, root) else { return };
+    for (number, entry) in index.entries.iter().enumerate() {
+        assert_eq!(index.find(&entry.path), Some(number), "it is not found");
+        assert!(index.names(number) > 0 && entry.leader().is_none_or(|leader| leader < number));
+        assert!(shown(root, &entry.path).starts_with(root), "it leaves its tree");
+    }
+    if let Some(bitmap) = Bitmap::from_wire(bytes, index.entries.len()) {
+        assert_eq!(bitmap.bytes(), bytes);
+    }
+}
+
+/// What [`try_index`] takes.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn index_seed() -> Vec<u8> {
+    use prost::Message;
+    let entry = |path: &[u8], kind: Type| Entry {
+        path: path.to_vec(),
+        kind: kind.into(),
+        mode: 0o755,
+        ..Entry::default()
+    };
+    let xattr = Xattr { name: b"user.a".to_vec(), value: vec![1] };
+    let entries = vec![
+        entry(b"", Type::Directory),
+        Entry { size: 3, xattrs: vec![xattr], ..entry(b"a", Type::File) },
+        Entry { size: 3, link: 2, ..entry(b"b", Type::File) },
+        Entry { target: b"a".to_vec(), ..entry(b"c", Type::Symlink) },
+    ];
+    IndexPart { entries, removed: Vec::new() }.encode_to_vec()
+}
+
 /// An entry's full path, for messages.
 pub(super) fn shown(root: &Path, path: &[u8]) -> PathBuf {
     if path.is_empty() { root.to_owned() } else { root.join(as_path(path)) }

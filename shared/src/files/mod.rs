@@ -32,6 +32,8 @@ mod tests;
 
 pub use channel::FileChannel;
 pub use error::{FileError, Result, StreamError};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use index::{index_seed, try_index};
 pub use landing::Landing;
 pub use layers::{Changes, LayeredLander};
 pub use place::{

@@ -169,6 +169,43 @@ impl Decoder {
     }
 }
 
+/// Decodes one run of `wanted` bytes, at most [`MAX_RUN`] pages, for fuzzers.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn try_run(encoding: Encoding, payload: &[u8], wanted: usize) {
+    if !matches!(encoding, Encoding::Lz4 | Encoding::Zstd) {
+        return;
+    }
+    if let Ok(pages) = Decoder::new().run(encoding, payload, wanted) {
+        assert_eq!(pages.len(), wanted, "it has another length");
+    }
+}
+
+/// Batches of one run as they are sent, for fuzzers.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn batch_seeds() -> Vec<Vec<u8>> {
+    use super::address::SpaceId;
+    use super::batch::{BatchHeader, BatchKind, Entry};
+    let pages: Vec<u8> = (0..2 * PAGE_SIZE).map(|at| (at / 100) as u8).collect();
+    let batch = |setting: Compression| {
+        let mut encoder = Encoder::new(setting, 2 * pages.len());
+        encoder.begin();
+        let (encoding, range) = encoder.run(&pages);
+        let run = if encoding == Encoding::Raw { &pages } else { encoder.payload(range) };
+        let payload = run.len() as u32;
+        let header = BatchHeader {
+            kind: BatchKind::Pages,
+            entries: 1,
+            round: 1,
+            space: SpaceId(0),
+            pages: 2,
+            payload,
+        };
+        let entry = Entry { first: 5, length: payload, count: 2, encoding };
+        [&header.encode()[..], &entry.encode(), run].concat()
+    };
+    [Compression::Lz4, Compression::Zstd, Compression::None].map(batch).to_vec()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

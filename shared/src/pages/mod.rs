@@ -18,6 +18,8 @@ mod tests;
 pub use address::{PAGE_SIZE, PageRange, SpaceId};
 pub use choose::Compression;
 pub(crate) use encode::is_zero;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use encode::{batch_seeds, try_run};
 pub use receive::{ReceiveCanceller, ReceiveError, ReceivePool, RoundReceived};
 pub use send::{RoundSent, SendCanceller, SendCounters, SendError, SendOptions, SendPool};
 pub use set::PageSet;

@@ -247,6 +247,34 @@ impl VcpuState {
         self.tsc_khz
     }
 
+    /// What is worked out of it before KVM is given anything, for fuzzers.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn work_out(&self) {
+        let numbers: Vec<u32> = self.msrs.iter().step_by(2).map(|msr| msr.index).collect();
+        let early = self.early(&numbers);
+        assert!(early.len() <= self.msrs.len());
+        let clock = ClockState::default();
+        let _ = self.unscaled_offset(self.tsc_khz, &clock);
+        for msr in &self.msrs {
+            let _ = self.without_lost_deadline(*msr);
+        }
+        drop(cpuid::missing(&self.cpuid, &self.cpuid));
+        drop(cpuid::to_kvm(&self.cpuid));
+    }
+
+    /// One in which nothing ever ran, for fuzzers.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn blank() -> Self {
+        Self {
+            blocks: FIELDS.map(|(_, block)| vec![0; block.size]),
+            xsave: vec![0; 4096],
+            tsc_khz: 2_000_000,
+            cpuid: vec![CpuidEntry { leaf: 1, ..CpuidEntry::default() }],
+            msrs: [msrs::TSC, msrs::TSC_DEADLINE].map(|index| Msr { index, value: 0 }).to_vec(),
+            tsc_offset: Some(0),
+        }
+    }
+
     /// Flips the lowest bit of a register, if it is there; for tests.
     #[cfg(test)]
     pub(crate) fn flip_msr(&mut self, index: u32) -> bool {

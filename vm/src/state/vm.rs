@@ -81,6 +81,18 @@ impl VmState {
         Ok(())
     }
 
+    /// One in which nothing ever ran, for fuzzers.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn blank() -> Self {
+        let chip = || vec![0; CHIP_BYTES];
+        Self {
+            memory_bytes: 0,
+            chips: [chip(), chip(), chip()],
+            timer: vec![0; PIT2.size],
+            clock: ClockState::default(),
+        }
+    }
+
     /// Writes the section.
     pub(crate) fn encode(&self) -> Section {
         let mut fields = FieldWriter::default();

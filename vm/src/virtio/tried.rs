@@ -1,14 +1,31 @@
-//! A device without a thread, driven step by step: for fuzzers, which need every run to be the same.
+//! A device without a thread, driven step by step: for fuzzers, which need every run to be the same. A driver has
+//! the registers and guest memory, as in a VM.
+
+use std::sync::atomic::Ordering;
 
 use decamp_shared::workload::Section;
-use virtio_queue::QueueT;
 
 use super::device::Device;
-use super::registers::{self, Registers};
+use super::poller::Ready;
+use super::registers::Registers;
 use super::state;
 use super::worker::Shared;
 use crate::error::Result;
 use crate::memory::Map;
+
+/// Looks at what is ready, one after the other. A device that has itself looked at again for ever is left.
+const ROUNDS: usize = 6;
+
+/// Who waits for a device while it works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hurry {
+    /// Nobody.
+    None,
+    /// A vCPU that reads a register.
+    Wanted,
+    /// Whoever is about to pause it.
+    Pausing,
+}
 
 /// A device on trial.
 #[derive(Debug)]
@@ -18,55 +35,92 @@ pub(crate) struct Tried {
 }
 
 impl Tried {
-    /// `device` on `memory`; its interrupts go nowhere.
+    /// `device` as `label` on `memory`; its interrupts go nowhere.
     ///
     /// # Errors
     /// When the kernel gives nothing to wait with.
-    pub(crate) fn new(device: Box<dyn Device>, memory: &Map) -> Result<Self> {
-        let shared = Shared::new("it", device, memory.clone(), Box::new(|_| ()))?;
+    pub(crate) fn new(label: &str, device: Box<dyn Device>, memory: &Map) -> Result<Self> {
+        let shared = Shared::new(label, device, memory.clone(), Box::new(|_| ()))?;
         Ok(Self { shared, registers: Registers::default() })
+    }
+
+    /// The kind of its section.
+    pub(crate) fn kind(&self) -> String {
+        state::kind(&self.shared.label)
     }
 
     /// Loads a section.
     ///
     /// # Errors
     /// When it is none of this device.
-    pub(crate) fn load(&mut self, section: &Section) -> Result<()> {
+    pub(crate) fn load(&self, section: &Section) -> Result<()> {
         state::load(&self.shared, &self.registers, section)
     }
 
-    /// A driver that takes what it may of `features` and whose rings lie one after another, `apart` bytes each,
-    /// from the beginning of memory: every queue is kicked, everything that is watched said to be ready.
-    pub(crate) fn drive(&mut self, features: u64, apart: u64) {
+    /// Stops it and gives its state.
+    pub(crate) fn save(&self) -> Section {
         let mut core = self.shared.lock();
-        core.features = features & registers::offered(&core) | 1 << 32;
-        for (number, queue) in (0u64..).zip(core.queues.iter_mut()) {
-            let at = number * apart;
-            queue.set_size(queue.max_size().min(16));
-            queue.set_desc_table_address(Some(at as u32), Some(0));
-            queue.set_avail_ring_address(Some(at as u32 + 256), Some(0));
-            queue.set_used_ring_address(Some(at as u32 + 512), Some(0));
-            queue.set_ready(true);
-        }
-        core.works = registers::misplaced(&core, &self.shared).is_none();
-        let queues = core.queues.len();
-        self.shared.work(&mut core, |device, io| device.start(io));
-        for queue in 0..queues {
-            if core.works {
-                self.shared.work(&mut core, |device, io| device.on_queue(queue, io));
-            }
-        }
-        for token in 0..4 {
-            if core.works {
-                self.shared.work(&mut core, |device, io| device.on_ready(token, io));
-            }
-        }
         if core.works {
             self.shared.work(&mut core, |device, io| device.settle(io));
         }
         drop(core);
-        let section = state::encode(&self.shared, &self.registers);
-        drop(section);
-        self.shared.reset(&mut self.shared.lock());
+        state::encode(&self.shared, &self.registers)
+    }
+
+    /// Lets it work, where it came from elsewhere too.
+    pub(crate) fn resume(&self) {
+        let mut core = self.shared.lock();
+        if std::mem::take(&mut core.came) && core.works {
+            self.shared.work(&mut core, |device, io| device.arrived(io));
+        }
+        (0..core.queues.len()).for_each(|queue| self.shared.poller.kick(queue));
+    }
+
+    /// The driver reads `data` at `offset` of its registers.
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
+        self.registers.read(&self.shared, offset, data);
+    }
+
+    /// The driver writes `data` at `offset` of its registers.
+    pub(crate) fn write(&self, offset: u64, data: &[u8]) {
+        self.registers.write(&self.shared, offset, data);
+    }
+
+    /// The same of a whole register.
+    pub(crate) fn write_word(&self, offset: u64, value: u32) {
+        self.write(offset, &value.to_le_bytes());
+    }
+
+    /// Reads a whole register.
+    pub(crate) fn read_word(&self, offset: u64) -> u32 {
+        let mut word = [0; 4];
+        self.read(offset, &mut word);
+        u32::from_le_bytes(word)
+    }
+
+    /// What its thread does with what is ready, while somebody waits or nobody does.
+    pub(crate) fn turn(&self, hurry: Hurry) {
+        let waiting = &self.shared.waiting;
+        let mut ready = Vec::new();
+        for _ in 0..ROUNDS {
+            // It returns at once so.
+            self.shared.poller.wake();
+            if self.shared.poller.wait(&mut ready).is_err() || ready.is_empty() {
+                break;
+            }
+            let mut core = self.shared.lock();
+            waiting.any.store((hurry != Hurry::None).into(), Ordering::SeqCst);
+            waiting.to_pause.store(hurry == Hurry::Pausing, Ordering::SeqCst);
+            for one in &ready {
+                if core.works {
+                    self.shared.work(&mut core, |device, io| match *one {
+                        Ready::Queue(queue) => device.on_queue(queue, io),
+                        Ready::Own(token) => device.on_ready(token, io),
+                    });
+                }
+            }
+            waiting.any.store(0, Ordering::SeqCst);
+            waiting.to_pause.store(false, Ordering::SeqCst);
+        }
     }
 }
