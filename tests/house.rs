@@ -66,6 +66,26 @@ fn dependencies_run_one_way() {
     assert_eq!(depends_on("decamp"), names(&["decamp-shared", "decamp-vm", "decamp-container"]));
 }
 
+/// Packages of a lock file, as name and version.
+fn locked(path: &str) -> BTreeSet<String> {
+    let lock = text(&root().join(path));
+    let packages = lock.split("[[package]]").skip(1);
+    packages.map(|one| one.lines().skip(1).take(2).collect::<Vec<_>>().join(" ")).collect()
+}
+
+/// What is fuzzed is what is built. `cargo metadata --manifest-path tests/fuzzers/Cargo.toml`, with a copy of our lock
+/// file there, makes one that is right.
+#[test]
+fn fuzzers_have_the_versions_of_everything_else() {
+    let ours = locked("Cargo.lock");
+    let more: Vec<_> = locked("tests/fuzzers/Cargo.lock").difference(&ours).cloned().collect();
+    let names = ["arbitrary", "decamp-fuzzers", "libfuzzer-sys"];
+    assert_eq!(more.len(), names.len(), "{more:?}");
+    for (one, name) in more.iter().zip(names) {
+        assert!(one.starts_with(&format!("name = \"{name}\"")), "{more:?}");
+    }
+}
+
 #[test]
 fn one_file_names_both_kinds() {
     for path in files("src") {

@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 
 use nix::fcntl::{Flock, FlockArg};
 
+const FUZZ: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz");
 const HOSTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hosts");
 const LAB: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/run");
 const SETUP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/setup");
@@ -156,6 +157,36 @@ fn a_lab_that_cannot_be_says_what_it_lacks() {
     assert_eq!(lab(&["nonsense"]).status.code(), Some(2));
     let left = fs::read_dir(scratch.path()).expect("listed").count();
     assert_eq!((left, kernels.exists()), (1, false), "something was left behind");
+}
+
+/// Fuzzers on a machine that has no compiler for C++.
+#[test]
+fn fuzzers_that_cannot_be_built_are_skipped() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let [bin, target] = ["bin", "target"].map(|one| scratch.path().join(one));
+    fs::create_dir(&bin).expect("a directory");
+    for name in ["bash", "dirname", "readlink", "cat"] {
+        std::os::unix::fs::symlink(Path::new("/usr/bin").join(name), bin.join(name))
+            .expect("linked");
+    }
+    // Neither is run.
+    for name in ["cargo", "rustc"] {
+        std::os::unix::fs::symlink("/bin/false", bin.join(name)).expect("linked");
+    }
+    let fuzz = |words: &[&str]| {
+        let mut command = Command::new(FUZZ);
+        command.args(words).env_clear().env("PATH", &bin).env("CARGO_TARGET_DIR", &target);
+        command.output().expect("tests/fuzz runs")
+    };
+    let output = fuzz(&["1", "device", "wire"]);
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{told}");
+    assert!(told.contains("test fuzz::device ... skipped: no c++\n"), "{told}");
+    assert!(told.ends_with("0 passed, 0 failed, 2 skipped\n"), "{told}");
+    assert!(!target.exists(), "something was left behind");
+    for words in [&["1", "nonsense"][..], &["0"], &["soon"]] {
+        assert_eq!(fuzz(words).status.code(), Some(2), "{words:?}");
+    }
 }
 
 #[test]
