@@ -113,6 +113,18 @@ pub trait SourceWorkload: Send {
         }
         Ok(())
     }
+    /// Whether its keeper, which may be older than whoever asks, knows [`SourceWorkload::mirror`] and what follows it.
+    /// Touches nothing.
+    fn can_mirror(&mut self) -> Result<bool> {
+        Err(WorkloadError::Unsupported("A file that moves alone"))
+    }
+    /// From now on whatever is asked fails if it is not answered within `limit`; `None`: within what any answer may
+    /// take. It may be done all the same: [`SourceWorkload::resume`], which waits as long as ever, undoes what can be
+    /// undone.
+    fn answer_within(&mut self, limit: Option<Duration>) -> Result<()> {
+        let _ = limit;
+        Err(WorkloadError::Unsupported("A limit for answers"))
+    }
     /// Of files that move to another place of this very host while the workload runs: from now on writes to the file
     /// of `tree`, one that could travel as pages, are noted, without those to memory, and the file will be replaced
     /// by `file`, which holds nothing and stands at `path`, and is made as long as the other. The first

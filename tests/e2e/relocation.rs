@@ -333,8 +333,24 @@ fn agent_killed() {
         assert_eq!(room.path(), OLD);
         room.writes_clean(ALPHA);
     }
-    arm(hosts, ALPHA, "relocate.switched", Failure::KillSource);
     let words = ["--path", MAPPED, "--remove-source"];
+    // The new file is not where it was made when the next agent comes: the old one is all that there is to be found.
+    println!("relocate.switched: agent killed, the new file gone");
+    arm(hosts, ALPHA, "relocate.switched", Failure::KillSource);
+    let held = hold_to(hosts, ALPHA, ALPHA, "orphaned", "relocate.switched", &words);
+    held.inflict(Failure::KillSource);
+    hosts.exec(ALPHA, &["mv", NEW, "/srv/fast/elsewhere"]).expect(0);
+    hosts.start_agent(ALPHA, "");
+    held.ended();
+    assert!(on(hosts, ALPHA, OLD).exists(), "it was all that there was");
+    hosts.exec(ALPHA, &["mv", "/srv/fast/elsewhere", NEW]).expect(0);
+    assert_eq!(room.path(), NEW);
+    room.writes_clean(ALPHA);
+    hosts.exec(ALPHA, &["rm", OLD]).expect(0);
+    hosts.mend();
+    room.migrate("/srv/fast/data.img=/srv/disks/data.img", &["--remove-source"]).expect(0);
+    println!("relocate.switched: agent killed");
+    arm(hosts, ALPHA, "relocate.switched", Failure::KillSource);
     let held = hold_to(hosts, ALPHA, ALPHA, "orphaned", "relocate.switched", &words);
     held.inflict(Failure::KillSource);
     room.writes_clean(ALPHA);

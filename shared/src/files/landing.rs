@@ -93,6 +93,15 @@ impl Landing {
         Ok(Self { memory: Mutex::new(memory), closed: RwLock::default() })
     }
 
+    /// Device and inode of the tree or file that it made at `path`, if it made one and nobody decided yet.
+    pub fn made_at(&self, path: &Path) -> Option<(u64, u64)> {
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.made.iter().rev().find_map(|made| match made {
+            Made::Tree { path: at, identity } if at == path => Some(*identity),
+            _ => None,
+        })
+    }
+
     /// The move completed: everything stays, but for the earlier copies that it replaced.
     pub fn keep(&self) {
         let memory =

@@ -175,6 +175,27 @@ impl KeeperClient {
         self.tell(Request { spaces, ..Request::of(Ask::Carry) })
     }
 
+    /// Whether the keeper knows [`KeeperClient::mirror`]. Nothing is followed for that.
+    pub fn can_mirror(&mut self) -> Result<bool> {
+        match self.tell(Request::of(Ask::Mirror)) {
+            Err(gone @ WorkloadError::KeeperGone { .. }) => Err(gone),
+            // One that knows it may find fault with a question that names no file.
+            Err(error) => Ok(error.to_string() != protocol::OLDER),
+            Ok(()) => Ok(true),
+        }
+    }
+
+    /// From now on an answer is waited for as long as `limit`, or as ever. What was not answered in time may be done
+    /// all the same, and the connection is of no more use.
+    ///
+    /// # Errors
+    /// When the limit is none that can be set.
+    pub fn answer_within(&mut self, limit: Option<Duration>) -> Result<()> {
+        let within = limit.unwrap_or(ANSWER_WITHIN);
+        let set = self.stream.set_read_timeout(Some(within));
+        set.map_err(|error| WorkloadError::new("Cannot limit the time of an answer", error))
+    }
+
     /// From now on the file that is `space` is followed alone, and will be replaced by `file`, which stands at
     /// `path`.
     pub fn mirror(&mut self, space: SpaceId, path: &Path, file: OwnedFd) -> Result<()> {
@@ -415,6 +436,41 @@ mod tests {
         let (mut keeper, _) = listener.accept().expect("accepts");
         protocol::send(&mut keeper, &Reply::default(), None).expect("answers");
         client.fence(1).expect("its own answer");
+    }
+
+    /// What keepers say that have heard of no such thing, and those that find fault with a question without a file.
+    #[test]
+    fn an_older_keeper_is_told_from_one_that_refuses() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let place = at(directory.path().to_owned());
+        let listener = std::os::unix::net::UnixListener::bind(place.socket()).expect("listens");
+        let mut client = KeeperClient::connect(&place).expect("connects");
+        let (mut keeper, _) = listener.accept().expect("accepts");
+        for (says, knows) in [
+            ("This keeper is older than that", false),
+            ("A file to be mirrored to came without a descriptor", true),
+        ] {
+            let reply = Reply { error: vec![says.to_owned()], ..Reply::default() };
+            protocol::send(&mut keeper, &reply, None).expect("answers");
+            assert_eq!(client.can_mirror().expect("an answer"), knows, "{says}");
+        }
+    }
+
+    #[test]
+    fn an_answer_is_waited_for_as_long_as_was_said() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let place = at(directory.path().to_owned());
+        let listener = std::os::unix::net::UnixListener::bind(place.socket()).expect("listens");
+        let mut client = KeeperClient::connect(&place).expect("connects");
+        let (_keeper, _) = listener.accept().expect("accepts");
+        let limit = Duration::from_millis(50);
+        client.answer_within(Some(limit)).expect("set");
+        let begun = std::time::Instant::now();
+        let late = client.hold().expect_err("no answer");
+        assert!(matches!(late, WorkloadError::KeeperGone { .. }), "{late}");
+        assert!(begun.elapsed() >= limit && begun.elapsed() < Duration::from_secs(30));
+        client.answer_within(None).expect("set");
+        assert_eq!(client.stream.read_timeout().expect("told"), Some(ANSWER_WITHIN));
     }
 
     fn at(dir: std::path::PathBuf) -> Place {

@@ -103,6 +103,14 @@ impl SourceWorkload for KeeperSource {
         if spaces.is_empty() { Ok(()) } else { self.client.carry(&spaces) }
     }
 
+    fn can_mirror(&mut self) -> Result<bool> {
+        self.client.can_mirror()
+    }
+
+    fn answer_within(&mut self, limit: Option<Duration>) -> Result<()> {
+        self.client.answer_within(limit)
+    }
+
     fn mirror(&mut self, tree: &FileTree, path: &Path, file: OwnedFd) -> Result<()> {
         self.client.mirror(SpaceId(tree.space), path, file)
     }

@@ -14,6 +14,9 @@ use crate::workload::SpaceInfo;
 /// No frame is longer: a bitmap of 1 TiB of memory is 32 MiB.
 const FRAME_CAP: usize = 64 << 20;
 
+/// What every keeper answers to a question that it does not know, for it is older than that.
+pub(super) const OLDER: &str = "This keeper is older than that";
+
 /// What an agent asks of a keeper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
 #[repr(i32)]
@@ -41,6 +44,7 @@ pub(super) enum Ask {
     Ways = 20,
     LetGo = 21,
     Carry = 22,
+    /// Without a file: whether it is known.
     Mirror = 23,
     Hold = 24,
     Switch = 25,

@@ -50,6 +50,15 @@ pub fn has_time_to_give_way(elapsed: Duration, timeout: Duration) -> bool {
     elapsed < timeout / 4
 }
 
+/// What goes, for the words of a reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum What {
+    /// A workload, over a link.
+    Workload,
+    /// Disks, from one file to another.
+    Disks,
+}
+
 /// The policy of one move.
 #[derive(Clone, Debug)]
 pub struct Policy {
@@ -57,6 +66,7 @@ pub struct Policy {
     timeout: Duration,
     /// What a stop costs beyond its memory.
     fixed: Duration,
+    what: What,
     rounds: u32,
     least: u64,
     /// Rounds since the remaining pages last became fewer.
@@ -81,7 +91,13 @@ impl Policy {
     /// A policy for a stop of at most `target`, given up after `timeout`; `fixed` is what a stop
     /// costs beyond its memory. An aim that is below that is raised: to a stop that is little longer.
     pub fn new(target: MaxDowntime, timeout: Duration, fixed: Duration) -> Self {
-        Self { target, timeout, fixed, rounds: 0, least: u64::MAX, stuck: 0, percent: 0 }
+        let (what, least) = (What::Workload, u64::MAX);
+        Self { target, timeout, fixed, what, rounds: 0, least, stuck: 0, percent: 0 }
+    }
+
+    /// The same of disks that are copied within a host, and held for as long as a workload would be stopped.
+    pub fn of_disks(self) -> Self {
+        Self { what: What::Disks, ..self }
     }
 
     /// Downtime if the workload were stopped now.
@@ -148,26 +164,32 @@ impl Policy {
     }
 
     fn reason(&self, remaining: &Remaining, predicted: Duration) -> String {
-        let ms = |duration: Duration| duration.as_millis();
         let (cost, target) = (self.cost(remaining), self.target(remaining));
-        if cost > target {
-            return format!(
-                "A stop costs about {} ms on these hosts before any memory is sent, more than \
-                 --max-downtime {} ms; --max-downtime {}ms would have worked",
-                ms(cost),
-                ms(target),
-                ms(predicted) + 1
-            );
+        let too_dear = cost > target;
+        let [cost, target] = [cost, target].map(|duration| duration.as_millis());
+        let (predicted, enough) = (predicted.as_millis(), predicted.as_millis() + 1);
+        let mib = (remaining.dirty_pages * PAGE_SIZE as u64) >> 20;
+        let rate = remaining.wire_rate / 1e6;
+        match (self.what, too_dear) {
+            (What::Workload, true) => format!(
+                "A stop costs about {cost} ms on these hosts before any memory is sent, more than --max-downtime \
+                 {target} ms; --max-downtime {enough}ms would have worked"
+            ),
+            (What::Workload, false) => format!(
+                "{mib} MiB are written again in each round, at {rate:.0} MB/s that is a stop of about {predicted} ms, \
+                 more than --max-downtime {target} ms; --max-downtime {enough}ms or a faster link would have worked"
+            ),
+            (What::Disks, true) => format!(
+                "Holding the disks, having what is written stored and going over to it takes about {cost} ms here \
+                 before anything is copied, more than --max-downtime {target} ms; --max-downtime {enough}ms would have \
+                 worked"
+            ),
+            (What::Disks, false) => format!(
+                "The guest writes {mib} MiB of its disks again in each round; at {rate:.0} MB/s from the old place to \
+                 the new one they would be held for about {predicted} ms, more than --max-downtime {target} ms; \
+                 --max-downtime {enough}ms, a faster place or a guest that writes less would have worked"
+            ),
         }
-        format!(
-            "{} MiB are written again in each round, at {:.0} MB/s that is a stop of about {} ms, \
-             more than --max-downtime {} ms; --max-downtime {}ms or a faster link would have worked",
-            (remaining.dirty_pages * PAGE_SIZE as u64) >> 20,
-            remaining.wire_rate / 1e6,
-            ms(predicted),
-            ms(target),
-            ms(predicted) + 1
-        )
     }
 }
 
@@ -225,6 +247,32 @@ mod tests {
         let late = Remaining { elapsed: Duration::from_secs(61), ..after(100_000) };
         let Decision::GiveUp { reason } = policy.decide(&late) else { panic!("must give up") };
         assert!(reason.contains("--max-downtime 420ms"), "{reason}");
+    }
+
+    /// Disks travel over no link.
+    #[test]
+    fn what_would_have_worked_is_true_of_what_goes() {
+        let reason = |policy: Policy, remaining: Remaining| {
+            let mut policy = policy;
+            let late = Remaining { elapsed: Duration::from_secs(61), ..remaining };
+            let Decision::GiveUp { reason } = policy.decide(&late) else { panic!("must give up") };
+            reason
+        };
+        let dear = Remaining { look: Duration::from_millis(800), ..after(10) };
+        for remaining in [after(100_000), dear] {
+            let [link, disks] = [policy(50), policy(50).of_disks()].map(|of| reason(of, remaining));
+            let milliseconds =
+                |text: &str| text.split_once("; --max-downtime ").map(|(_, rest)| rest.to_owned());
+            let enough = milliseconds(&disks).expect("what would have worked");
+            assert_eq!(
+                enough.split("ms").next(),
+                milliseconds(&link).expect("too").split("ms").next()
+            );
+            for word in ["link", "memory", "hosts", "stop"] {
+                assert!(!disks.contains(word), "{disks}");
+            }
+            assert!(disks.contains("disks"), "{disks}");
+        }
     }
 
     #[test]

@@ -41,7 +41,7 @@ async fn collected(body: Body) -> Vec<Progress> {
         .collect()
 }
 
-fn report(id: &str) -> Report {
+pub(super) fn report(id: &str) -> Report {
     serde_json::from_value(serde_json::json!({
         "migration": id, "workload": "web", "kind": "vm", "from": "alpha", "to": "beta",
         "outcome": "completed", "reason": null, "mode": "pre-copy", "tracker": null,

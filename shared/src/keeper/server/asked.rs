@@ -48,7 +48,7 @@ impl Server<'_> {
     ) -> Result<Reply> {
         let mut reply = Reply::default();
         match request.ask() {
-            Ask::Unspecified => return Err(WorkloadError::plain("This keeper is older than that")),
+            Ask::Unspecified => return Err(WorkloadError::plain(protocol::OLDER)),
             Ask::Phase => reply.json = json(&self.phase)?,
             Ask::Facts => reply.json = json(&self.kept.facts()?)?,
             Ask::Liveness => reply.json = json(&self.kept.liveness())?,
@@ -173,6 +173,9 @@ impl Server<'_> {
 
     fn mirror(&mut self, request: &Request, descriptor: Option<OwnedFd>) -> Result<()> {
         self.must_be("mirrored", &[Phase::Running])?;
+        if descriptor.is_none() && request.json.is_empty() {
+            return Ok(());
+        }
         let file = descriptor.ok_or_else(|| {
             WorkloadError::plain("A file to be mirrored to came without a descriptor")
         })?;

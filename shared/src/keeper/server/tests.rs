@@ -307,6 +307,24 @@ fn what_is_carried_is_let_go_when_the_agent_is_lost() {
 }
 
 #[test]
+fn whether_files_can_move_alone_is_asked_and_nothing_done() {
+    let kept = keep(Beginning::Run);
+    let mut client = kept.client();
+    assert!(client.can_mirror().expect("answers"));
+    drop(client);
+    assert!(kept.told.recv_timeout(Duration::from_millis(300)).is_err(), "nothing is to be undone");
+    let ask = |number| Request { ask: number, space: 1, ..Request::default() };
+    let config = config_of(Beginning::Run, kept._directory.path());
+    let exit = ExitSignal::new().expect("a signal");
+    let mut server = Server::new(&config, Box::new(Told(mpsc::channel().0)), exit);
+    // What a later build may ask.
+    let older = server.act(&ask(9999), None, &mut None).expect_err("nobody knows that");
+    assert_eq!(older.to_string(), protocol::OLDER);
+    let named = Request { json: "\"/x\"".to_owned(), ..ask(Ask::Mirror.into()) };
+    server.act(&named, None, &mut None).expect_err("a file is named, and none came");
+}
+
+#[test]
 fn dirty_pages_and_state_come_through_whole() {
     let kept = keep(Beginning::Run);
     let mut client = kept.client();

@@ -3,9 +3,11 @@
 //!
 //! Nothing changes hands here, so there is no peer, no fence and no token. Whose the files are, the keeper writes down
 //! before the switch ([`crate::keeper::switched_for`]): whatever crashes, and whenever, that alone decides. How it is
-//! copied is in `copier`; what the host's registry says of it is the agent's business.
+//! copied is in `copier`, how long anything is waited for in `limits`; what the host's registry says of it is the agent's
+//! business.
 
 mod copier;
+mod limits;
 #[cfg(test)]
 mod tests;
 
@@ -18,18 +20,19 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::MoveOptions;
 use super::error::{Result, SessionError, chain, fail_here};
 use super::held::Held;
 use super::policy::{Decision, Policy, Remaining};
 use super::progress::{Phase, Progress, ProgressSender};
 use super::report::{Outcome, PageCounts, Report, Round};
 use super::source::{Halt, millis};
-use super::{MaxDowntime, MoveOptions};
 use crate::files::Landing;
 use crate::keeper::switched_for;
 use crate::pages::{PAGE_SIZE, PageSet};
 use crate::workload::{self, Kind, Place, PlacedTree, SourceWorkload, WorkloadError};
 use copier::Copier;
+use limits::{Step, held_for, not_stored};
 
 /// What holding and switching cost beside what is copied and stored.
 const FIXED: Duration = Duration::from_millis(20);
@@ -37,10 +40,6 @@ const FIXED: Duration = Duration::from_millis(20);
 const TICKS: u32 = 10;
 /// Bytes of a round below which its rate says nothing.
 const MEASURABLE: u64 = 4 << 20;
-/// However short the stop is to be, what is held is waited for as long as this.
-const HELD_AT_LEAST: Duration = Duration::from_secs(10);
-/// What is held is waited for as many times as long as the stop is to be.
-const HELD_TIMES: u32 = 10;
 
 /// Files that are to move.
 pub struct Relocation {
@@ -177,17 +176,18 @@ impl Relocating {
         self.halt.check()?;
         let held = Instant::now();
         let held_for = held_for(self.options.max_downtime());
-        self.with(|workload| workload.hold()).await?;
+        self.within(held_for, Step::Hold, |workload| workload.hold()).await?;
         self.report.downtime.pause_ms = millis(held.elapsed());
         fail_here!("relocate.final");
         let copying = Instant::now();
-        let last = self.harvest(left).await?;
+        let last = self.within(held_for, Step::Harvest, |workload| harvest(workload, left)).await?;
         self.send_round(copier, last, Some(held_for)).await?;
         self.report.downtime.memory_ms = millis(copying.elapsed());
         fail_here!("relocate.commit");
         self.halt.check()?;
         let (switching, id) = (Instant::now(), self.migration.clone());
-        let switched = self.with(move |workload| workload.switch(&id)).await;
+        let switched =
+            self.within(held_for, Step::Switch, move |workload| workload.switch(&id)).await;
         self.report.downtime.switch_ms = millis(switching.elapsed());
         self.report.downtime_ms = Some(millis(held.elapsed()));
         switched?;
@@ -199,12 +199,12 @@ impl Relocating {
     /// round copied.
     async fn pre_copy(&mut self, copier: &Arc<Copier>) -> Result<PageSet> {
         let timeout = self.options.timeout();
-        let mut policy = Policy::new(self.options.max_downtime(), timeout, FIXED);
-        let mut dirty = self.harvest(PageSet::new()).await?;
+        let mut policy = Policy::new(self.options.max_downtime(), timeout, FIXED).of_disks();
+        let mut dirty = self.with(|workload| harvest(workload, PageSet::new())).await?;
         loop {
             self.halt.check()?;
             let copied = self.send_round(copier, dirty, None).await?;
-            dirty = self.harvest(PageSet::new()).await?;
+            dirty = self.with(|workload| harvest(workload, PageSet::new())).await?;
             let remaining = Remaining {
                 dirty_pages: dirty.len(),
                 wire_ratio: 1.0,
@@ -239,14 +239,6 @@ impl Relocating {
             let text = format!("It cannot be slowed down here: {}", chain(&error));
             self.progress.tell(Progress::Note { text });
         }
-    }
-
-    async fn harvest(&mut self, mut into: PageSet) -> Result<PageSet> {
-        self.with(move |workload| {
-            workload.harvest(&mut into)?;
-            Ok(into)
-        })
-        .await
     }
 
     /// Copies one round and has it stored; the last, which is `held_for` so long at most, with all that the files are.
@@ -335,6 +327,34 @@ impl Relocating {
         self.workload.with("The workload is no longer held by this move", |held| work(held)).await
     }
 
+    /// As [`Relocating::with`], of what is asked while the disks stand still: no answer is waited for longer than
+    /// `limit`. Whatever comes of it later [`Relocating::end`] undoes, or finds done.
+    async fn within<R: Send + 'static>(
+        &mut self,
+        limit: Duration,
+        step: Step,
+        work: impl FnOnce(&mut dyn SourceWorkload) -> workload::Result<R> + Send + 'static,
+    ) -> Result<R> {
+        let begun = Instant::now();
+        let done = self.with(move |workload| {
+            workload.answer_within(Some(limit))?;
+            let done = work(workload);
+            workload.answer_within(None)?;
+            done
+        });
+        match done.await {
+            Err(SessionError::Workload(WorkloadError::KeeperGone { .. }))
+                if begun.elapsed() >= limit =>
+            {
+                let late = step.late(limit);
+                let text = format!("{}. Waiting for its keeper, so as to undo that", chain(&late));
+                self.progress.tell(Progress::Note { text });
+                Err(late)
+            }
+            done => done,
+        }
+    }
+
     /// The one way out: what slows the workload down, or follows it, ends here.
     async fn end(mut self, result: Result<()>) -> Report {
         let resumed = match self.options.dry_run {
@@ -395,16 +415,7 @@ impl Relocating {
     }
 }
 
-/// How long what is held is waited for.
-fn held_for(wanted: MaxDowntime) -> Duration {
-    let (MaxDowntime::Promised(wanted) | MaxDowntime::Aimed(wanted)) = wanted;
-    wanted.saturating_mul(HELD_TIMES).max(HELD_AT_LEAST)
-}
-
-fn not_stored(within: Duration) -> SessionError {
-    SessionError::NotConverging(format!(
-        "What was left of the disks was not stored within {} s, in which nothing of them was read or written. See what \
-         is wrong with their new place",
-        within.as_secs_f32()
-    ))
+fn harvest(workload: &mut dyn SourceWorkload, mut into: PageSet) -> workload::Result<PageSet> {
+    workload.harvest(&mut into)?;
+    Ok(into)
 }

@@ -6,9 +6,11 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard};
 
+use super::limits::HELD_AT_LEAST;
 use super::*;
 use crate::keeper::record_switch;
 use crate::pages::{PageRange, PageReader, SpaceId};
+use crate::session::MaxDowntime;
 use crate::workload::{
     FileRole, FileTree, Liveness, Manifest, Result as Worked, Section, SpaceInfo,
 };
@@ -31,6 +33,10 @@ struct Disk {
     said: Vec<&'static str>,
     /// It fails when this is asked for.
     fails_at: &'static str,
+    /// This it does not answer, and does all the same.
+    silent_at: &'static str,
+    /// How long it is waited for.
+    limit: Option<Duration>,
     /// Pages that are written while each of the first harvests is away, and how often.
     writes: u32,
     /// Nothing is read of it while it is held; that it was tried is told here.
@@ -63,6 +69,17 @@ struct Fake(Arc<Mutex<Disk>>, Place, Arc<Condvar>);
 impl Fake {
     fn disk(&self) -> MutexGuard<'_, Disk> {
         self.0.lock().expect("no panic")
+    }
+
+    /// As a keeper that is busy for longer than anybody waits.
+    fn answer(&self, disk: MutexGuard<'_, Disk>, what: &'static str) -> Worked<()> {
+        let (silent, limit) = (disk.silent_at == what, disk.limit);
+        drop(disk);
+        if !silent {
+            return Ok(());
+        }
+        std::thread::sleep(limit.expect("it is waited for without a limit"));
+        Err(WorkloadError::KeeperGone { name: "web".into(), what: format!("asked to {what}") })
     }
 }
 
@@ -102,6 +119,15 @@ impl SourceWorkload for Fake {
         Ok(Arc::new(self.clone()))
     }
 
+    fn can_mirror(&mut self) -> Worked<bool> {
+        Ok(true)
+    }
+
+    fn answer_within(&mut self, limit: Option<Duration>) -> Worked<()> {
+        self.disk().limit = limit;
+        Ok(())
+    }
+
     fn mirror(&mut self, tree: &FileTree, path: &Path, file: OwnedFd) -> Worked<()> {
         assert_eq!((tree.space, path.is_file()), (1, true));
         let file = File::from(file);
@@ -117,7 +143,8 @@ impl SourceWorkload for Fake {
             disk.write(3, 5);
         }
         disk.held = true;
-        disk.say("hold")
+        disk.say("hold")?;
+        self.answer(disk, "hold")
     }
 
     fn switch(&mut self, migration: &str) -> Worked<()> {
@@ -126,7 +153,7 @@ impl SourceWorkload for Fake {
         assert!(disk.held && disk.dirty.is_empty());
         record_switch(&self.1, migration).expect("noted");
         (disk.switched, disk.held) = (true, false);
-        Ok(())
+        self.answer(disk, "switch")
     }
 
     fn track(&mut self) -> Worked<()> {
@@ -151,7 +178,9 @@ impl SourceWorkload for Fake {
             disk.write(305, if harvests == 1 { 9 } else { 0 });
             disk.write(PAGES - 1, harvests as u8);
         }
-        disk.say("harvest")
+        disk.say("harvest")?;
+        let asked = if disk.held { "last harvest" } else { "harvest" };
+        self.answer(disk, asked)
     }
 
     fn stall(&self) -> Duration {
@@ -359,6 +388,38 @@ async fn a_disk_that_is_held_goes_on_whatever_its_copy_does() {
         drop(disk);
         room.take_back();
     }
+}
+
+/// Whatever is asked while the disks stand still has a limit. What is done in the end counts, and not what was heard.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keeper_that_does_not_answer_in_time_is_not_waited_for() {
+    let silent = |point: &'static str| async move {
+        let room = Room::new(2);
+        room.fake.disk().silent_at = point;
+        let begun = Instant::now();
+        let report = room.relocate(MoveOptions::default()).await;
+        assert!(begun.elapsed() >= HELD_AT_LEAST && begun.elapsed() < HELD_AT_LEAST * 3);
+        (room, report)
+    };
+    let ((hold, held), (last, harvested), (switch, switched)) =
+        tokio::join!(silent("hold"), silent("last harvest"), silent("switch"));
+    for (room, report, says) in [
+        (hold, held, "not held within 10 s"),
+        (last, harvested, "did not say within 10 s what was written"),
+    ] {
+        let reason = report.reason.expect("a reason");
+        assert!(report.outcome == Outcome::Failed && reason.contains(says), "{reason}");
+        assert!(reason.ends_with("with the disks where they were"), "{reason}");
+        let mut disk = room.fake.disk();
+        assert_eq!((disk.said.last(), disk.held, disk.limit), (Some(&"resume"), false, None));
+        disk.write(1, 3);
+        drop(disk);
+        room.take_back();
+    }
+    assert_eq!((switched.outcome, switched.reason), (Outcome::Completed, None));
+    assert!(switch.fake.disk().switched && switch.path("new").exists());
+    let late = chain(&Step::Switch.late(Duration::from_secs(12)));
+    assert!(late.contains("go over to the new files within 12 s"), "{late}");
 }
 
 #[test]

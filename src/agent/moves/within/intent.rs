@@ -8,6 +8,7 @@
 
 use std::fs;
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,6 +43,15 @@ pub(super) struct Intent {
     files: Vec<(PathBuf, PathBuf)>,
     /// The old files go once the new ones are in use.
     remove_source: bool,
+}
+
+/// What became of them.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Settled {
+    /// Whether the new files are the workload's; `None`: nothing was open.
+    pub(super) switched: Option<bool>,
+    /// What a person should know of it.
+    pub(super) notes: Vec<String>,
 }
 
 impl Intent {
@@ -113,7 +123,9 @@ pub(in crate::agent) async fn take_up(agent: &Arc<Agent>, workload: &Workload) -
             let (asked, of) = (Arc::clone(&agent), name.clone());
             let settled = blocking(move || settle(&asked, &of)).await;
             match settled.and_then(|settled| settled) {
-                Ok(notes) => return tracing::info!(workload = name, ?notes, "Settled its disks"),
+                Ok(settled) => {
+                    return tracing::info!(workload = name, ?settled, "Settled its disks");
+                }
                 Err(answer) => tracing::error!(
                     workload = name,
                     "An earlier agent moved its disks, and it cannot be noted where they are: {answer}. \
@@ -129,19 +141,19 @@ pub(in crate::agent) async fn take_up(agent: &Arc<Agent>, workload: &Workload) -
     Ok(())
 }
 
-/// Notes where the disks of `name` are, and takes away what is not used. Gives what a person should know of it. No
-/// connection to its keeper may be open, and its claim must be held. Blocks.
+/// Notes where the disks of `name` are, and takes away what is not used. No connection to its keeper may be open, and
+/// its claim must be held. Blocks.
 ///
 /// # Errors
 /// When the keeper does not say whether it is done with what was asked before, or it cannot be written down.
-pub(super) fn settle(agent: &Agent, name: &str) -> Result<Vec<String>> {
-    let Some(workload) = agent.registry.get(name)? else { return Ok(Vec::new()) };
+pub(super) fn settle(agent: &Agent, name: &str) -> Result<Settled> {
+    let Some(workload) = agent.registry.get(name)? else { return Ok(Settled::default()) };
     let place = agent.place(&workload);
     let failed = |what: &str, error: io::Error| {
         Answer::Failed(format!("Cannot read {what} of {}: {error}", place.dir.display()))
     };
     let read = Intent::read(&place).map_err(|error| failed("the intent", error))?;
-    let Some(intent) = read else { return Ok(Vec::new()) };
+    let Some(intent) = read else { return Ok(Settled::default()) };
     // What was asked on another connection is done, or refused, before this one is answered.
     let phase = KeeperClient::connect_within(&place, ANSWER_WITHIN).and_then(|mut one| one.phase());
     match phase {
@@ -168,26 +180,29 @@ pub(super) fn settle(agent: &Agent, name: &str) -> Result<Vec<String>> {
     })?;
     let landing = Landing::recover(&landing_record(&place))
         .map_err(|error| failed("what was made", error))?;
+    let mut notes = Vec::new();
     if switched {
-        landing.keep()
+        // It knows which files were made, for as long as it is neither kept nor removed.
+        notes = tell_old(agent, &intent, &landing)?;
+        landing.keep();
     } else {
-        landing.remove()
+        landing.remove();
     }
-    let notes = if switched { tell_old(agent, &intent)? } else { Vec::new() };
     fs::remove_file(record(&place)).map_err(|error| failed("the intent", error))?;
     forget_switch(&place);
-    Ok(notes)
+    Ok(Settled { switched: Some(switched), notes })
 }
 
-/// What becomes of the old files, for people. They go where that was asked for.
-fn tell_old(agent: &Agent, intent: &Intent) -> Result<Vec<String>> {
+/// What becomes of the old files, for people. They go where that was asked for, and the new ones are whole.
+fn tell_old(agent: &Agent, intent: &Intent, landing: &Landing) -> Result<Vec<String>> {
     let others = agent.registry.list()?;
     let mut notes = Vec::new();
     for (old, new) in &intent.files {
         let (was, is) = (old.display(), new.display());
-        let stays = match intent.remove_source {
-            false => Some("remove it when it is not needed".to_owned()),
-            true => removed(old, &others, &agent.config.state_dir),
+        let stays = match (lacking(old, new, landing.made_at(new)), intent.remove_source) {
+            (Some(why), _) => Some(format!("it may be needed, for {why}")),
+            (None, false) => Some("remove it when it is not needed".to_owned()),
+            (None, true) => removed(old, &others, &agent.config.state_dir),
         };
         notes.push(match stays {
             None => format!("The disk {was} is {is} now; {was} was removed"),
@@ -195,6 +210,31 @@ fn tell_old(agent: &Agent, intent: &Intent) -> Result<Vec<String>> {
         });
     }
     Ok(notes)
+}
+
+/// What `new` lacks of being the whole disk that `old` was, as far as can be seen without reading it; nothing if it is
+/// that. `made`: the file that was switched to.
+fn lacking(old: &Path, new: &Path, made: Option<(u64, u64)>) -> Option<String> {
+    let shown = new.display();
+    let is = match fs::symlink_metadata(new) {
+        Ok(is) => is,
+        Err(error) => return Some(format!("{shown} cannot be looked at: {error}")),
+    };
+    if !is.is_file() {
+        return Some(format!("{shown} is no plain file"));
+    }
+    match made {
+        // Whoever settled it before has taken the old one away, and come no further.
+        None if fs::symlink_metadata(old).is_err() => {}
+        None => return Some(format!("nothing says which file was made at {shown}")),
+        Some(made) if made != (is.dev(), is.ino()) => {
+            return Some(format!("{shown} is another file than was made there"));
+        }
+        Some(_) => {}
+    }
+    // One that is gone already was looked at before; a device has no length.
+    let was = fs::metadata(old).ok().filter(fs::Metadata::is_file)?.len();
+    (is.len() != was).then(|| format!("{shown} has {} bytes of {was}", is.len()))
 }
 
 /// Removes what was a disk; why not, if it stays.
@@ -238,13 +278,14 @@ mod tests {
             Intent::of(MIGRATION, &files, remove_source).write(&place).expect("written");
             let landing = Landing::recorded(&landing_record(&place)).expect("a record");
             landing.land_empty(&new, false).expect("made");
+            fs::write(&new, "new").expect("written");
             if switched {
                 record_switch(&place, MIGRATION).expect("noted");
             }
             Self { bench, dir, place }
         }
 
-        fn settle(&self) -> Result<Vec<String>> {
+        fn settle(&self) -> Result<Settled> {
             settle(&self.bench.agent, "web")
         }
 
@@ -264,22 +305,77 @@ mod tests {
     #[test]
     fn without_the_keepers_word_the_old_file_is_the_disk() {
         let room = Room::new(false, true);
-        assert_eq!(room.settle().expect("settled"), [] as [String; 0]);
+        let stayed = Settled { switched: Some(false), notes: Vec::new() };
+        assert_eq!(room.settle().expect("settled"), stayed);
         assert_eq!(room.bench.state(), Some(State::Running));
         assert!(room.path().ends_with("old") && room.dir.path().join("old").exists());
-        assert_eq!(room.settle().expect("nothing to do"), [] as [String; 0]);
+        assert_eq!(room.settle().expect("nothing to do"), Settled::default());
     }
 
     #[test]
     fn with_it_the_new_one_is_and_the_old_one_goes_if_it_was_to() {
         for remove_source in [false, true] {
             let room = Room::new(true, remove_source);
-            let notes = room.settle().expect("settled");
+            let Settled { switched, notes } = room.settle().expect("settled");
+            assert_eq!(switched, Some(true));
             let says = if remove_source { "was removed" } else { "stays as it was" };
             assert!(notes.len() == 1 && notes[0].contains(says), "{notes:?}");
             assert_eq!(room.bench.state(), Some(State::Running));
             assert!(room.path().ends_with("new"));
             assert_eq!(room.dir.path().join("old").exists(), !remove_source);
+        }
+    }
+
+    #[test]
+    fn the_old_one_stays_where_the_new_one_is_not_whole() {
+        type Change = fn(&Path);
+        let cases: [(&str, Change); 5] = [
+            ("has 2 bytes of 3", |new| fs::write(new, "ne").expect("cut")),
+            ("cannot be looked at", |new| fs::remove_file(new).expect("removed")),
+            ("is another file", |new| {
+                fs::write(new.with_extension("x"), "new").expect("written");
+                fs::rename(new.with_extension("x"), new).expect("replaced");
+            }),
+            ("is no plain file", |new| {
+                fs::rename(new, new.with_extension("x")).expect("renamed");
+                std::os::unix::fs::symlink(new.with_extension("x"), new).expect("linked");
+            }),
+            ("nothing says which", |_| {}),
+        ];
+        for (says, change) in cases {
+            for remove_source in [false, true] {
+                let room = Room::new(true, remove_source);
+                change(&room.dir.path().join("new"));
+                if says.starts_with("nothing") {
+                    fs::remove_file(landing_record(&room.place)).expect("there was one");
+                }
+                let Settled { switched, notes } = room.settle().expect("settled");
+                assert_eq!(switched, Some(true), "the keeper's word stands");
+                assert!(
+                    notes[0].contains("stays as it was: it may be needed")
+                        && notes[0].contains(says),
+                    "{notes:?}"
+                );
+                assert_eq!(fs::read(room.dir.path().join("old")).expect("there"), b"old");
+                assert!(!is_open(&room.place));
+                let web = room.bench.agent.find("web").expect("an entry");
+                assert!(web.files[0].path.ends_with("new"), "{web:?}");
+            }
+        }
+    }
+
+    /// An agent that ended after the old file was gone, and before anything else was.
+    #[test]
+    fn what_was_removed_before_the_agent_ended_is_told_once_more() {
+        for kept in [false, true] {
+            let room = Room::new(true, true);
+            fs::remove_file(room.dir.path().join("old")).expect("removed");
+            if kept {
+                Landing::recover(&landing_record(&room.place)).expect("a record").keep();
+            }
+            let notes = room.settle().expect("settled").notes;
+            assert!(notes[0].ends_with("was removed"), "{notes:?}");
+            assert!(room.path().ends_with("new"));
         }
     }
 

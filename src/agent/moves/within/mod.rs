@@ -10,8 +10,8 @@ pub(in crate::agent) mod intent;
 use std::sync::Arc;
 
 use decamp_shared::session::relocation::{Relocation, relocate};
-use decamp_shared::session::{Mode, MoveOptions, Report};
-use decamp_shared::workload::{Kind, PlacedTree, SourceWorkload};
+use decamp_shared::session::{Mode, MoveOptions, Outcome, Report};
+use decamp_shared::workload::{Kind, PlacedTree, SourceWorkload, WorkloadError};
 
 use super::beginning::{Whither, described};
 use super::{DOING, Move};
@@ -21,7 +21,7 @@ use crate::agent::claims::Claim;
 use crate::agent::registry::Workload;
 use crate::agent::workloads::{blocking, not_in_state};
 use crate::messages::{MigrationRequest, State};
-use intent::Intent;
+use intent::{Intent, Settled};
 
 impl Agent {
     /// Begins to move disks within this host and returns once that is under way; it goes on whoever listens.
@@ -48,7 +48,13 @@ impl Agent {
         if workload.state != State::Running {
             return Err(Answer::Conflict(not_in_state(&workload, "moved", "running")));
         }
-        let (source, trees) = described(self, &workload, Whither::Within).await?;
+        let (mut source, trees) = described(self, &workload, Whither::Within).await?;
+        let (source, known) = blocking(move || {
+            let known = source.can_mirror();
+            (source, known)
+        })
+        .await?;
+        check_keeper(name, known)?;
         let (agent, owned, paths) =
             (Arc::clone(self), workload.clone(), request.options.paths.clone());
         let fits = blocking(move || fitting::fit(&agent, &owned, &trees, &paths)).await?;
@@ -114,10 +120,7 @@ impl Agent {
             let (agent, name) = (Arc::clone(self), moving.workload.clone());
             let settled = blocking(move || intent::settle(&agent, &name)).await;
             match settled.and_then(|settled| settled) {
-                Ok(notes) => {
-                    report.notes.extend(notes);
-                    return;
-                }
+                Ok(settled) => return follow(report, settled),
                 Err(answer) => tracing::error!(
                     migration = moving.id,
                     workload = moving.workload,
@@ -129,6 +132,37 @@ impl Agent {
                 // The next agent finds the intent.
                 () = self.stopping().cancelled() => return,
             }
+        }
+    }
+}
+
+/// What was found last is how it ended: whoever reported before may have heard no answer, and the keeper have done what
+/// it was asked all the same.
+fn follow(report: &mut Report, settled: Settled) {
+    match (settled.switched, report.outcome) {
+        (Some(true), outcome) if outcome != Outcome::Completed => {
+            (report.outcome, report.reason) = (Outcome::Completed, None);
+        }
+        (Some(false), Outcome::Completed) => {
+            let text = "The keeper answered that the disks had moved, and no record of it is there: they count \
+                        as not moved, and what was made for them is removed";
+            (report.outcome, report.reason) = (Outcome::Failed, Some(text.to_owned()));
+        }
+        _ => {}
+    }
+    report.notes.extend(settled.notes);
+}
+
+/// That the keeper of `name` is not too old for that, where `known` is its answer.
+fn check_keeper(name: &str, known: std::result::Result<bool, WorkloadError>) -> Result<()> {
+    match known {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Answer::refused(format!(
+            "The keeper of {name} was started by an older decamp, which cannot move disks alone. One of this build \
+             comes with `decamp stop {name}` and `decamp start {name}`, or with a move to another host"
+        ))),
+        Err(error) => {
+            Err(Answer::refused(format!("Disks of {name} cannot be moved: {}", chain(&error))))
         }
     }
 }
@@ -156,6 +190,42 @@ fn check_words(options: &MoveOptions) -> Result<()> {
 mod tests {
     use super::*;
     use decamp_shared::workload::Storage;
+
+    #[test]
+    fn the_report_follows_what_was_found_last() {
+        use Outcome::{Cancelled, Completed, Failed};
+        for (said, switched, outcome) in [
+            (Failed, Some(true), Completed),
+            (Cancelled, Some(true), Completed),
+            (Completed, Some(true), Completed),
+            (Failed, Some(false), Failed),
+            (Cancelled, Some(false), Cancelled),
+            (Completed, Some(false), Failed),
+            (Completed, None, Completed),
+            (Failed, None, Failed),
+        ] {
+            let mut report = crate::agent::moves::tests::report("m");
+            report.outcome = said;
+            report.reason = (said != Completed).then(|| "No answer".into());
+            follow(&mut report, Settled { switched, notes: vec!["It is there".into()] });
+            assert_eq!(report.outcome, outcome, "{said:?} {switched:?}");
+            assert_eq!(report.reason.is_none(), outcome == Completed, "{:?}", report.reason);
+            assert_eq!(report.notes, ["It is there"]);
+        }
+    }
+
+    #[test]
+    fn a_keeper_that_is_too_old_is_said_before_anything_is_touched() {
+        check_keeper("web", Ok(true)).expect("fine");
+        let gone = WorkloadError::KeeperGone { name: "web".into(), what: "asked".into() };
+        for (known, says) in [(Ok(false), "decamp start web"), (Err(gone), "keeper")] {
+            let refused = check_keeper("web", known).expect_err("refused");
+            assert!(
+                matches!(&refused, Answer::Refused { .. }) && refused.to_string().contains(says),
+                "{refused}"
+            );
+        }
+    }
 
     #[test]
     fn words_that_mean_nothing_are_refused_by_name() {
