@@ -2,7 +2,7 @@
 //!
 //! A pipe, because CRIU knows how to dump its one end and to be handed another in its place.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -11,6 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use decamp_shared::console::Log;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{Gid, Uid, fchown, pipe2};
 
@@ -41,11 +42,7 @@ impl Streams {
     pub(crate) fn open(log: &Path) -> Result<Self> {
         let (read_end, write_end) =
             pipe2(OFlag::O_CLOEXEC).map_err(ContainerError::errno("make a pipe"))?;
-        let file = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .open(log)
-            .map_err(ContainerError::io(format!("open {}", log.display())))?;
+        let file = Log::open(log).map_err(ContainerError::io(format!("open {}", log.display())))?;
         let copier = thread::Builder::new()
             .name("output".to_owned())
             .spawn(move || {
@@ -158,7 +155,7 @@ impl Streams {
 
 /// Copies until the end. A log that cannot be written (a full disk) loses output, but never stops
 /// the container.
-fn copy(mut from: File, mut to: File) -> io::Result<()> {
+fn copy(mut from: File, mut to: Log) -> io::Result<()> {
     let mut buffer = vec![0; 64 << 10];
     loop {
         match from.read(&mut buffer) {

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
+use decamp_shared::console::LogReader;
 use futures_util::stream;
-use tokio::fs::File;
-use tokio::io::AsyncReadExt;
 
 use super::Agent;
 use super::answer::{Answer, Result};
+use super::workloads::blocking;
 use crate::messages::State;
 
 /// How often a followed file is looked at.
@@ -20,7 +20,7 @@ const PIECE: usize = 64 << 10;
 struct Reader {
     agent: Arc<Agent>,
     name: String,
-    file: File,
+    log: Option<LogReader>,
     follow: bool,
 }
 
@@ -32,8 +32,9 @@ pub(crate) async fn read(agent: Arc<Agent>, name: String, follow: bool) -> Resul
     let workload =
         agent.registry.get(&name)?.ok_or_else(|| Answer::UnknownWorkload(name.clone()))?;
     let path = agent.place(&workload).log();
-    let file = match File::open(&path).await {
-        Ok(file) => file,
+    let opened = path.clone();
+    let log = match blocking(move || LogReader::open(&opened)).await? {
+        Ok(log) => log,
         // It printed nothing yet.
         Err(error) if error.kind() == io::ErrorKind::NotFound && !follow => {
             return Ok(Body::empty());
@@ -45,7 +46,7 @@ pub(crate) async fn read(agent: Arc<Agent>, name: String, follow: bool) -> Resul
             return Err(Answer::Failed(format!("Cannot read the log {}: {error}", path.display())));
         }
     };
-    let reader = Reader { agent, name, file, follow };
+    let reader = Reader { agent, name, log: Some(log), follow };
     Ok(Body::from_stream(stream::unfold(reader, |mut reader| async {
         reader.piece().await.transpose().map(|piece| (piece, reader))
     })))
@@ -53,14 +54,16 @@ pub(crate) async fn read(agent: Arc<Agent>, name: String, follow: bool) -> Resul
 
 impl Reader {
     async fn piece(&mut self) -> io::Result<Option<Bytes>> {
-        let mut buffer = vec![0; PIECE];
         loop {
             // Asked before the read, so that the last words of a workload that ends are not missed.
             let lives = self.follow && self.lives();
-            let count = self.file.read(&mut buffer).await?;
-            if count > 0 {
-                buffer.truncate(count);
-                return Ok(Some(buffer.into()));
+            let Some(mut log) = self.log.take() else { return Ok(None) };
+            let read = blocking(move || log.next_piece(PIECE).map(|piece| (log, piece)));
+            let (log, piece) =
+                read.await.map_err(|answer| io::Error::other(answer.to_string()))??;
+            self.log = Some(log);
+            if !piece.is_empty() {
+                return Ok(Some(piece.into()));
             }
             if !lives {
                 return Ok(None);

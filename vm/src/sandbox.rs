@@ -12,8 +12,11 @@ use std::collections::BTreeMap;
 use std::io;
 
 use libc::{SYS_brk, SYS_clock_gettime, SYS_clock_nanosleep, SYS_close, SYS_exit, SYS_exit_group};
-use libc::{SYS_epoll_ctl, SYS_epoll_wait, SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid};
-use libc::{SYS_ioctl, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep};
+use libc::{SYS_epoll_ctl, SYS_epoll_wait, SYS_fallocate, SYS_ftruncate, SYS_futex, SYS_getpid};
+use libc::{
+    SYS_getrandom, SYS_gettid, SYS_ioctl, SYS_lseek, SYS_madvise, SYS_mmap, SYS_mprotect,
+    SYS_mremap, SYS_munmap, SYS_nanosleep,
+};
 use libc::{SYS_poll, SYS_ppoll, SYS_read, SYS_readv, SYS_restart_syscall, SYS_rt_sigprocmask};
 use libc::{SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield, SYS_sendto, SYS_sigaltstack};
 use libc::{SYS_tgkill, SYS_write, SYS_writev};
@@ -81,8 +84,16 @@ impl Allowed {
     /// For the thread of a device that needs nothing of its own.
     pub(crate) fn device() -> Self {
         Self {
-            // The console's clients are sockets; devices are reset where a vCPU says so.
-            calls: vec![SYS_epoll_ctl, SYS_epoll_wait, SYS_readv, SYS_sendto],
+            // The console's clients are sockets, and its log is cut; devices are reset where a vCPU says so.
+            calls: vec![
+                SYS_epoll_ctl,
+                SYS_epoll_wait,
+                SYS_fallocate,
+                SYS_ftruncate,
+                SYS_lseek,
+                SYS_readv,
+                SYS_sendto,
+            ],
             requests: vec![KVM_IRQ_LINE],
         }
     }

@@ -9,6 +9,7 @@
 //! Nothing here may hold a workload up: a log that cannot be written and a client that does not read
 //! lose bytes, and the loss is counted and told.
 
+mod log;
 mod output;
 mod server;
 
@@ -16,6 +17,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::workload::WorkloadError;
+pub use log::{KEPT, Log, LogReader};
 pub use output::Output;
 pub use server::{Console, Keyboard, MAX_CLIENTS, Resizer, listen_privately};
 

@@ -2,7 +2,6 @@
 //! workload, who is never made to wait; what a slow client has still to see is kept for it up to a limit.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -10,8 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::ConsoleError;
 use super::server::MAX_CLIENTS;
+use super::{ConsoleError, Log};
 
 /// What is kept for a client that does not take it now. A socket alone holds little of what comes byte by
 /// byte.
@@ -27,7 +26,7 @@ pub struct Output {
 
 #[derive(Debug)]
 struct Places {
-    log: Option<File>,
+    log: Option<Log>,
     clients: Vec<Seer>,
     next_number: u64,
     lost: u64,
@@ -50,8 +49,7 @@ impl Output {
     /// When the log cannot be opened.
     pub fn to_log(log: &Path) -> Result<Self, ConsoleError> {
         let failed = |source| ConsoleError::Log { path: log.to_owned(), source };
-        let file = File::options().create(true).append(true).open(log).map_err(failed)?;
-        Self::new(Some(file)).map_err(failed)
+        Log::open(log).and_then(|log| Self::new(Some(log))).map_err(failed)
     }
 
     /// Output that nobody sees until there are clients.
@@ -62,7 +60,7 @@ impl Output {
         Self::new(None)
     }
 
-    fn new(log: Option<File>) -> io::Result<Self> {
+    fn new(log: Option<Log>) -> io::Result<Self> {
         let kept = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let places = Places { log, clients: Vec::new(), next_number: 0, lost: 0 };
         Ok(Self { places: Arc::new(Mutex::new(places)), kept: Arc::new(kept) })

@@ -1,10 +1,12 @@
 //! A machine on the real `/dev/kvm`, running the tiny guest of [`crate::testing`].
 
 use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use decamp_shared::console::{KEPT, LogReader};
 use decamp_shared::keeper::ExitRecord;
 use decamp_shared::pages::{PageRange, PageReader};
 use vm_memory::{Bytes, GuestAddress};
@@ -810,6 +812,27 @@ fn visitors_and_who_stops_it_do_not_wait_for_each_other_for_ever() {
     }
     done.store(true, std::sync::atomic::Ordering::SeqCst);
     assert!(visitors.into_iter().all(|one| one.join().expect("no panic") > 0));
+}
+
+#[test]
+fn a_full_log_is_cut_by_the_confined_thread_that_prints() {
+    let dir = tempfile::tempdir().expect("directory");
+    let console =
+        ConsolePaths { log: dir.path().join("log"), socket: dir.path().join("console.sock") };
+    let almost = 2 * KEPT - 50;
+    std::fs::write(&console.log, vec![b'x'; almost as usize]).expect("a log");
+    let spec = guest_spec(dir.path());
+    let mut machine =
+        Machine::boot(&spec, &console, Vec::new(), Arc::new(|_| ())).expect("machine");
+    machine.run().expect("run");
+    UnixStream::connect(&console.socket).expect("connect").write_all(&[b'z'; 100]).expect("type");
+    let log = || std::fs::metadata(&console.log).expect("log");
+    wait_for("all echoes", || log().len() == almost + 100);
+    assert!(log().blocks() * 512 <= KEPT + (128 << 10), "{} blocks are left", log().blocks());
+    assert_eq!(machine.console_losses(), 0);
+    let mut reader = LogReader::open(&console.log).expect("log");
+    let text = String::from_utf8(reader.next_piece(20 << 20).expect("read")).expect("text");
+    assert!(text.contains("earlier bytes were dropped") && text.ends_with(&"z".repeat(100)));
 }
 
 #[test]
