@@ -277,6 +277,7 @@ mod tests {
             resume_after: Duration::ZERO,
             methods: Methods::default(),
             bridges: Default::default(),
+            users: Default::default(),
         };
         let trees = [PlacedTree { tree: FileTree::default(), path: "/srv/web".into() }];
         let found = for_move(&tools, &manifest, &trees);

@@ -14,7 +14,10 @@ use nix::sys::uio::{RemoteIoVec, process_vm_writev};
 use nix::unistd::Pid;
 
 /// Sends all of `bytes` (a few, so that they fit the socket's buffer at once) with `descriptor`.
-pub(crate) fn send_with_descriptor(
+///
+/// # Errors
+/// The kernel's.
+pub fn send_with_descriptor(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
     descriptor: Option<BorrowedFd<'_>>,
@@ -32,7 +35,10 @@ pub(crate) fn send_with_descriptor(
 }
 
 /// Receives up to `bytes.len()` bytes and the descriptor that came with them.
-pub(crate) fn receive_with_descriptor(
+///
+/// # Errors
+/// The kernel's.
+pub fn receive_with_descriptor(
     socket: BorrowedFd<'_>,
     bytes: &mut [u8],
 ) -> io::Result<(usize, Option<OwnedFd>)> {

@@ -213,6 +213,9 @@ pub trait DestinationWorkload: Send {
     fn discard(&mut self) -> Result<()>;
 }
 
+/// Name of [`Place::users_lock`].
+pub const USERS_LOCK: &str = "users.lock";
+
 /// Where one workload lives on this host. All of it belongs to the agent and is gone with the
 /// workload; users' files are elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -256,6 +259,12 @@ impl Place {
         self.dir.join("keeper.json")
     }
 
+    /// What the keepers of one agent lock of the numbers of [`HostTools::users`] (`STATE_DIR/users.lock`).
+    pub fn users_lock(&self) -> PathBuf {
+        let state = self.dir.parent().and_then(Path::parent);
+        state.unwrap_or(&self.dir).join(USERS_LOCK)
+    }
+
     /// Written by the keeper when the workload ended by itself ([`crate::keeper::ExitRecord`]).
     pub fn exit_record(&self) -> PathBuf {
         self.dir.join("exit.json")
@@ -281,6 +290,32 @@ pub struct HostTools {
     /// The bridges that interfaces go to which hung on another one on their source, by that one's name.
     #[serde(default)]
     pub bridges: BTreeMap<String, String>,
+    /// Users that keepers run as which need no rights on the host, one for each of them.
+    #[serde(default)]
+    pub users: IdRange,
+}
+
+/// Numbers of users (and of groups) that are nobody else's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdRange {
+    /// The first.
+    pub first: u32,
+    /// The last.
+    pub last: u32,
+}
+
+impl IdRange {
+    /// How many there are.
+    pub fn count(self) -> u32 {
+        self.last.saturating_sub(self.first).saturating_add(1)
+    }
+}
+
+impl Default for IdRange {
+    /// In what systemd's list of numbers (UIDS-GIDS) has as unused.
+    fn default() -> Self {
+        Self { first: 0x7000_0000, last: 0x7000_ffff }
+    }
 }
 
 /// A file tree of a workload after the destination chose its place.

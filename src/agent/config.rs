@@ -12,7 +12,7 @@ use decamp_shared::methods::Methods;
 use decamp_shared::network::is_interface_name;
 use decamp_shared::protocol::PORT;
 use decamp_shared::transport::PeerAddress;
-use decamp_shared::workload::{HostTools, is_plain_absolute};
+use decamp_shared::workload::{HostTools, IdRange, is_plain_absolute};
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
@@ -103,6 +103,9 @@ pub(crate) struct Config {
     /// Bridges that arriving interfaces go to which hung on another one on their source, by that one's name.
     #[serde(default, deserialize_with = "bridges")]
     pub(crate) bridges: BTreeMap<String, String>,
+    /// Numbers of users that nobody else has, `FIRST-LAST`: the VMM of each virtual machine runs as one of them.
+    #[serde(default, deserialize_with = "users")]
+    pub(crate) vm_users: IdRange,
 }
 
 impl Config {
@@ -156,6 +159,7 @@ impl Config {
             resume_after: self.resume_after,
             methods: self.containers,
             bridges: self.bridges.clone(),
+            users: self.vm_users,
         }
     }
 
@@ -329,6 +333,22 @@ fn bridges<'de, D: Deserializer<'de>>(
     })
 }
 
+fn users<'de, D: Deserializer<'de>>(deserializer: D) -> Result<IdRange, D::Error> {
+    checked(deserializer, |text: String| {
+        let read = |text: &str| text.trim().parse::<u32>().ok();
+        let ends = text.split_once('-').and_then(|(first, last)| read(first).zip(read(last)));
+        match ends {
+            // Root's is nobody's, and the very last means none.
+            Some((first, last)) if 0 < first && first <= last && last < u32::MAX => {
+                Ok(IdRange { first, last })
+            }
+            _ => Err(format!(
+                "{text:?} is no range of users: write FIRST-LAST, as in 1879048192-1879113727"
+            )),
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use decamp_shared::methods::{HidingChoice, RestoreChoice, TrackerChoice};
@@ -381,6 +401,23 @@ vmbr0 = "br0"
         assert_eq!(config.resume_after, Duration::from_secs(5));
         assert_eq!(config.paths, [("/srv/old".into(), "/srv/new".into())]);
         assert_eq!(config.tools("decamp".into()).bridges["vmbr0"], "br0");
+        assert_eq!(config.tools("decamp".into()).users, IdRange::default());
+    }
+
+    #[test]
+    fn users_of_virtual_machines_are_a_range_without_root() {
+        let with =
+            |users: &str| load(&GOOD.replacen("name =", &format!("vm_users = {users}\nname ="), 1));
+        let config = with("\"200000-200099\"").expect("right");
+        assert_eq!(config.vm_users, IdRange { first: 200_000, last: 200_099 });
+        assert_eq!(config.vm_users.count(), 100);
+        for bad in ["\"0-5\"", "\"7-6\"", "\"7\"", "\"1-4294967295\"", "\"-1-4\"", "\"a-b\"", "7"] {
+            let error = with(bad).expect_err(bad);
+            assert!(
+                error.contains("FIRST-LAST") || error.contains("invalid type"),
+                "{bad}: {error}"
+            );
+        }
     }
 
     #[test]

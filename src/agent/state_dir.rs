@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use decamp_shared::workload::Place;
+use decamp_shared::workload::{Place, USERS_LOCK};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
@@ -44,14 +44,15 @@ impl StateDir {
             .mode(0o700)
             .create(&workloads)
             .map_err(failed("create the state directory", &workloads))?;
+        let open = |lock: &Path| {
+            let mut options = OpenOptions::new();
+            options.write(true).create(true).truncate(false).mode(0o600);
+            options.open(lock).map_err(failed("open", lock))
+        };
+        // Keepers lock that, from first to last.
+        open(&path.join(USERS_LOCK))?;
         let lock = path.join("agent.lock");
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&lock)
-            .map_err(failed("open", &lock))?;
+        let file = open(&lock)?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(held) => Ok(Self { path: path.to_owned(), _lock: held }),
             Err((_, Errno::EWOULDBLOCK)) => Err(StateDirError::Owned(path.to_owned())),

@@ -170,6 +170,7 @@ pub(crate) fn fenced(place: &Place, token: u64) -> Holder {
             resume_after: Duration::from_secs(60),
             methods: Default::default(),
             bridges: Default::default(),
+            users: Default::default(),
         },
         spec: Value::Null,
     };

@@ -22,10 +22,12 @@ use kvm_ioctls::Kvm;
 
 use crate::archive::{self, VmUnpacking};
 use crate::boot;
+use crate::cgroup::Cgroups;
 use crate::cpuid::baseline::Offer;
 use crate::devices::{self, VSOCK_SOCKET};
 use crate::disk;
 use crate::error::VmError;
+use crate::files::Files;
 use crate::host;
 use crate::interfaces::InterfaceFacts;
 use crate::memory::{GUEST_MEMORY, Memory};
@@ -211,7 +213,10 @@ impl Backend for VmBackend {
     }
 
     fn sweep(&self, _spec: &serde_json::Value, place: &Place) -> Result<()> {
-        // All that a keeper holds goes with its process; its sockets stay behind.
+        // All that a keeper holds goes with its process; its control groups and sockets stay behind.
+        if let Err(error) = Cgroups::of(place).and_then(|cgroups| cgroups.remove()) {
+            tracing::warn!(workload = place.name, %error, "Cannot remove its control groups");
+        }
         [place.console(), vsock_socket(place)].iter().try_for_each(|socket| {
             match fs::symlink_metadata(socket) {
                 Ok(meta) if meta.file_type().is_socket() => fs::remove_file(socket),
@@ -245,7 +250,7 @@ fn boot_refusals(spec: &VmSpec, room: bool) -> Vec<Refusal> {
     let mut wrong = boot::problems(spec);
     if wrong.is_empty() && room {
         let tried = Memory::create(spec.memory_bytes)
-            .and_then(|memory| boot::load(spec, &memory, &devices::slots(spec)));
+            .and_then(|memory| boot::load(spec, &Files::Own, &memory, &devices::slots(spec)));
         wrong.extend(tried.err());
     }
     wrong.iter().map(|error| Refusal::new(RefusalCode::File, error.with_causes())).collect()

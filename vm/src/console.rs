@@ -2,12 +2,11 @@
 //! looks on and types is [`decamp_shared::console`]'s.
 
 use std::io::{self, Write};
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use decamp_shared::console;
-pub(crate) use decamp_shared::console::{Console, Keyboard, listen_privately};
+pub(crate) use decamp_shared::console::{Console, Keyboard, Listening};
 
 use crate::error::{Result, VmError};
 
@@ -32,8 +31,15 @@ pub(crate) struct Output {
 
 impl Output {
     /// Output that is appended to `log`, made when it is not there.
-    pub(crate) fn to_log(log: &Path) -> Result<Self> {
+    #[cfg(test)]
+    pub(crate) fn to_log(log: &std::path::Path) -> Result<Self> {
         console::Output::to_log(log).map(Self::new).map_err(VmError::Console)
+    }
+
+    /// Output to a log that is open already.
+    pub(crate) fn to(log: console::Log) -> Result<Self> {
+        let places = console::Output::to(log);
+        places.map(Self::new).map_err(|error| VmError::refused("make the console's output", error))
     }
 
     /// Output that nobody sees until there are clients.

@@ -1,12 +1,12 @@
 //! Which virtio devices a VM has: the list that its spec means, in the order of their places. A guest that moves
 //! finds each where it was, so the order for a spec never changes.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use crate::console::Output;
+use crate::console::{Listening, Output};
 use crate::disk::Disk;
 use crate::error::Result;
+use crate::files::Files;
 use crate::layout::Slot;
 use crate::spec::VmSpec;
 use crate::virtio::balloon::Balloon;
@@ -14,7 +14,7 @@ use crate::virtio::block::Block;
 use crate::virtio::bus::Named;
 use crate::virtio::console::{Typing, VirtioConsole};
 use crate::virtio::rng::Rng;
-use crate::virtio::vsock::Vsock;
+use crate::virtio::vsock::{Vsock, Way};
 
 /// How many devices every VM has.
 const ALWAYS: usize = 3;
@@ -27,20 +27,21 @@ pub(crate) fn slots(spec: &VmSpec) -> Vec<Slot> {
     (0..count).filter_map(Slot::of).collect()
 }
 
-/// The disks of a VM with this spec, none of them open.
-pub(crate) fn disks_of(spec: &VmSpec) -> Vec<Arc<Disk>> {
+/// The disks of a VM with this spec, none of them open, which `files` open.
+pub(crate) fn disks_of(spec: &VmSpec, files: &Files) -> Vec<Arc<Disk>> {
     let numbered = spec.disks.iter().enumerate();
-    numbered.map(|(number, disk)| Arc::new(Disk::new(number, disk))).collect()
+    let disk = |(number, disk)| Arc::new(Disk::opened_by(files.clone(), number, disk));
+    numbered.map(disk).collect()
 }
 
-/// The devices of a VM with this spec, these disks and the network interfaces `nets`, which prints to `output` and is typed at by `typing`; it has its sockets where
-/// that of its console is.
+/// The devices of a VM with this spec, these disks and the network interfaces `nets`, which prints to `output` and is
+/// typed at by `typing`; host programs meet it at `vsock`, if it has sockets.
 pub(crate) fn of(
     spec: &VmSpec,
     disks: &[Arc<Disk>],
     output: &Output,
     typing: &Typing,
-    console: &Path,
+    vsock: Option<(Listening, Way)>,
     nets: Vec<Named>,
 ) -> Result<Vec<Named>> {
     let mut devices = vec![
@@ -48,9 +49,8 @@ pub(crate) fn of(
         Named::new("balloon", Balloon::default()),
         Named::new("console", VirtioConsole::new(output, typing)),
     ];
-    if let Some(vsock) = &spec.vsock {
-        let socket = console.with_file_name(VSOCK_SOCKET);
-        devices.push(Named::new("vsock", Vsock::new(vsock.cid, &socket)?));
+    if let Some((asked, (socket, way))) = spec.vsock.as_ref().zip(vsock) {
+        devices.push(Named::new("vsock", Vsock::at(asked.cid, socket, way)?));
     }
     devices.extend(disks.iter().map(|disk| Named::new(disk.label(), Block::new(disk.clone()))));
     devices.extend(nets);
@@ -70,9 +70,11 @@ mod tests {
         let mut spec = guest_spec(dir.path());
         for vsock in [None, Some(VsockSpec { cid: 3 })] {
             spec.vsock = vsock;
-            let console = dir.path().join("console.sock");
-            let disks = disks_of(&spec);
-            let devices = of(&spec, &disks, &output, &typing, &console, Vec::new());
+            let socket = dir.path().join(VSOCK_SOCKET);
+            let way = Way::Path(socket.clone());
+            let vsock = Some((Listening::at(&socket).expect("a socket"), way));
+            let disks = disks_of(&spec, &Files::Own);
+            let devices = of(&spec, &disks, &output, &typing, vsock, Vec::new());
             assert_eq!(devices.expect("devices").len(), slots(&spec).len());
             spec.disks.push(DiskSpec::default());
         }

@@ -29,6 +29,9 @@ pub enum VmError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The monitor ended before it had answered: what it was asked for is done, or it is not.
+    #[error("{0}")]
+    Unanswered(String),
     /// The operating system or KVM refused something.
     #[error("Could not {what}")]
     Refused {

@@ -9,6 +9,7 @@ use decamp_shared::workload::Place;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, VmError};
+use crate::monitor::{Change, Monitor, Request};
 use crate::spec::{NetSpec, VmSpec};
 use crate::sys::tap::make_tap;
 use crate::virtio::bus::Named;
@@ -29,11 +30,43 @@ pub(crate) struct Interfaces {
 struct Interface {
     bridge: String,
     mac: Mac,
-    port: Port,
+    end: HostsEnd,
     connected: bool,
     /// The guest's end, for what is said in its name.
     tap: OwnedFd,
     knowledge: Knowledge,
+}
+
+/// The host's end of an interface.
+#[derive(Debug)]
+enum HostsEnd {
+    /// Which this process itself takes off its network, and puts back.
+    Own(Port),
+    /// Which the monitor does that to.
+    Monitored { name: String, number: u8, monitor: Monitor },
+}
+
+impl HostsEnd {
+    fn name(&self) -> &str {
+        match self {
+            Self::Own(port) => port.name(),
+            Self::Monitored { name, .. } => name,
+        }
+    }
+
+    fn change(&mut self, change: Change) -> Result<()> {
+        match self {
+            Self::Own(port) => match change {
+                Change::Disconnect => port.disconnect(),
+                Change::Connect => port.connect(),
+                Change::Reconnect => port.reconnect(),
+            }
+            .map_err(VmError::Network),
+            Self::Monitored { number, monitor, .. } => {
+                monitor.ask(&Request::Port { number: *number, change }).map(drop)
+            }
+        }
+    }
 }
 
 /// What is to be said of an interface, for the agent and its users.
@@ -74,15 +107,33 @@ impl Interfaces {
         Ok((made, devices))
     }
 
+    /// The host's ends, for a monitor that is to look after them.
+    pub(crate) fn ports(&self) -> Vec<Port> {
+        let own = |interface: &Interface| match &interface.end {
+            HostsEnd::Own(port) => Some(port.clone()),
+            HostsEnd::Monitored { .. } => None,
+        };
+        self.all.iter().filter_map(own).collect()
+    }
+
+    /// From now on `monitor`, which was given [`Interfaces::ports`], looks after the host's ends.
+    pub(crate) fn monitored(mut self, monitor: &Monitor) -> Self {
+        for (number, interface) in (0u8..).zip(&mut self.all) {
+            let name = interface.end.name().to_owned();
+            interface.end = HostsEnd::Monitored { name, number, monitor: monitor.clone() };
+        }
+        self
+    }
+
     /// Takes all of them off the network: nothing in, nothing out.
     ///
     /// # Errors
     /// When one cannot be; then all are on the network as before.
     pub(crate) fn disconnect(&mut self) -> Result<()> {
         for interface in &mut self.all {
-            if let Err(error) = interface.port.disconnect() {
+            if let Err(error) = interface.end.change(Change::Disconnect) {
                 self.reconnect();
-                return Err(VmError::Network(error));
+                return Err(error);
             }
             interface.connected = false;
         }
@@ -99,9 +150,9 @@ impl Interfaces {
             if interface.connected {
                 continue;
             }
-            if let Err(error) = interface.port.connect() {
+            if let Err(error) = interface.end.change(Change::Connect) {
                 self.disconnect()?;
-                return Err(VmError::Network(error));
+                return Err(error);
             }
             interface.connected = true;
         }
@@ -111,11 +162,11 @@ impl Interfaces {
     /// Puts back what was taken off, as far as can be: a guest that runs on does so in any case.
     pub(crate) fn reconnect(&mut self) {
         for interface in self.all.iter_mut().filter(|interface| !interface.connected) {
-            match interface.port.reconnect() {
+            match interface.end.change(Change::Reconnect) {
                 Ok(()) => interface.connected = true,
                 Err(error) => {
-                    let error = VmError::Network(error).with_causes();
-                    tracing::error!(tap = interface.port.name(), error, "It stays off the network");
+                    let error = error.with_causes();
+                    tracing::error!(tap = interface.end.name(), error, "It stays off the network");
                 }
             }
         }
@@ -158,7 +209,8 @@ impl Interface {
         let mtu = u16::try_from(bridge.mtu).unwrap_or(u16::MAX);
         let device = Net::new(frames, mac, mtu, knowledge.clone());
         let bridge = net.bridge.clone();
-        Ok((Self { bridge, mac, port, connected, tap, knowledge }, device))
+        let end = HostsEnd::Own(port);
+        Ok((Self { bridge, mac, end, connected, tap, knowledge }, device))
     }
 
     fn announce(&self) {
@@ -167,7 +219,7 @@ impl Interface {
                 let frames = of_machine(self.mac, self.knowledge.lock().own());
                 Announcer::new(tap, HEADER, frames).begin();
             }
-            Err(error) => tracing::warn!(%error, tap = self.port.name(), "Cannot announce it"),
+            Err(error) => tracing::warn!(%error, tap = self.end.name(), "Cannot announce it"),
         }
     }
 
@@ -175,7 +227,7 @@ impl Interface {
         let known = self.knowledge.lock();
         InterfaceFacts {
             bridge: self.bridge.clone(),
-            tap: self.port.name().to_owned(),
+            tap: self.end.name().to_owned(),
             mac: self.mac,
             mtu: self.knowledge.mtu(),
             own: known.own().to_vec(),

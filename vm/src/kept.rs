@@ -7,10 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use decamp_shared::keeper::{
-    Beginning, ExitRecord, ExitSignal, Harvest, KeeperConfig, Kept, record_switch, serve,
-    write_exit_record,
-};
+use decamp_shared::keeper::{ExitRecord, ExitSignal, Harvest, Kept};
 use decamp_shared::pages::{PageSet, SpaceId};
 use decamp_shared::workload::{Liveness, Place, Result, Section, SpaceInfo, WorkloadError};
 use fail::fail_point;
@@ -19,9 +16,9 @@ use crate::caretaker::{self, Shared};
 use crate::disk::keeping::Storing;
 use crate::disk::{self, Disk};
 use crate::error::VmError;
-use crate::host;
 use crate::interfaces::Interfaces;
-use crate::machine::{ConsolePaths, Machine};
+use crate::keeper::{Confined, Given};
+use crate::machine::Machine;
 use crate::memory::GUEST_MEMORY;
 use crate::needs::Needs;
 use crate::spec::VmSpec;
@@ -32,26 +29,9 @@ const FORCED: i32 = 128 + 9;
 /// How long the lock of a disk is waited for that another host's keeper is about to give up.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Runs the keeper of a VM until the VM was released, discarded, stopped or ended by itself.
-///
-/// # Errors
-/// When the VM could not be built (a file that cannot be booted, KVM that refuses) or the keeper's
-/// socket could not be served. No instruction of the guest has run when it could not be built.
-pub fn keeper_main(config: KeeperConfig) -> Result<()> {
-    let spec = VmSpec::parse(&config.spec)?;
-    let exit = ExitSignal::new()
-        .map_err(|error| WorkloadError::new("Could not make the exit signal", error))?;
-    let incoming = config.beginning == Beginning::Incoming;
-    let kept = VmKept::build(&spec, &config.place, incoming, exit.clone())?;
-    if !incoming {
-        kept.with(|machine| machine.run())?;
-    }
-    serve(&config, Box::new(kept), &exit)
-}
-
 /// A VM in its keeper.
 #[derive(Debug)]
-struct VmKept {
+pub(crate) struct VmKept {
     machine: Shared,
     interfaces: Interfaces,
     exit: ExitSignal,
@@ -62,23 +42,39 @@ struct VmKept {
     incoming: bool,
     /// Disks whose content comes as pages, with what stores it.
     filling: Vec<(Arc<Disk>, Storing)>,
+    confined: Confined,
 }
 
 impl VmKept {
-    fn build(spec: &VmSpec, place: &Place, incoming: bool, exit: ExitSignal) -> Result<Self> {
-        let console = ConsolePaths { log: place.log(), socket: place.console() };
+    /// A VM of `spec` that was `given` its part of the host.
+    ///
+    /// # Errors
+    /// When it could not be built. No instruction of the guest has run then.
+    pub(crate) fn build(
+        spec: &VmSpec,
+        place: &Place,
+        given: Given,
+        incoming: bool,
+        exit: ExitSignal,
+    ) -> Result<Self> {
+        let Given { outfit, interfaces, confined } = given;
         let (on_event, events) = caretaker::channel();
-        let (interfaces, nets) = Interfaces::make(spec, place, !incoming)?;
-        let machine = if incoming {
-            Machine::empty(spec, &console, nets, on_event)
-        } else {
-            Machine::boot(spec, &console, nets, on_event)
-        }?;
+        let machine = Machine::build(spec, outfit, on_event, !incoming)?;
         let machine = caretaker::share(machine);
         let end = events.start(&machine, exit.clone())?;
         let (place, memory_bytes) = (place.clone(), spec.memory_bytes);
         let filling = Vec::new();
-        Ok(Self { machine, interfaces, exit, end, place, memory_bytes, incoming, filling })
+        Ok(Self {
+            machine,
+            interfaces,
+            exit,
+            end,
+            place,
+            memory_bytes,
+            incoming,
+            filling,
+            confined,
+        })
     }
 
     /// The machine, for as long as nobody else has it. A reset that is under way is waited for.
@@ -86,7 +82,11 @@ impl VmKept {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn with<T>(&self, work: impl FnOnce(&mut Machine) -> crate::error::Result<T>) -> Result<T> {
+    /// Does `work` to the machine, if it is still there.
+    pub(crate) fn with<T>(
+        &self,
+        work: impl FnOnce(&mut Machine) -> crate::error::Result<T>,
+    ) -> Result<T> {
         let mut machine = self.lock();
         let machine = machine.as_mut();
         let machine = machine.ok_or_else(|| WorkloadError::plain("The VM is gone already"))?;
@@ -97,6 +97,11 @@ impl VmKept {
     fn take_away(&mut self) {
         self.interfaces = Interfaces::default();
         drop(self.lock().take());
+    }
+
+    fn end_as(&self, record: ExitRecord) {
+        self.confined.note_end(&self.place, &record);
+        self.exit.raise(record);
     }
 
     fn space(&mut self) -> Result<SpaceInfo> {
@@ -150,15 +155,15 @@ impl Kept for VmKept {
 
     fn facts(&mut self) -> Result<serde_json::Value> {
         let memory_bytes = self.memory_bytes;
-        let capabilities = host::capabilities(&host::open_kvm()?);
         let networks = self.interfaces.facts();
+        let confinement = self.confined.how.clone();
         self.with(|machine| {
             let registers = machine.registers()?;
             let needs = Needs {
                 vmm: env!("CARGO_PKG_VERSION").into(),
                 cpuid: machine.cpuid().to_vec(),
                 tsc_khz: machine.tsc_khz(),
-                capabilities,
+                capabilities: machine.capabilities().to_vec(),
                 msrs: registers.used,
                 registers: registers.told,
             };
@@ -169,6 +174,7 @@ impl Kept for VmKept {
                 "console_lost_bytes": machine.console_losses(),
                 "disks": machine.disks().iter().map(facts_of).collect::<Vec<_>>(),
                 "needs": needs,
+                "confinement": confinement,
                 "networks": networks,
             }))
         })
@@ -202,13 +208,21 @@ impl Kept for VmKept {
 
     fn switch(&mut self, migration: &str) -> Result<()> {
         fail_point!("vm-switch", |_| Err(WorkloadError::plain("Failpoint vm-switch")));
-        let place = self.place.clone();
-        self.with(|machine| {
+        let mut unknown = false;
+        let switched = self.with(|machine| {
             machine.switch(|| {
-                record_switch(&place, migration)
-                    .map_err(|error| VmError::refused("note that disks move", error))
+                let noted = self.confined.note_switch(&self.place, migration);
+                unknown = matches!(noted, Err(VmError::Unanswered(_)));
+                noted
             })
-        })
+        });
+        if unknown {
+            // Whichever files it wrote from here on could be the ones that are thrown away.
+            let text = "taken away: nobody knows whether its disks went over to other files";
+            self.take_away();
+            self.end_as(ExitRecord { status: FORCED, text: text.into() });
+        }
+        switched
     }
 
     fn make_spaces(&mut self, spaces: &[SpaceInfo]) -> Result<()> {
@@ -234,7 +248,7 @@ impl Kept for VmKept {
         if space != GUEST_MEMORY {
             return Ok(self.disk_of(space)?.descriptor(writable)?);
         }
-        self.with(|machine| machine.memory().descriptor(writable))
+        self.with(|machine| machine.memory_descriptor(writable))
     }
 
     fn track(&mut self) -> Result<()> {
@@ -335,6 +349,10 @@ impl Kept for VmKept {
         Ok(())
     }
 
+    fn note_end(&self, place: &Place, record: &ExitRecord) {
+        self.confined.note_end(place, record);
+    }
+
     /// Presses its power button and waits until it has switched itself off. One that has no handler for the
     /// button, is paused, or does not end in time is taken away as it is.
     fn stop(&mut self, grace: Duration) -> Result<()> {
@@ -351,8 +369,7 @@ impl Kept for VmKept {
             ExitRecord { status: FORCED, text }
         });
         self.take_away();
-        write_exit_record(&self.place, &record);
-        self.exit.raise(record);
+        self.end_as(record);
         Ok(())
     }
 }

@@ -3,11 +3,12 @@
 
 mod disks;
 mod mirror;
+mod outfit;
 mod reset;
 mod whole;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ use crate::devices;
 use crate::dirty::Tracker;
 use crate::disk::Disk;
 use crate::error::{Result, VmError};
+use crate::files::Files;
 use crate::host;
 use crate::layout::Slot;
 use crate::memory::Memory;
@@ -39,23 +41,15 @@ use crate::sys::{self, Backed, XsaveSize};
 use crate::throttle::Throttle;
 use crate::topology;
 use crate::vcpu::{OnEvent, Vcpu};
-use crate::virtio::bus::{Line, Named, VirtioBus};
+use crate::virtio::bus::{Line, VirtioBus};
 use crate::virtio::console::Typing;
 use mirror::Mirroring;
+pub(crate) use outfit::{ConsolePaths, Outfit};
 use whole::Whole;
 
 /// Where KVM on Intel keeps two pages and one of its own: within the hole for devices.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
-
-/// Where a machine's console goes.
-#[derive(Clone, Debug)]
-pub(crate) struct ConsolePaths {
-    /// What the guest prints is appended here.
-    pub(crate) log: PathBuf,
-    /// Socket for clients.
-    pub(crate) socket: PathBuf,
-}
 
 /// What the registers of a guest's vCPUs say that a host has to have.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +73,10 @@ pub(crate) struct Machine {
     gate: Gate,
     guest: Arc<Backed>,
     host: HostFacts,
+    /// How its files are opened.
+    files: Files,
+    /// What the host's KVM has of what this VMM builds on.
+    capabilities: Vec<String>,
     cpuid: Vec<CpuidEntry>,
     tsc_khz: u32,
     spec: VmSpec,
@@ -96,42 +94,36 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// A machine with the files of `spec` loaded and `nets` for interfaces, standing before its first instruction.
+    /// A machine with the files of `spec` loaded and `nets` for interfaces, standing before its first instruction,
+    /// which opens by itself what it needs.
+    #[cfg(test)]
     pub(crate) fn boot(
         spec: &VmSpec,
         console: &ConsolePaths,
-        nets: Vec<Named>,
+        nets: Vec<crate::virtio::bus::Named>,
         on_event: OnEvent,
     ) -> Result<Self> {
-        Self::build(spec, console, nets, on_event, true)
+        Self::build(spec, Outfit::own(console, nets), on_event, true)
     }
 
-    /// An empty machine in the shape of `spec`, for state that arrives.
-    pub(crate) fn empty(
+    /// A machine in the shape of `spec`, with what it is given in `outfit`: with its files loaded, standing before
+    /// its first instruction, or, unless it `boots`, empty, for state that arrives.
+    pub(crate) fn build(
         spec: &VmSpec,
-        console: &ConsolePaths,
-        nets: Vec<Named>,
-        on_event: OnEvent,
-    ) -> Result<Self> {
-        Self::build(spec, console, nets, on_event, false)
-    }
-
-    fn build(
-        spec: &VmSpec,
-        console: &ConsolePaths,
-        nets: Vec<Named>,
+        mut outfit: Outfit,
         on_event: OnEvent,
         boots: bool,
     ) -> Result<Self> {
         let memory = Memory::create(spec.memory_bytes)?;
-        let disks = devices::disks_of(spec);
+        let files = outfit.files.clone();
+        let disks = devices::disks_of(spec, &files);
         if boots {
             disks.iter().try_for_each(|disk| disk.open(Duration::ZERO))?;
         }
         // Before KVM is touched, so that a bad file costs nothing.
-        let entry =
-            if boots { Some(boot::load(spec, &memory, &devices::slots(spec))?) } else { None };
-        let kvm = host::open_kvm()?;
+        let load = || boot::load(spec, &files, &memory, &devices::slots(spec));
+        let entry = boots.then(load).transpose()?;
+        let kvm = outfit.take_kvm()?;
         let guest = Backed::new(create_vm(&kvm)?, memory)
             .map_err(|error| VmError::refused("give guest memory to KVM", error))?;
         guest.advise_huge_pages();
@@ -157,9 +149,11 @@ impl Machine {
         if let Some(held) = spec.cpu_baseline.as_ref().filter(|_| boots) {
             held.tell(&kvm, fds.iter(), &cpuid)?;
         }
-        let output = Output::to_log(&console.log)?;
+        let capabilities = host::capabilities(&kvm);
+        let ends = outfit.take_ends(spec)?;
+        let output = Output::to(ends.log)?;
         let typing = Typing::new()?;
-        let devices = devices::of(spec, &disks, &output, &typing, &console.socket, nets)?;
+        let devices = devices::of(spec, &disks, &output, &typing, ends.vsock, outfit.nets)?;
         let virtio = VirtioBus::new(devices, guest.memory().map(), |slot| line(&guest, slot))?;
         virtio.register_kicks(&guest)?;
         let serial = SerialPort::new(guest.clone(), output.clone());
@@ -171,8 +165,8 @@ impl Machine {
         }
         let gate = Gate::default();
         let keyboard = keyboard(&ports, &output, typing, &gate);
-        let console = Console::listen(&console.socket, output.places(), keyboard, None)
-            .map_err(VmError::Console)?;
+        let console =
+            Console::on(ends.console, output.places(), keyboard, None).map_err(VmError::Console)?;
         let vcpus = (0u32..)
             .zip(fds)
             .map(|(number, fd)| {
@@ -188,6 +182,8 @@ impl Machine {
             gate,
             guest,
             host,
+            files,
+            capabilities,
             cpuid,
             tsc_khz,
             spec: spec.clone(),
@@ -204,6 +200,16 @@ impl Machine {
     /// Guest memory.
     pub(crate) fn memory(&self) -> &Memory {
         self.guest.memory()
+    }
+
+    /// A descriptor of guest memory for another process: reads, and writes if `writable`.
+    pub(crate) fn memory_descriptor(&self, writable: bool) -> Result<OwnedFd> {
+        self.memory().descriptor_by(&self.files, writable)
+    }
+
+    /// Names of the capabilities that a guest here builds on.
+    pub(crate) fn capabilities(&self) -> &[String] {
+        &self.capabilities
     }
 
     /// What the guest sees of its CPU.

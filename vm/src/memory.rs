@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use decamp_shared::pages::{PAGE_SIZE, PageRange, PageSet, SpaceId};
@@ -20,6 +20,7 @@ use vm_memory::{
 };
 
 use crate::error::{Result, VmError};
+use crate::files::Files;
 use crate::layout::{HOLE_END, HOLE_START};
 
 /// The one space of a VM.
@@ -87,14 +88,15 @@ impl Memory {
     }
 
     /// A descriptor of its own for another process: reads, and writes if `writable`.
+    #[cfg(test)]
     pub(crate) fn descriptor(&self, writable: bool) -> Result<OwnedFd> {
-        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        File::options()
-            .read(true)
-            .write(writable)
-            .open(&path)
-            .map(OwnedFd::from)
-            .map_err(|error| VmError::refused("open guest memory once more", error))
+        self.descriptor_by(&Files::Own, writable)
+    }
+
+    /// The same, which `files` open.
+    pub(crate) fn descriptor_by(&self, files: &Files, writable: bool) -> Result<OwnedFd> {
+        let opened = files.again(self.file.as_fd(), writable);
+        opened.map_err(|error| VmError::refused("open guest memory once more", error))
     }
 
     /// Adds every page that holds anything (that was ever touched) to `set`.

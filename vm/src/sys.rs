@@ -33,6 +33,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use crate::memory::Memory;
 
 pub(crate) mod frames;
+pub(crate) mod process;
 pub(crate) mod tap;
 
 const KVMIO: c_ulong = 0xae;

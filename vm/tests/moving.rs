@@ -4,13 +4,14 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use decamp_shared::keeper::{ExitRecord, KeeperClient, Phase};
-use decamp_shared::pages::{PageRange, PageReader, PageSet, PageWriter};
+use decamp_shared::keeper::{ExitRecord, KeeperClient, Phase, switched_for};
+use decamp_shared::pages::{PageRange, PageReader, PageSet, PageWriter, SpaceId};
 use decamp_shared::workload::{Backend, HostTools, Place, PlacedTree, SourceWorkload};
 use decamp_vm::{VmBackend, VmSpec};
 
@@ -37,6 +38,7 @@ impl Bench {
             resume_after: Duration::from_secs(2),
             methods: Default::default(),
             bridges: Default::default(),
+            users: Default::default(),
         };
         let spec = VmSpec {
             kernel,
@@ -56,8 +58,11 @@ impl Bench {
     }
 
     fn place(&self, number: usize) -> Place {
-        let dir = self.dir.path().join(format!("place{number}"));
-        Place { name: "guest".into(), uuid: format!("uuid-{number}"), dir }
+        let dir = self.dir.path().join("workloads").join(format!("place{number}"));
+        // Control groups are everybody's.
+        let own = self.dir.path().file_name().and_then(|name| name.to_str()).expect("a name");
+        let name = format!("moving{}-{number}", own.replace('.', "-"));
+        Place { name, uuid: format!("uuid-{number}"), dir }
     }
 
     /// Starts the guest and waits until it has filled its memory.
@@ -73,8 +78,13 @@ impl Drop for Bench {
     /// No keeper outlives its test, also when that failed.
     fn drop(&mut self) {
         for number in 0..10 {
-            if let Ok(mut keeper) = KeeperClient::connect(&self.place(number)) {
+            let place = self.place(number);
+            if let Ok(mut keeper) = KeeperClient::connect(&place) {
                 let _ = keeper.stop(Duration::ZERO).or_else(|_| keeper.discard());
+            }
+            if place.dir.exists() {
+                wait_for("its keeper to end", || KeeperClient::connect(&place).is_err());
+                let _ = self.backend.sweep(&self.spec, &place);
             }
         }
     }
@@ -377,4 +387,172 @@ fn what_a_move_of_one_gib_takes() {
     println!("{}", log(&here).lines().last().unwrap_or_default());
     let verdict = verdict(&here);
     assert!(verdict.ends_with("verdict=clean"), "{verdict}");
+}
+
+/// A line of `/proc/PID/status`.
+fn status(pid: u64, key: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("a status");
+    let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+    line.unwrap_or_else(|| panic!("no {key} in {text}")).trim().to_owned()
+}
+
+fn facts(place: &Place) -> serde_json::Value {
+    KeeperClient::connect(place).and_then(|mut keeper| keeper.facts()).expect("facts")
+}
+
+/// The process that was forked off by the keeper `pid`.
+fn monitor_of(pid: u64) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("children");
+    let children: Vec<u64> = text.split_whitespace().filter_map(|it| it.parse().ok()).collect();
+    assert_eq!(children.len(), 1, "{text}");
+    assert_eq!(status(children[0], "Name"), "decamp-monitor");
+    children[0]
+}
+
+/// That the keeper at `place` has nothing that it does not need; the user that it runs as.
+fn assert_confined(place: &Place) -> u64 {
+    let facts = facts(place);
+    let how = &facts["confinement"];
+    assert_eq!(how["lacks"], serde_json::json!([]), "{how}");
+    let (pid, user) =
+        (facts["pid"].as_u64().expect("a pid"), how["user"].as_u64().expect("a user"));
+    assert!(user >= 0x7000_0000);
+    for key in ["Uid", "Gid"] {
+        assert_eq!(status(pid, key), [user; 4].map(|id| id.to_string()).join("\t"));
+    }
+    assert_eq!(status(pid, "Groups"), "");
+    for key in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(status(pid, key), "0".repeat(16), "{key}");
+    }
+    assert_eq!(status(pid, "NoNewPrivs"), "1");
+    for namespace in ["mnt", "net", "ipc", "uts"] {
+        let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).expect("a link");
+        assert_ne!(of(&pid.to_string()), of("self"), "{namespace}");
+        // All of its threads, which do the work.
+        for task in fs::read_dir(format!("/proc/{pid}/task")).expect("threads") {
+            let task = task.expect("a thread").path();
+            let its = fs::read_link(task.join("ns").join(namespace)).expect("a link");
+            assert_eq!(its, of(&pid.to_string()), "{}", task.display());
+            let text = fs::read_to_string(task.join("status")).expect("a status");
+            assert!(text.contains("CapEff:\t0000000000000000"), "{text}");
+        }
+    }
+    let root = PathBuf::from(format!("/proc/{pid}/root"));
+    assert_eq!(fs::read_dir(&root).expect("its root").count(), 0, "its root is empty");
+    fs::write(root.join("x"), "").expect_err("nothing can be made there");
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("groups");
+    let own = format!(":/decamp/{}", place.name);
+    let count = groups.lines().filter(|line| line.ends_with(&own)).count();
+    assert!(count > 0, "{groups}");
+    let monitor = monitor_of(pid);
+    assert_eq!(status(monitor, "Uid"), "0\t0\t0\t0");
+    // Standard streams, its socket, its keeper, the lock: neither guest memory nor a disk.
+    let open = fs::read_dir(format!("/proc/{monitor}/fd")).expect("descriptors").count();
+    assert_eq!(open, 6);
+    user
+}
+
+#[test]
+fn keepers_have_nothing_that_they_do_not_need() {
+    let bench = Bench::new(64 << 20, "fill=16 hot=2 rate=0 report=50");
+    let here = bench.run();
+    let first = assert_confined(&here);
+    let (there, other) = (bench.place(1), bench.place(2));
+    bench.backend.run(&bench.spec, &other).expect("another runs");
+    let second = assert_confined(&other);
+    assert_ne!(first, second, "each has a user of its own");
+    let monitor = monitor_of(facts(&here)["pid"].as_u64().expect("a pid"));
+    migrate(&bench, &here, &there, 2);
+    wait_for("the source's keeper to end", || KeeperClient::connect(&here).is_err());
+    assert!(!here.socket().exists() && !here.console().exists(), "its sockets are gone");
+    let third = assert_confined(&there);
+    assert_ne!(third, second);
+    let gone = || !Path::new(&format!("/proc/{monitor}/ns/net")).exists();
+    wait_for("its monitor to end", gone);
+    bench.backend.sweep(&bench.spec, &here).expect("swept");
+    let groups = Command::new("find").args(["/sys/fs/cgroup", "-name", &here.name]).output();
+    assert_eq!(String::from_utf8_lossy(&groups.expect("find").stdout), "", "groups are left");
+    assert!(verdict(&there).ends_with("verdict=clean"));
+    assert_eq!(ended(&there).text, "powered off");
+}
+
+#[test]
+fn a_guest_whose_monitor_is_killed_runs_on_and_is_not_moved() {
+    let bench = Bench::new(64 << 20, "fill=16 hot=2 rate=0 report=50");
+    let here = bench.run();
+    let monitor = monitor_of(facts(&here)["pid"].as_u64().expect("a pid"));
+    let killed = Command::new("kill").args(["-KILL", &monitor.to_string()]).status();
+    assert!(killed.expect("kill").success());
+    wait_for("it to die", || status(monitor, "State").starts_with('Z'));
+    let mut source = bench.backend.source(&bench.spec, &here).expect("source");
+    let error = match source.reader() {
+        Ok(_) => panic!("there is nobody to open its memory"),
+        Err(error) => std::error::Error::source(&error).map(ToString::to_string),
+    };
+    let error = error.expect("a cause");
+    assert!(error.contains("monitor of this VM's keeper is gone"), "{error}");
+    drop(source);
+    let before = count(&here);
+    wait_for("the guest to go on", || count(&here) > before + 1);
+    bench.backend.stop(&bench.spec, &here).expect("it can be stopped");
+}
+
+/// Whether nobody has a lock that keeps others from writing the disk at `path`.
+fn is_free(path: &Path) -> bool {
+    let file = fs::File::options().read(true).write(true).open(path).expect("a disk");
+    let mut lock = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_GETLK(&mut lock)).expect("asked");
+    i32::from(lock.l_type) == libc::F_UNLCK
+}
+
+#[test]
+fn a_disk_of_a_confined_vmm_moves_alone_and_is_handed_over_from_there() {
+    const MIGRATION: &str = "5f0c7a1e-0b7d-4f7e-9a51-2f3c6d8e9b01";
+    let mut bench = Bench::new(64 << 20, "fill=16 hot=2 rate=0 report=50");
+    let [old, new] = ["old", "new"].map(|name| bench.dir.path().join(name));
+    fs::write(&old, [7; 64 << 10]).expect("a disk");
+    bench.spec["disks"] = serde_json::json!([{ "path": old }]);
+    let here = bench.run();
+    assert_confined(&here);
+    let file = fs::File::options().read(true).write(true).create_new(true).open(&new);
+    let file = file.expect("made");
+    let copy = file.try_clone().expect("a descriptor");
+    let mut keeper = KeeperClient::connect(&here).expect("a keeper");
+    keeper.mirror(SpaceId(1), &new, file.into()).expect("mirrored");
+    let mut dirty = PageSet::new();
+    keeper.harvest(&mut dirty).expect("harvested");
+    assert_eq!(dirty.len(), 16, "all of the disk, and no memory");
+    copy.write_all_at(&fs::read(&old).expect("read"), 0).expect("copied");
+    keeper.hold().expect("held");
+    // What is no migration is not noted.
+    keeper.switch("../switched").expect_err("no name of one");
+    assert!(!switched_for(&here, MIGRATION).expect("looked"));
+    keeper.switch(MIGRATION).expect("switched");
+    assert!(switched_for(&here, MIGRATION).expect("looked"));
+    keeper.resume(0).expect("as ever");
+    drop((keeper, copy));
+    assert_eq!(facts(&here)["disks"][0]["path"], serde_json::json!(new));
+    assert!(is_free(&old) && !is_free(&new));
+    // Handed over, as shared storage is, it comes back at first: its monitor opens the new file again.
+    bench.spec["disks"][0]["path"] = serde_json::json!(new);
+    let mut source = bench.backend.source(&bench.spec, &here).expect("source");
+    source.pause().expect("pause");
+    source.save().expect("save");
+    source.fence(1).expect("fenced");
+    assert!(is_free(&new), "the monitor keeps no lock");
+    source.resume().expect("its own again");
+    drop(source);
+    assert!(!is_free(&new));
+    let there = bench.place(1);
+    migrate(&bench, &here, &there, 1);
+    assert_confined(&there);
+    assert!(!is_free(&new));
+    assert!(verdict(&there).ends_with("verdict=clean"));
+    assert_eq!(ended(&there).text, "powered off");
 }

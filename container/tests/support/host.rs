@@ -147,6 +147,7 @@ impl Host {
             resume_after: Duration::from_secs(30),
             methods: self.methods.get(),
             bridges: Default::default(),
+            users: Default::default(),
         }
     }
 

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use crate::workload::WorkloadError;
 pub use log::{KEPT, Log, LogReader};
 pub use output::Output;
-pub use server::{Console, Keyboard, MAX_CLIENTS, Resizer, listen_privately};
+pub use server::{Console, Keyboard, Listening, MAX_CLIENTS, Resizer, listen_privately};
 
 /// Why a console cannot be had.
 #[derive(Debug, thiserror::Error)]

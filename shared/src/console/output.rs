@@ -49,7 +49,15 @@ impl Output {
     /// When the log cannot be opened.
     pub fn to_log(log: &Path) -> Result<Self, ConsoleError> {
         let failed = |source| ConsoleError::Log { path: log.to_owned(), source };
-        Log::open(log).and_then(|log| Self::new(Some(log))).map_err(failed)
+        Log::open(log).and_then(Self::to).map_err(failed)
+    }
+
+    /// Output to a log that is open already.
+    ///
+    /// # Errors
+    /// When there are no descriptors left.
+    pub fn to(log: Log) -> io::Result<Self> {
+        Self::new(Some(log))
     }
 
     /// Output that nobody sees until there are clients.

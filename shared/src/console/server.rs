@@ -38,9 +38,44 @@ pub type Resizer = Box<dyn Fn(Size) + Send>;
 /// The sockets of one console, served by a thread of its own until this is dropped.
 #[derive(Debug)]
 pub struct Console {
-    paths: Vec<PathBuf>,
+    /// Dropped last: who sees that it is gone knows that nobody serves any more.
+    socket: Option<Listening>,
+    sizes: Option<PathBuf>,
     end: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// A socket at a path, for root alone, that is listened on. The path goes with it.
+#[derive(Debug)]
+pub struct Listening {
+    path: PathBuf,
+    listener: UnixListener,
+}
+
+impl Listening {
+    /// Listens on `path`; as [`listen_privately`].
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn at(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), listener: listen_privately(path)? })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Who connects, without waiting for anybody.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 impl Console {
@@ -56,15 +91,29 @@ impl Console {
         sizes: Option<(PathBuf, Resizer)>,
     ) -> Result<Self, ConsoleError> {
         let failed = |source: io::Error| ConsoleError::Listen { path: path.to_owned(), source };
-        let listener = listen_privately(path).map_err(failed)?;
-        let mut paths = vec![path.to_owned()];
-        let mut sized = None;
+        Self::on(Listening::at(path).map_err(failed)?, output, keyboard, sizes)
+    }
+
+    /// The same on a socket that is listened on already.
+    ///
+    /// # Errors
+    /// As [`Console::listen`].
+    pub fn on(
+        socket: Listening,
+        output: Output,
+        keyboard: Keyboard,
+        sizes: Option<(PathBuf, Resizer)>,
+    ) -> Result<Self, ConsoleError> {
+        let path = socket.path.clone();
+        let failed = |source: io::Error| ConsoleError::Listen { path: path.clone(), source };
+        let listener = socket.listener.try_clone().map_err(failed)?;
+        let (mut sized, mut of_sizes) = (None, None);
         if let Some((path, resizer)) = sizes {
             let failed = |source| ConsoleError::Listen { path: path.clone(), source };
             let socket = bind(&path, |path| UnixDatagram::bind(path)).map_err(failed)?;
             socket.set_nonblocking(true).map_err(failed)?;
             sized = Some((socket, resizer));
-            paths.push(path);
+            of_sizes = Some(path);
         }
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let end = EventFd::from_flags(flags).map_err(|error| failed(error.into()))?;
@@ -76,7 +125,7 @@ impl Console {
             .name("console".into())
             .spawn(move || server.serve(&stop))
             .map_err(failed)?;
-        Ok(Self { paths, end, thread: Some(thread) })
+        Ok(Self { socket: Some(socket), sizes: of_sizes, end, thread: Some(thread) })
     }
 }
 
@@ -86,7 +135,8 @@ impl Drop for Console {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        for path in &self.paths {
+        drop(self.socket.take());
+        if let Some(path) = &self.sizes {
             let _ = fs::remove_file(path);
         }
     }

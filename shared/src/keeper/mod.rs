@@ -28,7 +28,7 @@ use crate::workload::{
 };
 
 pub use client::{KeeperClient, is_kept};
-pub use server::{ExitSignal, serve, serve_on, write_exit_record};
+pub use server::{ExitSignal, listen, serve, serve_from, serve_on, write_exit_record};
 pub use spawn::{allow_many_files, spawn};
 pub use switched::{forget_switch, record_switch, switched_for};
 
@@ -175,6 +175,11 @@ pub trait Kept: Send {
     fn discard(&mut self) -> Result<()>;
     /// Running: asks the workload to end, waits `grace`, then forces. The keeper ends.
     fn stop(&mut self, grace: Duration) -> Result<()>;
+    /// It ended by itself: `record` is written down where the agent looks for it. Whoever may not write there has
+    /// somebody else do it.
+    fn note_end(&self, place: &Place, record: &ExitRecord) {
+        write_exit_record(place, record);
+    }
     /// Running, and adopted: gives it back to whoever started it, as it runs. The keeper ends.
     fn let_go(&mut self) -> Result<()> {
         Err(WorkloadError::Unsupported("Letting go"))

@@ -5,6 +5,7 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{OnceLock, mpsc};
@@ -124,7 +125,9 @@ fn say(line: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}")?;
     out.flush()?;
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    // Whoever has no such file any more was started with it as standard input.
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null");
+    let null = null.map(OwnedFd::from).or_else(|_| io::stdin().as_fd().try_clone_to_owned())?;
     nix::unistd::dup2_stdout(&null)?;
     Ok(())
 }

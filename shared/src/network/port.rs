@@ -16,7 +16,7 @@ const FORWARDING: u8 = 3;
 const CARRIER_WITHIN: Duration = Duration::from_secs(2);
 
 /// The host's end of a workload's interface, a port of a bridge. Dropped, it stays as it is.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Port {
     name: String,
     index: u32,

@@ -15,6 +15,7 @@ fn backend() -> VmBackend {
         resume_after: Duration::from_secs(10),
         methods: Default::default(),
         bridges: Default::default(),
+        users: Default::default(),
     })
 }
 

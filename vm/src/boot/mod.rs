@@ -11,7 +11,7 @@ mod map;
 mod pvh;
 
 use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::Path;
 
 use kvm_ioctls::VcpuFd;
@@ -19,6 +19,7 @@ use vm_memory::GuestAddress;
 
 use crate::acpi;
 use crate::error::{Result, VmError};
+use crate::files::Files;
 use crate::layout::Slot;
 use crate::memory::Memory;
 use crate::spec::VmSpec;
@@ -52,12 +53,17 @@ struct Ramdisk {
 /// # Errors
 /// [`VmError::Image`] when a file cannot be read, is no kernel for these machines, or does not fit. What was
 /// found out from the file alone left the memory as it was.
-pub(crate) fn load(spec: &VmSpec, memory: &Memory, devices: &[Slot]) -> Result<Entry> {
+pub(crate) fn load(
+    spec: &VmSpec,
+    files: &Files,
+    memory: &Memory,
+    devices: &[Slot],
+) -> Result<Entry> {
     let wrong = |reason: String| VmError::Image { path: spec.kernel.clone(), reason };
     let end = low_end(memory);
-    let (mut file, image) = look(spec, end)?;
+    let (mut file, image) = look(spec, files, end)?;
     let ramdisk = match &spec.initrd {
-        Some(path) => Some(place_ramdisk(path, Some(&image), end)?),
+        Some(path) => Some(place_ramdisk(path, files, Some(&image), end)?),
         None => None,
     };
     image.load(&mut file, memory).map_err(wrong)?;
@@ -86,18 +92,19 @@ pub(crate) fn load(spec: &VmSpec, memory: &Memory, devices: &[Slot]) -> Result<E
 /// Everything that is wrong with the files of `spec`, as far as can be told without memory for a guest.
 pub(crate) fn problems(spec: &VmSpec) -> Vec<VmError> {
     let end = Memory::low_end_of(spec.memory_bytes);
-    let (image, wrong) = match look(spec, end) {
+    let files = Files::Own;
+    let (image, wrong) = match look(spec, &files, end) {
         Ok((_, image)) => (Some(image), None),
         Err(error) => (None, Some(error)),
     };
-    let ramdisk = spec.initrd.as_ref().map(|path| place_ramdisk(path, image.as_ref(), end));
+    let ramdisk = spec.initrd.as_ref().map(|path| place_ramdisk(path, &files, image.as_ref(), end));
     wrong.into_iter().chain(ramdisk.and_then(Result::err)).collect()
 }
 
 /// Opens the kernel and looks at it, for memory that ends at `end` below the hole.
-fn look(spec: &VmSpec, end: u64) -> Result<(File, Image)> {
+fn look(spec: &VmSpec, files: &Files, end: u64) -> Result<(File, Image)> {
     let wrong = |reason: String| VmError::Image { path: spec.kernel.clone(), reason };
-    let mut file = open(&spec.kernel)?;
+    let mut file = checked(files.kernel(&spec.kernel), &spec.kernel)?;
     let image = Image::read(&mut file, end).map_err(wrong)?;
     if spec.cmdline.len() as u64 > image.cmdline_max {
         return Err(wrong(format!(
@@ -125,10 +132,15 @@ fn low_end(memory: &Memory) -> u64 {
 
 /// Where the initial ramdisk will lie: as high in low memory, which ends at `end`, as the kernel lets it. Where there
 /// is no kernel, as high as the machine lets it.
-fn place_ramdisk(path: &Path, image: Option<&Image>, end: u64) -> Result<(File, Ramdisk)> {
+fn place_ramdisk(
+    path: &Path,
+    files: &Files,
+    image: Option<&Image>,
+    end: u64,
+) -> Result<(File, Ramdisk)> {
     let wrong = |reason: String| VmError::Image { path: path.to_owned(), reason };
-    let file = open(path)?;
-    let unread = |error: std::io::Error| wrong(format!("it cannot be read ({error})"));
+    let file = checked(files.initrd(path), path)?;
+    let unread = |error: io::Error| wrong(format!("it cannot be read ({error})"));
     let bytes = file.metadata().map_err(unread)?.len();
     if bytes == 0 {
         return Err(wrong("it is empty".into()));
@@ -155,10 +167,9 @@ fn copy(file: &mut File, ramdisk: Ramdisk, memory: &Memory) -> std::result::Resu
     )
 }
 
-fn open(path: &Path) -> Result<File> {
+/// What was opened of `path`: that is looked at, not what has the name.
+fn checked(opened: io::Result<File>, path: &Path) -> Result<File> {
     let wrong = |reason: String| VmError::Image { path: path.to_owned(), reason };
-    // A FIFO would keep whoever opens it waiting for a writer; what is opened is looked at, not what has the name.
-    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
     let file = opened.map_err(|error| wrong(format!("it cannot be opened ({error})")))?;
     let meta = file.metadata().map_err(|error| wrong(format!("it cannot be read ({error})")))?;
     if meta.is_file() { Ok(file) } else { Err(wrong("it is no regular file".into())) }

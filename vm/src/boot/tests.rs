@@ -48,7 +48,7 @@ fn spec_in(dir: &Path) -> VmSpec {
 fn refusal(spec: &VmSpec, kernel: &[u8]) -> String {
     std::fs::write(&spec.kernel, kernel).expect("write");
     let memory = Memory::create(spec.memory_bytes).expect("memory");
-    let error = load(spec, &memory, &[]).expect_err("no kernel").to_string();
+    let error = load(spec, &Files::Own, &memory, &[]).expect_err("no kernel").to_string();
     let mut populated = decamp_shared::pages::PageSet::new();
     memory.populated(&mut populated).expect("populated");
     assert!(populated.is_empty(), "{error}: memory was touched");
@@ -65,7 +65,7 @@ fn the_start_info_tells_memory_command_line_and_ramdisk() {
     spec.cmdline = "console=ttyS0".into();
     spec.memory_bytes = HOLE_START + (512 << 20);
     let memory = Memory::create(spec.memory_bytes).expect("memory");
-    let entry = load(&spec, &memory, &[]).expect("load");
+    let entry = load(&spec, &Files::Own, &memory, &[]).expect("load");
     assert_eq!(entry, Entry::Pvh(0x10_0000));
 
     let start: hvm_start_info = read(&memory, pvh::START_INFO);
@@ -107,7 +107,7 @@ fn a_bzimage_is_loaded_with_its_zero_page() {
     let kernel = [&bzimage(0x4000, b"code", |_| ())[..], b"sig"].concat();
     std::fs::write(&spec.kernel, kernel).expect("write");
     let memory = Memory::create(spec.memory_bytes).expect("memory");
-    let entry = load(&spec, &memory, &[]).expect("load");
+    let entry = load(&spec, &Files::Own, &memory, &[]).expect("load");
     assert_eq!(entry, Entry::Linux(0x100_0200));
     assert_eq!(&read::<u32>(&memory, 0x100_0000).to_le_bytes(), b"code");
 
@@ -140,7 +140,7 @@ fn an_elf_kernel_of_linux_without_a_note_is_entered_by_its_own_protocol() {
     kernel[64 + 16..64 + 24].copy_from_slice(&0xffff_ffff_8100_0000u64.to_le_bytes());
     std::fs::write(&spec.kernel, kernel).expect("write");
     let memory = Memory::create(spec.memory_bytes).expect("memory");
-    assert_eq!(load(&spec, &memory, &[]).expect("load"), Entry::Linux(0x10_0000));
+    assert_eq!(load(&spec, &Files::Own, &memory, &[]).expect("load"), Entry::Linux(0x10_0000));
     let params: boot_params = read(&memory, linux::ZERO_PAGE);
     assert_eq!(({ params.hdr.header }, { params.hdr.boot_flag }), (0x5372_6448, 0xaa55));
 }
@@ -249,7 +249,7 @@ fn hostile_headers_never_panic() {
         kernel.truncate(length.max(512));
         std::fs::write(&spec.kernel, &kernel).expect("write");
         let memory = Memory::create(spec.memory_bytes).expect("memory");
-        let _ = load(&spec, &memory, &[]);
+        let _ = load(&spec, &Files::Own, &memory, &[]);
     });
 }
 
@@ -267,7 +267,7 @@ fn a_fifo_is_refused_at_once() {
         let (tell, told) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             let memory = Memory::create(spec.memory_bytes).expect("memory");
-            tell.send(load(&spec, &memory, &[]).expect_err("a FIFO").to_string())
+            tell.send(load(&spec, &Files::Own, &memory, &[]).expect_err("a FIFO").to_string())
         });
         let error = told.recv_timeout(std::time::Duration::from_secs(10)).expect("an answer");
         assert!(error.contains("no regular file"), "{error}");

@@ -3,7 +3,7 @@
 //! which network file systems pass on to other hosts. They are given up by a word, and not with the last
 //! descriptor alone: a process that is forked at that moment has all descriptors until it is another program.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
@@ -38,20 +38,25 @@ impl Drop for Locked {
 }
 
 /// Takes the lock of `file`, which stands at `path`, for reading alone if `readonly`; waits as long as `patience`
-/// for whoever has it.
+/// for whoever has it. The file comes back without it when somebody has it all the time.
 ///
 /// # Errors
-/// When somebody has it, named where this host can tell, or the file system has no locks.
-pub(crate) fn take(file: File, path: &Path, readonly: bool, patience: Duration) -> Result<Locked> {
+/// When the file system has no locks.
+pub(crate) fn take(
+    file: File,
+    path: &Path,
+    readonly: bool,
+    patience: Duration,
+) -> Result<std::result::Result<Locked, File>> {
     let until = Instant::now() + patience;
     let wanted = whole(if readonly { libc::F_RDLCK } else { libc::F_WRLCK });
     loop {
         match fcntl(&file, FcntlArg::F_OFD_SETLK(&wanted)) {
-            Ok(_) => return Ok(Locked(file)),
+            Ok(_) => return Ok(Ok(Locked(file))),
             Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < until => {
                 std::thread::sleep(AGAIN);
             }
-            Err(Errno::EAGAIN | Errno::EACCES) => return Err(locked(&file, path)),
+            Err(Errno::EAGAIN | Errno::EACCES) => return Ok(Err(file)),
             Err(error) => {
                 return Err(VmError::refused(format!("lock disk {}", path.display()), error));
             }
@@ -62,7 +67,7 @@ pub(crate) fn take(file: File, path: &Path, readonly: bool, patience: Duration) 
 /// Whether whoever opens `path` could lock it now, for reading alone if `readonly`.
 ///
 /// # Errors
-/// As [`take`]; nothing is locked after.
+/// When somebody has it, named where this host can tell, or the file system has no locks; nothing is locked after.
 pub(crate) fn check(path: &Path, readonly: bool) -> Result<()> {
     let failed =
         |error: io::Error| VmError::refused(format!("open disk {}", path.display()), error);
@@ -73,7 +78,8 @@ pub(crate) fn check(path: &Path, readonly: bool) -> Result<()> {
         VmError::refused(format!("ask for the lock of disk {}", path.display()), error)
     })?;
     let is_free = i32::from(wanted.l_type) == libc::F_UNLCK;
-    if is_free { Ok(()) } else { Err(locked(&file, path)) }
+    let holder = || holder(&file.metadata().ok()?);
+    if is_free { Ok(()) } else { Err(locked(path, holder())) }
 }
 
 fn whole(kind: i32) -> libc::flock {
@@ -87,8 +93,8 @@ fn whole(kind: i32) -> libc::flock {
     }
 }
 
-fn locked(file: &File, path: &Path) -> VmError {
-    let holder = file.metadata().ok().and_then(|meta| holder_of(meta.dev(), meta.ino()));
+/// That the disk at `path` has another `holder`, if that is known.
+pub(crate) fn locked(path: &Path, holder: Option<String>) -> VmError {
     let reason = match holder {
         Some(holder) => format!("it is locked by {holder}"),
         None => "it is locked by another process, of another host or one that cannot be seen here"
@@ -97,8 +103,9 @@ fn locked(file: &File, path: &Path) -> VmError {
     VmError::Disk { path: path.to_owned(), reason }
 }
 
-/// The process on this host that holds a lock of the file `inode` of `device`, for people.
-fn holder_of(device: u64, inode: u64) -> Option<String> {
+/// The process on this host that holds a lock of `file`, for people.
+pub(crate) fn holder(file: &Metadata) -> Option<String> {
+    let (device, inode) = (file.dev(), file.ino());
     let file = format!("{:02x}:{:02x}:{inode}", major(device), minor(device));
     let processes = fs::read_dir("/proc").ok()?.flatten();
     let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());

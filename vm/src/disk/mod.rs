@@ -16,10 +16,10 @@ mod next;
 mod written;
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
@@ -30,6 +30,7 @@ use decamp_shared::sparse::Data;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use crate::error::{Result, VmError};
+use crate::files::{Files, open_disk};
 use crate::spec::DiskSpec;
 use crate::sys;
 use lock::Locked;
@@ -48,6 +49,7 @@ pub(crate) struct Disk {
     /// Where it lies.
     path: RwLock<PathBuf>,
     readonly: bool,
+    files: Files,
     open: RwLock<Option<Arc<Locked>>>,
     /// As the guest sees it; 0 as long as nobody knows.
     bytes: AtomicU64,
@@ -64,12 +66,19 @@ pub(crate) struct Disk {
 struct Lost(Arc<io::Error>);
 
 impl Disk {
-    /// Disk `number` of a VM, closed.
+    /// Disk `number` of a VM, closed, opened by its path.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn new(number: usize, spec: &DiskSpec) -> Self {
+        Self::opened_by(Files::Own, number, spec)
+    }
+
+    /// Disk `number` of a VM, closed, which `files` open.
+    pub(crate) fn opened_by(files: Files, number: usize, spec: &DiskSpec) -> Self {
         Self {
             number,
             path: RwLock::new(spec.path.clone()),
             readonly: spec.readonly,
+            files,
             open: RwLock::default(),
             bytes: AtomicU64::new(0),
             written: Written::default(),
@@ -121,7 +130,7 @@ impl Disk {
     /// When it is missing, is no disk, is locked, or is shorter than the guest knows it.
     pub(crate) fn open(&self, patience: Duration) -> Result<()> {
         let file = self.open_file()?;
-        let file = lock::take(file, &self.path(), self.is_readonly(), patience)?;
+        let file = self.lock(file, &self.path(), patience)?;
         let found = size_of(&file, &self.path())?;
         match self.bytes() {
             0 => self.set_bytes(found),
@@ -144,7 +153,7 @@ impl Disk {
             let reason = "pages come into what is empty alone".to_owned();
             return Err(VmError::Disk { path: self.path(), reason });
         }
-        let file = lock::take(file, &self.path(), false, Duration::ZERO)?;
+        let file = self.lock(file, &self.path(), Duration::ZERO)?;
         let bytes = page_limit.checked_mul(PAGE_SIZE as u64).filter(|bytes| *bytes <= MOST);
         let bytes = bytes.ok_or_else(|| {
             VmError::State(format!("A disk of {page_limit} pages is larger than any can be"))
@@ -206,7 +215,9 @@ impl Disk {
     /// # Errors
     /// As [`Disk::check_size`].
     pub(crate) fn check_file(&self) -> Result<()> {
-        match (self.bytes(), size_at(&self.path())?) {
+        let opened = self.files.disk(self.number, &self.path(), false);
+        let file = opened.map_err(|error| self.failed("open", error))?;
+        match (self.bytes(), size_of(&file, &self.path())?) {
             (known, found) if known == found => Ok(()),
             (known, found) => Err(resized(&self.path(), known, found)),
         }
@@ -217,13 +228,9 @@ impl Disk {
     /// # Errors
     /// When it is not open, or the kernel refuses.
     pub(crate) fn descriptor(&self, writable: bool) -> Result<OwnedFd> {
-        let again = |file: Arc<Locked>| {
-            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-            // A description of its own: the lock stays with the one here.
-            OpenOptions::new().read(true).write(writable).open(path)
-        };
-        let opened = self.file().and_then(again);
-        opened.map(OwnedFd::from).map_err(|error| self.failed("open once more", error))
+        // A description of its own: the lock stays with the one here.
+        let opened = self.file().and_then(|file| self.files.again(file.as_fd(), writable));
+        opened.map_err(|error| self.failed("open once more", error))
     }
 
     /// From now on it is noted which pages are written.
@@ -269,11 +276,14 @@ impl Disk {
     }
 
     fn open_file(&self) -> Result<File> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(!self.is_readonly());
-        // A pipe of that name does not hold anybody up.
-        let opened = options.custom_flags(libc::O_NONBLOCK).open(self.path());
+        let opened = self.files.disk(self.number, &self.path(), !self.is_readonly());
         opened.map_err(|error| self.failed("open", error))
+    }
+
+    /// Takes the lock of `file`, which is it, or is to be it, and stands at `path`; waits as long as `patience`.
+    fn lock(&self, file: File, path: &Path, patience: Duration) -> Result<Locked> {
+        lock::take(file, path, self.is_readonly(), patience)?
+            .map_err(|file| lock::locked(path, self.files.holder(&file)))
     }
 
     /// The file, if it is open.
@@ -319,8 +329,7 @@ pub(crate) fn shown(label: &str, path: &Path) -> String {
 /// When it cannot be looked at, is neither, or has no whole sectors.
 pub(crate) fn size_at(path: &Path) -> Result<u64> {
     let failed = |error| VmError::refused(format!("open disk {}", path.display()), error);
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    size_of(&file.map_err(failed)?, path)
+    size_of(&open_disk(path, false).map_err(failed)?, path)
 }
 
 fn size_of(file: &File, path: &Path) -> Result<u64> {

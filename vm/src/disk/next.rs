@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::lock::Locked;
-use super::{Disk, lock, resized, size_of};
+use super::{Disk, resized, size_of};
 use crate::error::{Result, VmError};
 
 /// A file that is to be a disk, locked.
@@ -49,8 +49,9 @@ impl Disk {
         if OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE != OFlag::O_RDWR {
             return wrong("it is not open for reading and writing");
         }
-        let file = lock::take(file, path, false, Duration::ZERO)?;
+        let file = self.lock(file, path, Duration::ZERO)?;
         file.set_len(self.bytes()).map_err(|error| failed("size", error))?;
+        self.files.give_next(self.number, &file)?;
         let next = Next { file: Arc::new(file), path: path.to_owned() };
         *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Some(next);
         Ok(())
@@ -58,7 +59,9 @@ impl Disk {
 
     /// It stays with the file that it has.
     pub(crate) fn drop_next(&self) {
-        *self.next.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        if self.next.lock().unwrap_or_else(PoisonError::into_inner).take().is_some() {
+            self.files.drop_next(self.number);
+        }
     }
 
     /// That it can go over, as far as can be seen: all that was written was given to whoever fills the file, and both

@@ -159,7 +159,7 @@ fn frames_pass_while_it_is_on_the_network() {
         let link = Link::find(&tap).expect("the tap device");
         assert_eq!((link.mac, link.mtu), (Some(GUEST.of_hosts_end()), 1500));
         assert_eq!(link.master, Link::bridge("br0").map(|bridge| bridge.index));
-        interfaces.all[0].port.await_carrier().expect("it comes up");
+        interfaces.ports()[0].await_carrier().expect("it comes up");
         let driver = driver(devices);
         let offers: Vec<_> = (0..16).map(|_| driver.offer(RX, &[], &[2000])).collect();
         driver.kick(RX);
@@ -274,7 +274,7 @@ fn a_tap_device_that_somebody_removes_takes_the_link_down() {
 fn large_segments_come_and_go_whole() {
     apart(|| {
         let (interfaces, devices) = Interfaces::make(&spec("br0"), &place(), true).expect("made");
-        interfaces.all[0].port.await_carrier().expect("it comes up");
+        interfaces.ports()[0].await_carrier().expect("it comes up");
         let driver = driver(devices);
         // TCP over IPv4 with 20000 bytes, which somebody on the way cuts into pieces of 1448, or nobody.
         let mut frame = [&[0xff; 6][..], &GUEST.0, &[8, 0]].concat();

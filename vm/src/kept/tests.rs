@@ -11,6 +11,7 @@ use vm_memory::VolatileSlice;
 
 use super::*;
 use crate::interfaces::tests::{Far, GUEST, apart};
+use crate::monitor;
 use crate::reader::GuestReader;
 use crate::spec::{DiskSpec, NetSpec};
 use crate::testing::{guest_spec, wait_for};
@@ -31,12 +32,29 @@ impl Host {
     }
 
     fn with_net(disk: &Path, incoming: bool, net: Vec<NetSpec>) -> Self {
+        Self::given(disk, incoming, net, |given, _, _| given)
+    }
+
+    /// One whose VM's keeper has a monitor, cut off at a switch or not.
+    fn monitored(disk: &Path, cut_off: bool) -> Self {
+        Self::given(disk, false, Vec::new(), |given, spec, place| {
+            given.monitored(monitor::tests::beside(spec, place, cut_off))
+        })
+    }
+
+    fn given(
+        disk: &Path,
+        incoming: bool,
+        net: Vec<NetSpec>,
+        confined: impl FnOnce(Given, &VmSpec, &Place) -> Given,
+    ) -> Self {
         let dir = tempfile::tempdir().expect("directory");
         let mut spec = VmSpec { net, ..guest_spec(dir.path()) };
         spec.disks = vec![DiskSpec { path: disk.to_owned(), ..DiskSpec::default() }];
         let place = Place { name: "web".into(), uuid: "u".into(), dir: dir.path().to_owned() };
         let exit = ExitSignal::new().expect("a signal");
-        let kept = VmKept::build(&spec, &place, incoming, exit).expect("built");
+        let given = confined(Given::own(&spec, &place, incoming).expect("given"), &spec, &place);
+        let kept = VmKept::build(&spec, &place, given, incoming, exit).expect("built");
         if !incoming {
             kept.with(|machine| machine.run()).expect("runs");
         }
@@ -260,12 +278,24 @@ fn path_of(kept: &mut VmKept) -> String {
     kept.facts().expect("facts")["disks"][0]["path"].as_str().expect("a path").to_owned()
 }
 
+/// What a migration is called.
+const MIGRATION: &str = "5f0c7a1e";
+
 #[test]
 fn a_disk_moves_alone_while_its_guest_runs() {
+    moves_alone(|disk| Host::new(disk, false));
+}
+
+#[test]
+fn a_disk_of_a_confined_keeper_moves_alone_too() {
+    moves_alone(|disk| Host::monitored(disk, false));
+}
+
+fn moves_alone(host: impl FnOnce(&Path) -> Host) {
     let files = tempfile::tempdir().expect("directory");
     let [old, new] = ["old", "new"].map(|name| files.path().join(name));
     make_disk(&old);
-    let mut host = Host::new(&old, false);
+    let mut host = host(&old);
     let disk = host.disk();
     let counted = |kept: &VmKept| {
         let at = vm_memory::GuestAddress(crate::testing::COUNTER);
@@ -278,14 +308,17 @@ fn a_disk_moves_alone_while_its_guest_runs() {
         });
         read.expect("a machine")
     };
-    assert!(host.kept.hold().is_err() && host.kept.switch("m").is_err(), "nothing is mirrored");
+    assert!(
+        host.kept.hold().is_err() && host.kept.switch(MIGRATION).is_err(),
+        "nothing is mirrored"
+    );
     let file = empty(&new);
     let copy = file.try_clone().expect("a descriptor");
     host.kept.mirror(SpaceId(1), &new, file).expect("mirrored");
     assert!(host.kept.mirror(SpaceId(1), &new, copy.try_clone().expect("one")).is_err(), "twice");
     assert!(host.kept.mirror(SpaceId(2), &new, copy.try_clone().expect("one")).is_err(), "no disk");
     assert!(host.kept.track().is_err(), "one thing at a time");
-    assert!(host.kept.switch("m").is_err(), "it is not held");
+    assert!(host.kept.switch(MIGRATION).is_err(), "it is not held");
     let reader = File::from(host.kept.memory(SpaceId(1)).expect("a descriptor"));
     assert_eq!(copy_disk(&mut host.kept, &reader, &copy), 5);
     for number in 1..200 {
@@ -295,7 +328,7 @@ fn a_disk_moves_alone_while_its_guest_runs() {
         }
     }
     host.kept.hold().expect("held");
-    assert!(host.kept.switch("m").is_err(), "not all was copied");
+    assert!(host.kept.switch(MIGRATION).is_err(), "not all was copied");
     assert!(copy_disk(&mut host.kept, &reader, &copy) > 0);
     let before = counted(&host.kept);
     crate::testing::wait_for("the guest, which runs on", || counted(&host.kept) > before);
@@ -303,14 +336,14 @@ fn a_disk_moves_alone_while_its_guest_runs() {
     // What cannot be noted does not happen.
     let blocked = host.dir.path().join("switched.new");
     fs::create_dir(&blocked).expect("made");
-    let text = host.kept.switch("m").expect_err("it cannot be noted").to_string();
+    let text = host.kept.switch(MIGRATION).expect_err("it cannot be noted").to_string();
     assert!(text.contains("note that disks move"), "{text}");
     assert_eq!(path_of(&mut host.kept), old.display().to_string());
     fs::remove_dir(&blocked).expect("removed");
     let place = Place { name: "web".into(), uuid: "u".into(), dir: host.dir.path().to_owned() };
-    assert!(!decamp_shared::keeper::switched_for(&place, "m").expect("looked"));
-    host.kept.switch("m").expect("switched");
-    assert!(decamp_shared::keeper::switched_for(&place, "m").expect("looked"));
+    assert!(!decamp_shared::keeper::switched_for(&place, MIGRATION).expect("looked"));
+    host.kept.switch(MIGRATION).expect("switched");
+    assert!(decamp_shared::keeper::switched_for(&place, MIGRATION).expect("looked"));
     assert_eq!(path_of(&mut host.kept), new.display().to_string());
     assert!(fs::read(&old).expect("read") == fs::read(&new).expect("read"), "they differ");
     assert_eq!(fs::metadata(&new).expect("there").len(), BYTES);
@@ -354,11 +387,32 @@ fn a_disk_that_does_not_move_after_all_stays_in_use() {
         host.kept.resume().expect("as if nothing had been");
         disk::lock::check(&new, false).expect("it is nobody's");
         fs::remove_file(&new).expect("removed");
-        assert!(host.kept.switch("m").is_err() && host.kept.hold().is_err());
+        assert!(host.kept.switch(MIGRATION).is_err() && host.kept.hold().is_err());
         assert_eq!(path_of(&mut host.kept), old.display().to_string());
         scribble(&disk, 3);
     }
     disk::lock::check(&old, false).expect_err("it is this VM's");
     host.kept.track().expect("tracked");
     host.kept.resume().expect("runs on");
+}
+
+#[test]
+fn a_guest_ends_when_nobody_knows_whether_its_disk_went_over() {
+    let files = tempfile::tempdir().expect("directory");
+    let [old, new] = ["old", "new"].map(|name| files.path().join(name));
+    make_disk(&old);
+    let mut host = Host::monitored(&old, true);
+    host.kept.mirror(SpaceId(1), &new, empty(&new)).expect("mirrored");
+    host.kept.harvest(&mut PageSet::new()).expect("harvest");
+    host.kept.hold().expect("held");
+    let error = host.kept.switch(MIGRATION).expect_err("nothing is said").to_string();
+    assert!(error.contains("can be started again"), "{error}");
+    let ended = format!("{:?}", host.kept.exit);
+    assert!(ended.contains("nobody knows whether its disks"), "{ended}");
+    assert!(host.kept.resume().is_err(), "it is gone");
+    for path in [&old, &new] {
+        disk::lock::check(path, false).expect("it is nobody's");
+    }
+    let place = Place { name: "web".into(), uuid: "u".into(), dir: host.dir.path().to_owned() };
+    assert!(decamp_shared::keeper::switched_for(&place, MIGRATION).expect("looked"));
 }

@@ -40,7 +40,7 @@ impl Machine {
         let memory = self.guest.memory();
         // A move under way sends it as the zeros that it is now: it counts as written.
         memory.clear()?;
-        let entry = boot::load(&self.spec, memory, &self.ports.virtio().slots())?;
+        let entry = boot::load(&self.spec, &self.files, memory, &self.ports.virtio().slots())?;
         self.ports.serial().load(self.first.serial.clone())?;
         self.ports.power().load(self.first.power)?;
         for (vcpu, state) in self.vcpus.iter().zip(&self.first.vcpus) {

@@ -43,8 +43,8 @@ impl Bench {
         let told = Arc::new(Mutex::new(Vec::new()));
         let events = told.clone();
         let on_event: OnEvent = Arc::new(move |event| events.lock().expect("events").push(event));
-        let machine =
-            Machine::build(&spec, &console, Vec::new(), on_event, boots).expect("machine");
+        let machine = Machine::build(&spec, Outfit::own(&console, Vec::new()), on_event, boots)
+            .expect("machine");
         Self { machine, told, dir }
     }
 

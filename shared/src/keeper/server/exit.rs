@@ -49,7 +49,7 @@ impl Server<'_> {
         let record =
             self.exit.raised().unwrap_or(ExitRecord { status: 1, text: "ended".to_owned() });
         tracing::info!(text = %record.text, "The workload ended");
-        write_exit_record(&self.config.place, &record);
+        self.kept.note_end(&self.config.place, &record);
     }
 }
 

@@ -6,17 +6,17 @@
 mod asked;
 mod exit;
 
-use std::fs;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::console::Listening;
 use crate::keeper::{Beginning, KeeperConfig, Kept, Phase, spawn};
-use crate::workload::{Result, WorkloadError};
+use crate::workload::{Place, Result, WorkloadError};
 
 pub use exit::{ExitSignal, write_exit_record};
 
@@ -31,20 +31,38 @@ const SETTLE_AGAIN: Duration = Duration::from_secs(1);
 /// # Errors
 /// When the socket cannot be made or the ready message not given; never because of what a peer did.
 pub fn serve(config: &KeeperConfig, kept: Box<dyn Kept>, exit: &ExitSignal) -> Result<()> {
-    let socket = config.place.socket();
-    let failed = |error: io::Error| {
-        WorkloadError::new(
-            format!("Cannot listen on the keeper's socket {}", socket.display()),
-            error,
-        )
-    };
-    let _ = fs::remove_file(&socket);
-    let listener = UnixListener::bind(&socket).map_err(failed)?;
-    fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    serve_from(&listen(&config.place)?, config, kept, exit)
+}
+
+/// Listens on the socket of the keeper at `place`, which is not served yet.
+///
+/// # Errors
+/// When the socket cannot be made.
+pub fn listen(place: &Place) -> Result<Listening> {
+    let listening = Listening::at(&place.socket()).and_then(|listening| {
+        listening.listener().set_nonblocking(false)?;
+        Ok(listening)
+    });
+    listening.map_err(|error| no_socket(&place.socket(), error))
+}
+
+/// As [`serve`], on the socket that [`listen`] made.
+///
+/// # Errors
+/// As [`serve`].
+pub fn serve_from(
+    listening: &Listening,
+    config: &KeeperConfig,
+    kept: Box<dyn Kept>,
+    exit: &ExitSignal,
+) -> Result<()> {
+    let failed = |error| no_socket(listening.path(), error);
     spawn::report_ready().map_err(failed)?;
-    let ended = serve_on(&listener, config, kept, exit);
-    let _ = fs::remove_file(&socket);
-    ended.map_err(failed)
+    serve_on(listening.listener(), config, kept, exit).map_err(failed)
+}
+
+fn no_socket(path: &Path, error: io::Error) -> WorkloadError {
+    WorkloadError::new(format!("Cannot listen on the keeper's socket {}", path.display()), error)
 }
 
 /// As [`serve`], on a socket that listens already.

@@ -139,6 +139,7 @@ fn config_of(beginning: Beginning, directory: &std::path::Path) -> KeeperConfig 
             resume_after: Duration::from_millis(200),
             methods: Methods::default(),
             bridges: Default::default(),
+            users: Default::default(),
         },
         spec: serde_json::Value::Null,
     }

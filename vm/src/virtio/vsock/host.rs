@@ -4,14 +4,13 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
 
 use nix::sys::epoll::EpollFlags;
 
 use super::super::poller::Poller;
-use super::reacher::Reacher;
-use crate::console::listen_privately;
+use super::reacher::{Reacher, Way};
+use crate::console::Listening;
 use crate::error::{Result as VmResult, VmError};
 
 /// The listener itself.
@@ -40,8 +39,7 @@ pub(super) struct Caller {
 /// The host's side. Streams are watched for every change there is, and told of once for each.
 #[derive(Debug)]
 pub(super) struct Host {
-    path: PathBuf,
-    listener: UnixListener,
+    socket: Listening,
     reacher: Reacher,
     poller: Option<Poller>,
     greeters: BTreeMap<u32, Greeter>,
@@ -49,18 +47,14 @@ pub(super) struct Host {
 }
 
 impl Host {
-    /// Listens on `path`. A socket left by a keeper that died is replaced.
+    /// Meets programs at `socket`, and reaches others by `way`.
     ///
     /// # Errors
-    /// When the kernel refuses.
-    pub(super) fn listen(path: &Path) -> VmResult<Self> {
-        let listener = listen_privately(path).map_err(|error| {
-            VmError::refused(format!("listen on the vsock socket {}", path.display()), error)
-        })?;
+    /// When the kernel gives no thread.
+    pub(super) fn at(socket: Listening, way: Way) -> VmResult<Self> {
         Ok(Self {
-            path: path.to_owned(),
-            listener,
-            reacher: Reacher::start(path)?,
+            socket,
+            reacher: Reacher::start(way)?,
             poller: None,
             greeters: BTreeMap::new(),
             next_token: LISTENER,
@@ -72,9 +66,12 @@ impl Host {
     /// # Errors
     /// When the kernel refuses.
     pub(super) fn attach(&mut self, poller: &Poller) -> VmResult<()> {
-        poller.watch(&self.listener, EpollFlags::EPOLLIN | EpollFlags::EPOLLET, LISTENER).map_err(
-            |error| VmError::refused(format!("watch the socket {}", self.path.display()), error),
-        )?;
+        poller
+            .watch(self.socket.listener(), EpollFlags::EPOLLIN | EpollFlags::EPOLLET, LISTENER)
+            .map_err(|error| {
+            let path = self.socket.path().display();
+            VmError::refused(format!("watch the socket {path}"), error)
+        })?;
         self.poller = Some(poller.clone());
         Ok(())
     }
@@ -92,7 +89,7 @@ impl Host {
     /// Takes programs that came, at most `room` of them; the rest is turned away. `taken` says which tokens are.
     pub(super) fn accept(&mut self, mut room: usize, taken: impl Fn(u32) -> bool) {
         loop {
-            match self.listener.accept() {
+            match self.socket.listener().accept() {
                 Ok((stream, _)) if room > 0 => {
                     let watched =
                         stream.set_nonblocking(true).and_then(|()| self.watch(&stream, &taken));
@@ -168,12 +165,6 @@ impl Host {
             | EpollFlags::EPOLLET;
         poller.watch(stream, events, token)?;
         Ok(token)
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 

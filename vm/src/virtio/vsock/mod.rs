@@ -20,7 +20,6 @@ mod reacher;
 mod table;
 
 use std::io::{Read, Write};
-use std::path::Path;
 
 use libc::{SYS_accept4, SYS_recvfrom, SYS_shutdown};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
@@ -28,9 +27,11 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use self::connection::MOST_DATA;
 use self::host::{Caller, Host};
 use self::packet::{HEADER, Header, STREAM, op};
+pub(crate) use self::reacher::{Way, reach};
 use self::table::{HOST, Pair, Table};
 use super::device::{Broken, Chain, Device, Io, Served};
 use super::poller::Poller;
+use crate::console::Listening;
 use crate::error::Result as VmResult;
 use crate::memory::Map;
 use crate::sandbox::Allowed;
@@ -70,11 +71,21 @@ impl Vsock {
     ///
     /// # Errors
     /// When nobody can listen there.
-    pub(crate) fn new(cid: u32, socket: &Path) -> VmResult<Self> {
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn new(cid: u32, socket: &std::path::Path) -> VmResult<Self> {
+        let failed = |error| crate::error::VmError::refused("listen on the vsock socket", error);
+        Self::at(cid, Listening::at(socket).map_err(failed)?, Way::Path(socket.to_owned()))
+    }
+
+    /// Sockets of the guest with identifier `cid`; host programs meet it at `socket`, and it reaches them by `way`.
+    ///
+    /// # Errors
+    /// When the kernel gives no thread.
+    pub(crate) fn at(cid: u32, socket: Listening, way: Way) -> VmResult<Self> {
         let cid = cid.into();
         Ok(Self {
             cid,
-            host: Host::listen(socket)?,
+            host: Host::at(socket, way)?,
             table: Table::new(cid),
             owes_reset: false,
             missed: false,

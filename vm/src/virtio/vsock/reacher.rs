@@ -6,13 +6,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
 use crate::error::{Result as VmResult, VmError};
+use crate::monitor::{Monitor, Request};
 
 /// Connects to sockets whose names begin the same, and to nothing else.
 #[derive(Debug)]
@@ -23,17 +24,16 @@ pub(super) struct Reacher {
 }
 
 impl Reacher {
-    /// One that reaches port P at the socket called `path`_P.
+    /// One that reaches ports by `way`.
     ///
     /// # Errors
     /// When the kernel gives no thread.
-    pub(super) fn start(path: &Path) -> VmResult<Self> {
-        let path = path.to_owned();
+    pub(super) fn start(way: Way) -> VmResult<Self> {
         let (asks, asked) = sync_channel(1);
         let (answer, answers) = sync_channel(1);
         let work = move || {
             for port in asked {
-                if answer.send(reach(&path, port)).is_err() {
+                if answer.send(way.reach(port)).is_err() {
                     return;
                 }
             }
@@ -65,7 +65,31 @@ impl Drop for Reacher {
     }
 }
 
-fn reach(path: &Path, port: u32) -> io::Result<UnixStream> {
+/// How the programs are reached that wait for the guest.
+#[derive(Debug)]
+pub(crate) enum Way {
+    /// At the socket called as this one, with `_` and the port behind.
+    Path(PathBuf),
+    /// By the monitor, which knows where.
+    Monitored(Monitor),
+}
+
+impl Way {
+    fn reach(&self, port: u32) -> io::Result<UnixStream> {
+        match self {
+            Self::Path(path) => reach(path, port),
+            Self::Monitored(monitor) => {
+                monitor.open(&Request::Reach { port }, None).map(UnixStream::from)
+            }
+        }
+    }
+}
+
+/// A stream, non-blocking, to whoever listens at `path`_PORT.
+///
+/// # Errors
+/// When nobody does, or as many as it lets already wait for it.
+pub(crate) fn reach(path: &Path, port: u32) -> io::Result<UnixStream> {
     let none = || io::Error::from(io::ErrorKind::InvalidInput);
     let (parent, name) = path.parent().zip(path.file_name()).ok_or_else(none)?;
     let mut name = OsString::from(name);
@@ -92,7 +116,7 @@ mod tests {
         std::fs::create_dir(&deep).expect("made");
         let listener =
             decamp_shared::console::listen_privately(&deep.join("vsock_7")).expect("bound");
-        let reacher = Reacher::start(&deep.join("vsock")).expect("started");
+        let reacher = Reacher::start(Way::Path(deep.join("vsock"))).expect("started");
         let mut stream = reacher.reach(7).expect("reached");
         let (mut program, _) = listener.accept().expect("it came");
         program.write_all(b"x").expect("written");
