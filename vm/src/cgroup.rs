@@ -74,26 +74,32 @@ impl Cgroups {
     /// Removes them. What is not there is no error.
     ///
     /// # Errors
-    /// When somebody is still in one.
+    /// When somebody is still in one, or it may not be removed; the others are removed all the same.
     pub(crate) fn remove(&self) -> io::Result<()> {
-        let begun = Instant::now();
+        let until = Instant::now() + EMPTY_WITHIN;
+        let mut done = Ok(());
         for directory in self.directories() {
-            loop {
-                match fs::remove_dir(&directory) {
-                    Ok(()) => break,
-                    Err(error) if error.kind() == ErrorKind::NotFound => break,
-                    Err(_) if begun.elapsed() < EMPTY_WITHIN => {
-                        std::thread::sleep(Duration::from_millis(1));
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
+            done = done.and(remove(&directory, until));
             if let Some(parent) = directory.parent() {
                 // Shared with the other workloads: gone when the last of them is.
                 let _ = fs::remove_dir(parent);
             }
         }
-        Ok(())
+        done
+    }
+}
+
+/// Removes one, once nobody is in it, `until` when that is waited for.
+fn remove(directory: &Path, until: Instant) -> io::Result<()> {
+    loop {
+        match fs::remove_dir(directory) {
+            Err(error) if error.kind() == ErrorKind::ResourceBusy && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            // What can be read alone, as within a container, says that before it says that there is none.
+            Err(_) if !directory.exists() => return Ok(()),
+            done => return done,
+        }
     }
 }
 
@@ -198,6 +204,27 @@ mod tests {
         assert_eq!(second.len(), 1);
         assert!(second[0].is_v2());
         assert_eq!(hierarchies("no mounts\n - cgroup\n"), []);
+    }
+
+    #[test]
+    fn what_may_not_be_removed_is_said_at_once_and_the_others_are() {
+        let dir = tempfile::tempdir().expect("directory");
+        let hierarchies = ["first", "second", "third"].map(|name| {
+            let root = dir.path().join(name);
+            fs::create_dir_all(root.join("decamp/web")).expect("made");
+            Hierarchy { root, controllers: vec!["cpu"] }
+        });
+        let groups = Cgroups { hierarchies: hierarchies.to_vec(), name: "web".into() };
+        fs::write(dir.path().join("first/decamp/web/x"), "").expect("written");
+        fs::create_dir(dir.path().join("second/decamp/other")).expect("made");
+        let begun = Instant::now();
+        let error = groups.remove().expect_err("there is something in it");
+        assert_eq!(error.kind(), ErrorKind::DirectoryNotEmpty);
+        assert!(begun.elapsed() < EMPTY_WITHIN / 2);
+        let there = |path: &str| dir.path().join(path).exists();
+        assert!(there("first/decamp/web") && !there("second/decamp/web"));
+        assert!(there("second/decamp/other"), "that is another's");
+        assert!(there("third") && !there("third/decamp"), "nobody else is in it");
     }
 
     #[test]
