@@ -147,9 +147,9 @@ fn moves() {
     assert!(size.next().expect("blocks") * 512 < 3 << 20, "it is not sparse");
     // Its lock is where it is.
     let run = |disk: &str| {
-        let words =
-            ["run", "vm", "other", "--kernel", "/srv/guest.elf", "--memory", "64M", "--disk"];
-        hosts.decamp(ALPHA, &[&words[..], &[disk]].concat())
+        let words = ["run", "vm", "other", "--kernel", "/srv/guest.elf", "--memory", "64M"];
+        // What it would fill by itself does not fit: it would switch itself off.
+        hosts.decamp(ALPHA, &[&words[..], &["--cmdline", "fill=16", "--disk", disk]].concat())
     };
     refused(run(NEW), &["locked by VM mover"]);
     run(OLD).expect(0);
