@@ -2,17 +2,23 @@
 //! Disks are in `disks`, bridges that lead elsewhere in `nets`, CPUs in `cpu`.
 
 use std::fs;
+use std::time::Duration;
 
 use crate::guest::Guest;
 use crate::hosts::{ALPHA, BETA, Hosts, hosts};
 use crate::refusals::refused;
+use crate::running::until;
 use crate::snapshot::Snapshot;
 use crate::{Needs, Test};
+
+/// Something is seen within this.
+const SOON: Duration = Duration::from_secs(10);
 
 pub(crate) fn tests() -> Vec<Test> {
     vec![
         Test::new("refusals::files_that_do_not_boot", Needs::Kvm, files),
         Test::new("refusals::more_vcpus_than_there", Needs::Kvm, vcpus),
+        Test::new("refusals::monitor_killed", Needs::Kvm, monitor_killed),
         Test::new("refusals::bridge_gone_here", Needs::Kvm, bridge_gone_here),
         Test::new("refusals::bridge_gone_there", Needs::Kvm, bridge_gone_there),
     ]
@@ -94,6 +100,34 @@ fn vcpus() {
     hosts.exec(BETA, &["umount", "-n", online]).expect(0);
     before.is_restored();
     refused(ran, &["The guest has 2 vCPUs, and this host has 1 processors online"]);
+    guest.runs_clean(ALPHA);
+}
+
+/// The VMM of a VM has nothing that it does not need, and a monitor. Without that the guest runs on, and stays.
+fn monitor_killed() {
+    let hosts = hosts();
+    hosts.mend();
+    let guest = Guest::start(hosts, ALPHA, "watched", "64M", "fill=8 hot=1 report=50");
+    let how = |host: &str| {
+        let said = hosts.decamp(host, &["inspect", "watched", "--json"]).expect(0).json();
+        said["keeper"]["facts"]["confinement"].clone()
+    };
+    assert_eq!(how(ALPHA)["lacks"], serde_json::json!([]), "{}", how(ALPHA));
+    hosts.decamp(ALPHA, &["migrate", "watched", "--to", BETA]).expect(0);
+    guest.runs_clean(BETA);
+    let here = how(BETA);
+    assert_eq!((&here["monitor"], &here["lacks"]), (&"runs".into(), &serde_json::json!([])));
+    assert!(here["user"].as_u64().is_some_and(|user| user >= 0x7000_0000), "{here}");
+    hosts.exec(BETA, &["pkill", "-KILL", "-f", "[m]onitor of VM watched"]).expect(0);
+    until("it to be seen", SOON, || how(BETA)["monitor"] == "ended");
+    let before = Snapshot::take(hosts);
+    let ran = hosts.decamp(BETA, &["migrate", "watched", "--to", ALPHA]);
+    before.is_restored();
+    refused(ran, &["its keeper has ended", "stopped and started"]);
+    guest.runs_clean(BETA);
+    hosts.decamp(BETA, &["stop", "watched"]).expect(0);
+    hosts.decamp(BETA, &["start", "watched"]).expect(0);
+    hosts.decamp(BETA, &["migrate", "watched", "--to", ALPHA]).expect(0);
     guest.runs_clean(ALPHA);
 }
 

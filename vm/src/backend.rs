@@ -23,6 +23,7 @@ use kvm_ioctls::Kvm;
 use crate::archive::{self, VmUnpacking};
 use crate::boot;
 use crate::cgroup::Cgroups;
+use crate::confinement::Presence;
 use crate::cpuid::baseline::Offer;
 use crate::devices::{self, VSOCK_SOCKET};
 use crate::disk;
@@ -280,6 +281,7 @@ fn source(
     let parsed = VmSpec::parse(spec)?;
     let mut client = KeeperClient::connect(place)?;
     let facts = client.facts()?;
+    has_its_monitor(&facts)?;
     let interfaces = interfaces(&facts)?;
     check(&interfaces)?;
     let needs = facts.get("needs").cloned().unwrap_or_default();
@@ -297,6 +299,19 @@ fn source(
         needs: to_json(&needs)?,
     };
     Ok(Box::new(KeeperSource::new(client, manifest, Box::new(make_reader))?))
+}
+
+/// That whoever would open the memory of a VM for a move is still there.
+fn has_its_monitor(facts: &serde_json::Value) -> Result<()> {
+    let said = facts["confinement"]["monitor"].clone();
+    // Keepers of an earlier version say nothing.
+    if serde_json::from_value::<Presence>(said).unwrap_or_default() != Presence::Ended {
+        return Ok(());
+    }
+    Err(WorkloadError::plain(
+        "The monitor of its keeper has ended: the guest runs on, and can be moved again once it was stopped and \
+         started",
+    ))
 }
 
 /// The interfaces of a VM, by what its keeper says.

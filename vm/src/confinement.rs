@@ -14,7 +14,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::unistd::{Gid, Uid, chdir, chroot, pivot_root, setgroups, setresgid, setresuid};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, VmError};
 use crate::sys::process::{bound_capabilities, drop_capabilities};
@@ -28,8 +28,23 @@ pub(crate) struct Confinement {
     pub(crate) namespaces: Vec<&'static str>,
     /// Controllers of the control groups that are its own.
     pub(crate) controllers: Vec<&'static str>,
+    /// Whether there is a monitor that does for it what it may not.
+    pub(crate) monitor: Presence,
     /// What it does without, and why.
     pub(crate) lacks: Vec<String>,
+}
+
+/// Whether a keeper has its monitor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Presence {
+    /// It has none, and does all by itself.
+    #[default]
+    None,
+    /// It has one.
+    Runs,
+    /// It had one.
+    Ended,
 }
 
 impl Confinement {

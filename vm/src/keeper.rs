@@ -11,7 +11,7 @@ use decamp_shared::keeper::{
 use decamp_shared::workload::{Place, Result, WorkloadError};
 
 use crate::cgroup::Cgroups;
-use crate::confinement::Confinement;
+use crate::confinement::{Confinement, Presence};
 use crate::error::VmError;
 use crate::ids;
 use crate::interfaces::Interfaces;
@@ -24,6 +24,10 @@ use crate::spec::VmSpec;
 const UNKNOWN: &str = "The monitor of this VM's keeper ended while it noted that disks go over to other files: the \
                        guest is ended, for only the agent can tell now which files are its disks. It can be started \
                        again when the move has ended";
+
+/// What a VM lacks whose monitor ended.
+const WITHOUT_MONITOR: &str =
+    "its monitor, which has ended: the guest runs on, and can be stopped, but not moved";
 
 /// What a VM is given of its host.
 #[derive(Debug)]
@@ -39,8 +43,8 @@ pub(crate) struct Given {
 /// A keeper that is confined, more or less.
 #[derive(Debug, Default)]
 pub(crate) struct Confined {
-    /// How, for its users.
-    pub(crate) how: Confinement,
+    /// How, when it began.
+    how: Confinement,
     /// Who does for it what it may not, if there is anything.
     monitor: Option<Monitor>,
 }
@@ -137,6 +141,20 @@ impl Given {
 }
 
 impl Confined {
+    /// How, for its users.
+    pub(crate) fn how(&self) -> Confinement {
+        let mut how = self.how.clone();
+        how.monitor = match &self.monitor {
+            None => Presence::None,
+            Some(monitor) if monitor.has_ended() => Presence::Ended,
+            Some(_) => Presence::Runs,
+        };
+        if how.monitor == Presence::Ended {
+            how.lacks.push(WITHOUT_MONITOR.to_owned());
+        }
+        how
+    }
+
     /// Has it noted, where it lasts, that the disks of the VM at `place` that had where to go over to went there in
     /// `migration`.
     ///

@@ -156,7 +156,7 @@ impl Kept for VmKept {
     fn facts(&mut self) -> Result<serde_json::Value> {
         let memory_bytes = self.memory_bytes;
         let networks = self.interfaces.facts();
-        let confinement = self.confined.how.clone();
+        let confinement = self.confined.how();
         self.with(|machine| {
             let registers = machine.registers()?;
             let needs = Needs {

@@ -446,6 +446,8 @@ fn assert_confined(place: &Place) -> u64 {
     assert!(count > 0, "{groups}");
     let monitor = monitor_of(pid);
     assert_eq!(status(monitor, "Uid"), "0\t0\t0\t0");
+    let words = fs::read_to_string(format!("/proc/{monitor}/cmdline")).expect("its words");
+    assert_eq!(words.trim_end_matches('\0'), format!("decamp monitor of VM {}", place.name));
     // Standard streams, its socket, its keeper, the lock: neither guest memory nor a disk.
     let open = fs::read_dir(format!("/proc/{monitor}/fd")).expect("descriptors").count();
     assert_eq!(open, 6);
@@ -480,11 +482,15 @@ fn keepers_have_nothing_that_they_do_not_need() {
 fn a_guest_whose_monitor_is_killed_runs_on_and_is_not_moved() {
     let bench = Bench::new(64 << 20, "fill=16 hot=2 rate=0 report=50");
     let here = bench.run();
+    let how = || facts(&here)["confinement"].clone();
+    assert_eq!(how()["monitor"], "runs");
     let monitor = monitor_of(facts(&here)["pid"].as_u64().expect("a pid"));
+    let mut source = bench.backend.source(&bench.spec, &here).expect("source");
     let killed = Command::new("kill").args(["-KILL", &monitor.to_string()]).status();
     assert!(killed.expect("kill").success());
-    wait_for("it to die", || status(monitor, "State").starts_with('Z'));
-    let mut source = bench.backend.source(&bench.spec, &here).expect("source");
+    wait_for("it to be gone, and nothing of it left", || {
+        !Path::new(&format!("/proc/{monitor}")).exists()
+    });
     let error = match source.reader() {
         Ok(_) => panic!("there is nobody to open its memory"),
         Err(error) => std::error::Error::source(&error).map(ToString::to_string),
@@ -492,6 +498,14 @@ fn a_guest_whose_monitor_is_killed_runs_on_and_is_not_moved() {
     let error = error.expect("a cause");
     assert!(error.contains("monitor of this VM's keeper is gone"), "{error}");
     drop(source);
+    let how = how();
+    let lacks = how["lacks"].as_array().expect("a list");
+    let said =
+        |lack: &serde_json::Value| lack.as_str().is_some_and(|it| it.contains("its monitor"));
+    assert!(lacks.iter().any(said), "{how}");
+    assert_eq!(how["monitor"], "ended");
+    let refused = bench.backend.source(&bench.spec, &here).map(drop).expect_err("no move begins");
+    assert!(refused.to_string().contains("moved again once"), "{refused}");
     let before = count(&here);
     wait_for("the guest to go on", || count(&here) > before + 1);
     bench.backend.stop(&bench.spec, &here).expect("it can be stopped");

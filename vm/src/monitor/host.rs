@@ -75,6 +75,11 @@ impl Host {
         Self { spec, disks, place: place.clone(), ports, vsock }
     }
 
+    /// The VM's name.
+    pub(super) fn name(&self) -> &str {
+        &self.place.name
+    }
+
     /// Does it.
     pub(super) fn act(
         &mut self,

@@ -119,18 +119,43 @@ impl Monitor {
     /// that are open here are closed there.
     ///
     /// # Errors
-    /// When this process has several threads, or the kernel refuses.
+    /// When this process has several threads, the kernel refuses, or it does not come up.
     pub(crate) fn fork(mut host: Host, held: Option<OwnedFd>) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         match process::fork()? {
-            Fork::Parent => Ok(Self(Arc::new(Mutex::new(ours)))),
+            Fork::Parent => {
+                drop((theirs, held));
+                Self::that_is_up(ours)
+            }
             Fork::Child { parent } => {
-                process::live_as_child(parent, theirs, held, |socket, parent| {
-                    serve(&mut host, socket, parent);
+                let title = format!("decamp monitor of VM {}", host.name());
+                process::live_as_child(parent, &title, theirs, held, |socket, parent| {
+                    if greet(socket).is_ok() {
+                        serve(&mut host, socket, parent);
+                    }
                 })
             }
         }
+    }
+
+    /// The one behind `socket`, once it has said that it is there: whoever gives its rights up for one that could not
+    /// do its work would have nothing left to build a machine with.
+    fn that_is_up(socket: OwnedFd) -> io::Result<Self> {
+        let mut bytes = [0; LONGEST];
+        let (count, _) = again(|| receive_with_descriptor(socket.as_fd(), &mut bytes))?;
+        if Reply::decode(&bytes[..count]) != Some(greeting()) {
+            return Err(io::Error::other("it did not come up"));
+        }
+        Ok(Self(Arc::new(Mutex::new(socket))))
+    }
+
+    /// Whether it ended, as far as can be seen without waiting for what it does now.
+    pub(crate) fn has_ended(&self) -> bool {
+        let Ok(socket) = self.0.try_lock() else { return false };
+        let mut events = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+        let looked = poll(&mut events, PollTimeout::ZERO);
+        looked.is_ok_and(|count| count > 0)
     }
 
     /// Asks for something to be done.
@@ -192,6 +217,15 @@ impl Monitor {
             None => Err(unanswered(nonsense())),
         }
     }
+}
+
+/// What a monitor says first, without being asked.
+fn greeting() -> Reply {
+    Reply::Done(String::new())
+}
+
+fn greet(socket: BorrowedFd<'_>) -> io::Result<()> {
+    again(|| send_with_descriptor(socket, &greeting().encode(), None))
 }
 
 /// Answers until `keeper`, a descriptor of the process, has ended, whatever else it does.

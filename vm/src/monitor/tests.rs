@@ -321,6 +321,38 @@ fn one_that_is_gone_is_said_to_be() {
 }
 
 #[test]
+fn whether_it_is_there_is_seen() {
+    let mut bench = Bench::new(Vec::new());
+    assert!(!bench.monitor.has_ended());
+    bench.open(&Request::Kernel).expect("it answers");
+    assert!(!bench.monitor.has_ended());
+    let busy = bench.monitor.clone();
+    let held = busy.0.lock().expect("the socket");
+    assert!(!bench.monitor.has_ended(), "nobody waits for what it does now");
+    drop(held);
+    bench.end();
+    assert!(bench.monitor.has_ended());
+}
+
+#[test]
+fn one_that_does_not_come_up_is_none() {
+    let pair = || {
+        let kind = SockType::SeqPacket;
+        socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).expect("a pair")
+    };
+    let (ours, theirs) = pair();
+    greet(theirs.as_fd()).expect("said");
+    Monitor::that_is_up(ours).expect("it is there");
+    let (ours, theirs) = pair();
+    drop(theirs);
+    let error = Monitor::that_is_up(ours).expect_err("it ended").to_string();
+    assert!(error.contains("did not come up"), "{error}");
+    let (ours, theirs) = pair();
+    send_with_descriptor(theirs.as_fd(), &Reply::Errno(1).encode(), None).expect("sent");
+    Monitor::that_is_up(ours).expect_err("that is no greeting");
+}
+
+#[test]
 fn it_stays_when_its_keeper_says_no_more() {
     let mut bench = Bench::new(Vec::new());
     let (other, _) = UnixStream::pair().expect("a pair");

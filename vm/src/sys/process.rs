@@ -3,9 +3,11 @@
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::panic::AssertUnwindSafe;
 
 use libc::{c_int, c_ulong};
+use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{ForkResult, Pid, getpid, getppid};
 
 /// Version 3 of the kernel's capability interface (linux/capability.h): two words of each set.
@@ -38,7 +40,7 @@ pub(crate) enum Fork {
     },
 }
 
-/// Makes a child of this process.
+/// Makes a child of this process, which nobody waits for: nothing of it is left when it has ended.
 ///
 /// # Errors
 /// When this process has more threads than this one (locks that others hold would be held for ever in the child), or
@@ -48,6 +50,8 @@ pub(crate) fn fork() -> io::Result<Fork> {
     if threads != 1 {
         return Err(io::Error::other(format!("the process has {threads} threads")));
     }
+    // SAFETY: no handler of this program is replaced, for it has none; it starts nothing whose end it asks for.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
     let parent = getpid();
     // SAFETY: this is the only thread, so the child has all that it could wait for.
     match unsafe { nix::unistd::fork() }? {
@@ -57,9 +61,10 @@ pub(crate) fn fork() -> io::Result<Fork> {
 }
 
 /// Closes all that is open in this child but standard error, `socket` and `held`, has it `work` with the socket and a
-/// descriptor of `parent`, and ends it.
+/// descriptor of `parent`, and ends it. To people it is `title`.
 pub(crate) fn live_as_child(
     parent: Pid,
+    title: &str,
     socket: OwnedFd,
     held: Option<OwnedFd>,
     work: impl FnOnce(BorrowedFd<'_>, BorrowedFd<'_>),
@@ -69,6 +74,8 @@ pub(crate) fn live_as_child(
         // It may have ended before, and another have its number.
         if getppid() == parent {
             let _ = nix::sys::prctl::set_name(c"decamp-monitor");
+            // A kernel may refuse it: then it looks like its parent.
+            let _ = show_as(title);
             let works = AssertUnwindSafe(|| work(socket.as_fd(), parent_fd.as_fd()));
             // A panic that went on would make a second keeper of this.
             if std::panic::catch_unwind(works).is_err() {
@@ -80,6 +87,22 @@ pub(crate) fn live_as_child(
     // SAFETY: takes an integer. What this process shares with its parent (buffers that would be written twice, files
     // that would be removed) is left alone: nothing of Rust's or of C's is run at its end.
     unsafe { libc::_exit(c_int::from(lived.is_err())) }
+}
+
+/// Has `ps` show `title` for this process, in place of the words that it was started with, as far as there is room.
+/// Nobody in this process looks at those any more.
+fn show_as(title: &str) -> io::Result<()> {
+    // Fields 48 and 49 of proc_pid_stat(5); the third is the first behind the name.
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace()).into_iter();
+    let mut places = fields.flatten().skip(48 - 3).map(str::parse::<u64>);
+    let (Some(Ok(start)), Some(Ok(end))) = (places.next(), places.next()) else {
+        return Err(io::ErrorKind::InvalidData.into());
+    };
+    let room = usize::try_from(end.saturating_sub(start)).unwrap_or_default();
+    let mut words: Vec<u8> = title.bytes().take(room.saturating_sub(1)).collect();
+    words.resize(room, 0);
+    std::fs::File::options().write(true).open("/proc/self/mem")?.write_all_at(&words, start)
 }
 
 /// Leaves two descriptors (and standard error) open, and gives them back.
