@@ -19,6 +19,7 @@ use crate::kept::VmKept;
 use crate::machine::{ConsolePaths, Outfit};
 use crate::monitor::{Host, Monitor, Request, clear};
 use crate::spec::VmSpec;
+use crate::sys::process::close_inherited;
 
 /// What is said when a monitor ended while it noted that disks move.
 const UNKNOWN: &str = "The monitor of this VM's keeper ended while it noted that disks go over to other files: the \
@@ -50,11 +51,15 @@ pub(crate) struct Confined {
 }
 
 /// Runs the keeper of a VM until the VM was released, discarded, stopped or ended by itself.
+/// It is the first thing that its process does: what that has open but for the standard streams is closed.
 ///
 /// # Errors
 /// When the VM could not be built (a file that cannot be booted, KVM that refuses) or the keeper's
 /// socket could not be served. No instruction of the guest has run when it could not be built.
 pub fn keeper_main(config: KeeperConfig) -> Result<()> {
+    if let Err(error) = close_inherited() {
+        tracing::warn!(%error, "The VM's keeper has open whatever its agent was started with");
+    }
     let spec = VmSpec::parse(&config.spec)?;
     let exit = ExitSignal::new()
         .map_err(|error| WorkloadError::new("Could not make the exit signal", error))?;

@@ -457,7 +457,18 @@ fn assert_confined(place: &Place) -> u64 {
 #[test]
 fn keepers_have_nothing_that_they_do_not_need() {
     let bench = Bench::new(64 << 20, "fill=16 hot=2 rate=0 report=50");
+    // Whatever its agent has open is not its own.
+    let secret = bench.dir.path().join("secret");
+    let open = fs::File::create(&secret).expect("made");
+    let passed_on = nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty());
+    nix::fcntl::fcntl(&open, passed_on).expect("set");
     let here = bench.run();
+    drop(open);
+    let pid = facts(&here)["pid"].as_u64().expect("a pid");
+    for descriptor in fs::read_dir(format!("/proc/{pid}/fd")).expect("descriptors") {
+        let link = fs::read_link(descriptor.expect("one").path()).expect("a link");
+        assert_ne!(link, secret);
+    }
     let first = assert_confined(&here);
     let (there, other) = (bench.place(1), bench.place(2));
     bench.backend.run(&bench.spec, &other).expect("another runs");

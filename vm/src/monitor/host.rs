@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use decamp_shared::keeper::{record_switch, write_exit_record};
+use decamp_shared::keeper::{ExitRecord, record_switch, write_exit_record};
 use decamp_shared::network::Port;
 use decamp_shared::workload::Place;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -121,7 +121,10 @@ impl Host {
                 Ok(opened(reach(path, *port)?))
             }
             Request::Ended(record) => {
-                write_exit_record(&self.place, record);
+                // It is shown on terminals, which control characters have do things.
+                let text = record.text.chars().map(|it| if it.is_control() { ' ' } else { it });
+                let record = ExitRecord { status: record.status, text: text.collect() };
+                write_exit_record(&self.place, &record);
                 Ok(Done::default())
             }
             Request::Clear => {

@@ -279,6 +279,11 @@ fn ends_are_written_down_and_sockets_removed() {
     bench.monitor.ask(&Request::Ended(record.clone())).expect("written");
     let text = fs::read(bench.dir.path().join("exit.json")).expect("a record");
     assert_eq!(serde_json::from_slice::<ExitRecord>(&text).expect("a record"), record);
+    let odd = ExitRecord { status: 1, text: "\u{1b}]0;ä\u{9b}2J\r\nb".into() };
+    bench.monitor.ask(&Request::Ended(odd)).expect("written");
+    let text = fs::read(bench.dir.path().join("exit.json")).expect("a record");
+    let text = serde_json::from_slice::<ExitRecord>(&text).expect("a record").text;
+    assert_eq!(text, " ]0;ä 2J  b", "no terminal is told anything");
     let path = |name: &str| bench.dir.path().join(name);
     let _sockets = ["keeper.sock", "console.sock", "other.sock", "vsock.sock_9"]
         .map(|name| UnixListener::bind(path(name)).expect("a socket"));

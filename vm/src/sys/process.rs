@@ -128,11 +128,20 @@ fn keep_only(socket: OwnedFd, held: Option<OwnedFd>) -> io::Result<(OwnedFd, Opt
     Ok((own(socket), held.map(own)))
 }
 
+/// Closes all but the standard streams: what this process was started with by somebody who did not mean to.
+///
+/// # Errors
+/// When the kernel does not do it.
+pub(crate) fn close_inherited() -> io::Result<()> {
+    close_range(3, c_int::MAX)
+}
+
 fn close_range(first: c_int, last: c_int) -> io::Result<()> {
     if first > last {
         return Ok(());
     }
-    // SAFETY: takes integers. Who calls this is a child that forgets all that it had open.
+    // SAFETY: takes integers. Who calls this is a child that forgets all that it had open, or a process that has opened
+    // nothing yet.
     let done = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
