@@ -219,7 +219,7 @@ fn what_a_disk_cannot_go_over_to_is_refused() {
     refused(give(open("full", true)), "an empty file alone");
     refused(give(open("new", false)), "for reading and writing");
     let (taken, at) = open("taken", true);
-    let _held = lock::take(taken, &at, false, Duration::ZERO).expect("free");
+    let _held = lock::take(taken, &at, false, Duration::ZERO).expect("locks").expect("free");
     refused(give(open("taken", true)), "locked by");
     refused(disk.check_next(), "no file that");
     let (old, _) = open("disk", true);
