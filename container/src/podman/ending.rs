@@ -2,8 +2,9 @@
 //! restart policy would start it again here.
 
 use std::fs;
+use std::io;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
@@ -12,12 +13,13 @@ use super::{has, podman};
 use crate::cgroup::{Cgroups, kill_each};
 use crate::error::{ContainerError, Result};
 
-/// podman has its runtime kill the first process within this.
-const KILLED_WITHIN: Duration = Duration::from_secs(20);
-
 /// Ends the container `id`, which stands still in `cgroups`, with first process `init`. Nothing of it runs
 /// again: all but the first process are killed before anything is thawed, and podman kills that one. Its
 /// record stays, as exited.
+///
+/// A CRIU that lost its keeper may still dump it. While it does it has the cgroup thawed and holds the tasks by
+/// itself, and it ends at once, without freezing them again, when one of them dies under its hands: so all
+/// are told to stand still first, and whoever it lets go of does.
 ///
 /// # Errors
 /// When podman does not do that. What is left of the container stands still. One of which nothing is left has
@@ -30,6 +32,7 @@ pub(crate) fn end_for_good(id: &str, cgroups: &Cgroups, init: i32) -> Result<()>
 }
 
 fn end(id: &str, cgroups: &Cgroups, init: i32) -> Result<()> {
+    cgroups.freeze_when_free()?;
     let others = cgroups.processes()?.into_iter().filter(|pid| *pid != init).collect();
     kill_each(&others)?;
     thread::scope(|scope| {
@@ -39,13 +42,18 @@ fn end(id: &str, cgroups: &Cgroups, init: i32) -> Result<()> {
         };
         let stopping = thread::Builder::new().spawn_scoped(scope, stop);
         let stopping = stopping.map_err(ContainerError::io("start a thread"))?;
-        let begun = Instant::now();
-        while !stopping.is_finished() && begun.elapsed() < KILLED_WITHIN {
+        // podman has a time limit of its own.
+        while !stopping.is_finished() {
             if is_killed(init) {
                 // A frozen one of cgroup v1 dies when it is thawed, which not every runtime does. One that
                 // has died may be gone with its cgroup.
                 let _ = cgroups.thaw();
                 break;
+            }
+            // A CRIU that had only begun thaws them once more; and v1 is to be asked again for a task that it
+            // has just stopped.
+            if cgroups.is_frozen().is_ok_and(|frozen| !frozen) {
+                let _ = cgroups.freeze_when_free();
             }
             thread::sleep(Duration::from_millis(2));
         }
@@ -57,7 +65,14 @@ fn end(id: &str, cgroups: &Cgroups, init: i32) -> Result<()> {
 
 /// Whether process `pid` has been killed, if it still waits for that to come to pass, or is gone.
 fn is_killed(pid: i32) -> bool {
-    let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
+    let status = match fs::read_to_string(format!("/proc/{pid}/status")) {
+        Ok(status) => status,
+        Err(error) => {
+            let is_gone = error.raw_os_error() == Some(libc::ESRCH);
+            // Whoever cannot be looked at for another reason may live, and would run if it were thawed.
+            return is_gone || error.kind() == io::ErrorKind::NotFound;
+        }
+    };
     let bit = 1u64 << (Signal::SIGKILL as u32 - 1);
     let pending = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
