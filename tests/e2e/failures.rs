@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::guest::Guest;
 use crate::hosts::{Hosts, other};
 use crate::redis::Client;
-use crate::running::{Pending, Ran, find};
+use crate::running::{Pending, Ran, find, until};
 
 /// A move is held as long as this file is there, as its host sees it: however long it takes to break something.
 pub(crate) const HOLDS: &str = "/run/decamp-host/holds";
@@ -163,16 +163,30 @@ impl Held {
     /// Breaks something, and lets the move go on.
     #[track_caller]
     pub(crate) fn inflict(&self, failure: Failure) {
-        let Self { hosts, from, to, name, .. } = self;
+        let Self { hosts, from, to, .. } = self;
         let _broken = match failure {
             Failure::Cut => hosts.hosts(&["cut", to]).expect(0),
             Failure::Reset => hosts.hosts(&["cut", to, "--reset"]).expect(0),
             Failure::KillDestination => hosts.hosts(&["agent", to, "kill"]).expect(0),
             Failure::KillSource => hosts.hosts(&["agent", from, "kill"]).expect(0),
-            Failure::Cancel => hosts.decamp(from, &["cancel", name]).expect(0),
+            Failure::Cancel => return self.cancel(),
             Failure::Error => return self.let_go(),
         };
         self.let_go();
+    }
+
+    /// Has the move called off. Whoever asks for that is answered once it has ended, and it does not end while it is
+    /// held.
+    #[track_caller]
+    fn cancel(&self) {
+        let Self { hosts, from, name, .. } = self;
+        let mark = hosts.log_mark(from);
+        let cancelling = hosts.begin(from, &["cancel", name]);
+        until("the agent to be told", ARRIVES_WITHIN, || {
+            hosts.log_since(from, mark).contains("Called off on request")
+        });
+        self.let_go();
+        cancelling.ended(ENDS_WITHIN).expect(0);
     }
 
     /// Lets the move go on.

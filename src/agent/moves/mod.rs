@@ -110,8 +110,8 @@ impl Agent {
             .moves
             .find(key)
             .ok_or_else(|| Answer::UnknownMigration(key.to_owned(), "under way on this host"))?;
-        tracing::info!(migration = moving.id, workload = moving.workload, "Cancelling");
         moving.cancel.cancel();
+        tracing::info!(migration = moving.id, workload = moving.workload, "Called off on request");
         // A move past its fence ends in its own time; the view says how far it is.
         let _ = tokio::time::timeout(CANCEL_WITHIN, moving.ended()).await;
         Ok(moving.view())
