@@ -393,6 +393,9 @@ impl Relocating {
         };
         if !switched {
             self.report.downtime_ms = None;
+        } else if self.report.lost {
+            // The disks moved; that is not all that there is to say.
+            self.report.notes.push(self.is_gone());
         }
         self.report.outcome = outcome;
         self.report.reason = reason;
@@ -404,14 +407,20 @@ impl Relocating {
         let (name, host) = (&self.place.name, &self.report.from);
         let text = result.as_ref().err().map(|error| chain(error)).unwrap_or_default();
         let state = match self.report.lost {
-            true => format!(
-                "{name} ended, or its keeper was killed, while its disk was being moved: see `decamp \
-                 inspect {name}` and `decamp logs {name}`"
-            ),
+            true => self.is_gone(),
             false => format!("{name} runs on at {host}, with the disks where they were"),
         };
         let stop = if text.ends_with(['.', '?', '!']) { "" } else { "." };
         format!("{text}{stop} {state}")
+    }
+
+    /// That the workload is no more.
+    fn is_gone(&self) -> String {
+        let name = &self.place.name;
+        format!(
+            "{name} ended, or its keeper was killed, while its disk was being moved: see `decamp inspect {name}` \
+             and `decamp logs {name}`"
+        )
     }
 }
 

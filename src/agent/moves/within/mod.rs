@@ -141,7 +141,10 @@ impl Agent {
 fn follow(report: &mut Report, settled: Settled) {
     match (settled.switched, report.outcome) {
         (Some(true), outcome) if outcome != Outcome::Completed => {
-            (report.outcome, report.reason) = (Outcome::Completed, None);
+            report.outcome = Outcome::Completed;
+            // Where it is gone, its disks moved all the same, and somebody has to say so.
+            let reason = report.reason.take();
+            report.notes.extend(reason.filter(|_| report.lost));
         }
         (Some(false), Outcome::Completed) => {
             let text = "The keeper answered that the disks had moved, and no record of it is there: they count \
