@@ -122,6 +122,9 @@ def move(source, destination, client):
     client.is_served()
     report = source.migrate("redis", destination.name, within=MOVE)
     seen = client.is_served()
+    # Also where it was not started, and not only once it is home again.
+    if limit(destination) != TASKS:
+        raise Failed(f"Its control group at {destination.name} allows {limit(destination)} tasks, and not {TASKS}")
     say(
         f"  {source.machine.release} to {destination.machine.release}: down {report['downtime_ms']:.0f} ms of "
         f"{report['total_ms']:.0f} ms, tracker {report['tracker']}; the client's longest silence "
@@ -146,8 +149,6 @@ def _run(scratch, hosts):
                 move(hosts[number % 2], hosts[(number + 1) % 2], client)
         here = hosts[MOVES % 2]
         say(f"  {client.verdict()}")
-        if limit(here) != TASKS:
-            raise Failed(f"Its control group allows {limit(here)} tasks, and not {TASKS}")
     finally:
         client.close()
     here.decamp("stop", "redis")
