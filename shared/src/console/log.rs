@@ -12,7 +12,7 @@ use std::path::Path;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, ftruncate, seek};
 use rustix::io::Errno;
 
-/// So much of the newest is kept in any case, and never more than twice as much.
+/// So much of the newest is kept in any case, and never more than twice as much; twice that where cutting fails.
 pub const KEPT: u64 = 8 << 20;
 /// It is cut at multiples of this, which blocks of file systems divide.
 const CUT: u64 = 64 << 10;
@@ -53,7 +53,9 @@ impl Log {
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match fallocate(&self.file, hole, 0, cut) {
             Ok(()) => self.holds = end - cut,
-            Err(Errno::INTR) => {}
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.begin_anew()?,
+            // A full or a failing disk, for example: with the next bytes it is tried again.
+            Err(_) if self.holds < 4 * self.kept => {}
             Err(_) => self.begin_anew()?,
         }
         Ok(())

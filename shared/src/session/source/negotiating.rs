@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{Departing, PATIENCE};
-
 use crate::files::{Probe, look_of};
 use crate::protocol::control::{Hello, Offer, PathMapping, Verdict, reply, request};
 use crate::session::error::{Result, SessionError, fail_here};
