@@ -22,6 +22,10 @@ use crate::workload::{Liveness, Place, Restoring, Result, Section, SpaceInfo, Wo
 const ANSWER_WITHIN: Duration = Duration::from_secs(300);
 /// State sections of one workload together are never longer.
 pub(super) const SECTIONS_CAP: u64 = 16 << 30;
+/// No error has more causes.
+const MESSAGES_MOST: usize = 32;
+/// Characters of a message of an error that are of use to anybody.
+const MESSAGE_MOST: usize = 16 << 10;
 
 /// Whether a keeper listens at `place`. Does not wait for one that is busy. Only what says that nobody
 /// listens there means that there is none: whoever cannot look, as without a descriptor to spare, does
@@ -364,9 +368,16 @@ impl Request {
     }
 }
 
-/// The error behind a chain of messages, outermost first.
+/// The error behind a chain of messages, outermost first. A keeper that its guest has taken over says what it likes:
+/// dropping an error goes as deep as the error is, and what it says is shown on terminals.
 fn chained(messages: Vec<String>) -> Option<WorkloadError> {
-    messages.into_iter().rev().fold(None, |inner: Option<WorkloadError>, what| {
+    let acts = |letter: char| letter.is_control() && !matches!(letter, '\n' | '\t');
+    let plain = |text: String| -> String {
+        let letters = text.chars().take(MESSAGE_MOST);
+        letters.map(|letter| if acts(letter) { ' ' } else { letter }).collect()
+    };
+    let messages = messages.into_iter().take(MESSAGES_MOST).map(plain);
+    messages.rev().fold(None, |inner: Option<WorkloadError>, what| {
         Some(WorkloadError::Failed { what, source: inner.map(Into::into) })
     })
 }
@@ -454,6 +465,19 @@ mod tests {
             protocol::send(&mut keeper, &reply, None).expect("answers");
             assert_eq!(client.can_mirror().expect("an answer"), knows, "{says}");
         }
+    }
+
+    #[test]
+    fn an_error_is_no_deeper_than_errors_are_and_moves_no_terminal() {
+        let deep = chained(vec![String::new(); 1 << 20]).expect("an error");
+        let (mut depth, mut at) = (0, Some(&deep as &dyn std::error::Error));
+        while let Some(error) = at {
+            (depth, at) = (depth + 1, error.source());
+        }
+        assert_eq!(depth, MESSAGES_MOST);
+        let odd = chained(vec!["a\u{1b}[2J\nb\u{9b}c".to_owned()]).expect("an error");
+        assert_eq!(odd.to_string(), "a [2J\nb c");
+        assert!(chained(Vec::new()).is_none());
     }
 
     #[test]
