@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use prost::Message;
 
+use crate::pages::set::CHUNK_PAGES;
 use crate::pages::{PageSet, SpaceId};
 use crate::sys;
 use crate::workload::SpaceInfo;
@@ -160,10 +161,12 @@ pub(super) fn pack_pages(set: &PageSet) -> Vec<DirtyChunk> {
         .collect()
 }
 
-/// Adds `chunks` to `set`; false when one of them is not what [`pack_pages`] makes.
+/// Adds `chunks` to `set`; false when one of them is not what [`pack_pages`] makes. Only whole chunks of a set are: a
+/// few bits each, anywhere, would take hundreds of times as much memory here as they take to say.
 pub(super) fn unpack_pages(chunks: &[DirtyChunk], set: &mut PageSet) -> bool {
     for chunk in chunks {
-        if chunk.first % 64 != 0 || chunk.words.len() % 8 != 0 || chunk.first >= 1 << 52 {
+        let is_whole = chunk.first % CHUNK_PAGES == 0 && chunk.words.len() as u64 == CHUNK_PAGES / 8;
+        if !is_whole || chunk.first >= 1 << 52 {
             return false;
         }
         let words: Vec<u64> = chunk
@@ -174,4 +177,25 @@ pub(super) fn unpack_pages(chunks: &[DirtyChunk], set: &mut PageSet) -> bool {
         set.insert_bitmap(SpaceId(chunk.space), chunk.first, &words);
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pages::PageRange;
+
+    #[test]
+    fn pages_come_in_whole_chunks_alone() {
+        let mut pages = PageSet::new();
+        pages.insert(PageRange::new(SpaceId(3), 7, CHUNK_PAGES));
+        let chunks = pack_pages(&pages);
+        let mut found = PageSet::new();
+        assert!(unpack_pages(&chunks, &mut found) && found == pages);
+        let sparse = |first| DirtyChunk { space: 3, first, words: 1u64.to_le_bytes().to_vec() };
+        assert!(!unpack_pages(&[sparse(0)], &mut found));
+        let odd = DirtyChunk { first: 64, ..chunks[0].clone() };
+        assert!(!unpack_pages(&[odd], &mut found));
+        let far = DirtyChunk { first: 1 << 52, ..chunks[0].clone() };
+        assert!(!unpack_pages(&[far], &mut found) && found == pages);
+    }
 }

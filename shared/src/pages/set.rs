@@ -10,7 +10,7 @@ use super::address::{PageRange, SpaceId};
 
 const WORDS: usize = 512;
 /// Pages that one chunk of the map covers.
-const CHUNK_PAGES: u64 = (WORDS * 64) as u64;
+pub(crate) const CHUNK_PAGES: u64 = (WORDS * 64) as u64;
 
 type Chunk = Box<[u64; WORDS]>;
 
