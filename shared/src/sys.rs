@@ -2,14 +2,14 @@
 //! crates do not offer. Each block names the invariant that makes it sound.
 
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::{size_of, zeroed};
+use std::io::{self, IoSlice};
+use std::mem::{size_of, size_of_val, zeroed};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::uio::{RemoteIoVec, process_vm_writev};
 use nix::unistd::Pid;
 
@@ -34,34 +34,59 @@ pub fn send_with_descriptor(
     if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
-/// Receives up to `bytes.len()` bytes and the descriptor that came with them.
+/// Receives up to `bytes.len()` bytes and the descriptor that came with them. Whatever else comes is closed.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's; when more than one descriptor came, or there was no room for it in this process.
 pub fn receive_with_descriptor(
     socket: BorrowedFd<'_>,
     bytes: &mut [u8],
 ) -> io::Result<(usize, Option<OwnedFd>)> {
-    let mut space = nix::cmsg_space!([i32; 4]);
-    let mut vector = [IoSliceMut::new(bytes)];
-    let message = recvmsg::<()>(
-        socket.as_raw_fd(),
-        &mut vector,
-        Some(&mut space),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
-    let mut first = None;
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(descriptors) = control {
-            for raw in descriptors {
-                // SAFETY: the kernel has just installed this descriptor for us and nobody else
-                // in this process knows its number; taking each of them also closes the surplus.
-                let owned = unsafe { OwnedFd::from_raw_fd(raw) };
-                first.get_or_insert(owned);
+    // Room for all that can come with one message (SCM_MAX_FD, 253 descriptors): what the kernel has installed and
+    // nobody is told of would stay open for ever. Of words, as a control message has to be aligned.
+    let mut control = [0_u64; 160];
+    let mut vector = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // SAFETY: all-zero is a valid `msghdr`.
+    let mut message: libc::msghdr = unsafe { zeroed() };
+    message.msg_iov = &raw mut vector;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control);
+    // SAFETY: the kernel writes to `bytes` and to `control`, whose lengths it is told and which are there meanwhile.
+    let got =
+        unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
+    if got < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut came = Vec::new();
+    // SAFETY: `message` is as the kernel left it, and `control`, to which it points, is still there.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    while !header.is_null() {
+        // SAFETY: a whole header, aligned, within `control`: these are given, or nothing is.
+        let (level, kind, length) =
+            unsafe { ((*header).cmsg_level, (*header).cmsg_type, (*header).cmsg_len) };
+        if (level, kind) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: what is behind a header is within `control`, too.
+            let data = unsafe { libc::CMSG_DATA(header) };
+            let count = (length - (data.addr() - header.addr())) / size_of::<libc::c_int>();
+            for at in 0..count {
+                // SAFETY: the kernel wrote `count` descriptors there, and has just installed them for us: nobody
+                // else in this process knows their numbers.
+                came.push(unsafe {
+                    OwnedFd::from_raw_fd(data.cast::<libc::c_int>().add(at).read_unaligned())
+                });
             }
         }
+        // SAFETY: as of the first.
+        header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
     }
-    Ok((message.bytes, first))
+    if message.msg_flags & libc::MSG_CTRUNC != 0 {
+        return Err(io::Error::from_raw_os_error(libc::EMFILE));
+    }
+    if came.len() > 1 {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "More than one descriptor came"));
+    }
+    Ok((got as usize, came.pop()))
 }
 
 /// A packet socket on interface `index` of the calling thread's network namespace: what is written to it goes out
@@ -167,5 +192,37 @@ impl Drop for SharedMapping {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and nothing points into it any more.
         let _ = unsafe { nix::sys::mman::munmap(self.start.cast(), self.length) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn one_descriptor_is_taken_and_no_surplus_stays_open() {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        for count in [0, 1, 2, 5, 253] {
+            let (mut reader, writer) = io::pipe().expect("a pipe");
+            let raw = vec![writer.as_raw_fd(); count];
+            let rights = [ControlMessage::ScmRights(&raw)];
+            let control = &rights[..count.min(1)];
+            let words = [IoSlice::new(b"word")];
+            sendmsg::<()>(theirs.as_raw_fd(), &words, control, MsgFlags::empty(), None)
+                .expect("sent");
+            drop(writer);
+            let mut bytes = [0; 4];
+            let received = receive_with_descriptor(ours.as_fd(), &mut bytes);
+            assert_eq!(received.is_ok(), count <= 1, "{count}");
+            if let Ok((got, descriptor)) = received {
+                assert_eq!((got, descriptor.is_some()), (4, count == 1));
+            }
+            // Its end comes when nobody has the other one open any more.
+            assert_eq!(reader.read(&mut bytes).expect("read"), 0, "{count}");
+        }
     }
 }

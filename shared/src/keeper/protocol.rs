@@ -165,7 +165,8 @@ pub(super) fn pack_pages(set: &PageSet) -> Vec<DirtyChunk> {
 /// few bits each, anywhere, would take hundreds of times as much memory here as they take to say.
 pub(super) fn unpack_pages(chunks: &[DirtyChunk], set: &mut PageSet) -> bool {
     for chunk in chunks {
-        let is_whole = chunk.first % CHUNK_PAGES == 0 && chunk.words.len() as u64 == CHUNK_PAGES / 8;
+        let is_whole =
+            chunk.first % CHUNK_PAGES == 0 && chunk.words.len() as u64 == CHUNK_PAGES / 8;
         if !is_whole || chunk.first >= 1 << 52 {
             return false;
         }
