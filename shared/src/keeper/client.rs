@@ -342,7 +342,8 @@ impl KeeperClient {
         self.broken = true;
         protocol::send(&mut self.stream, &request, descriptor.as_ref().map(AsFd::as_fd))
             .map_err(|error| gone(&self.name, error.to_string()))?;
-        let (reply, descriptor) = protocol::receive::<Reply>(&mut self.stream)
+        let within = self.stream.read_timeout().unwrap_or(Some(ANSWER_WITHIN));
+        let (reply, descriptor) = protocol::receive::<Reply>(&mut self.stream, within)
             .map_err(|error| gone(&self.name, error.to_string()))?
             .ok_or_else(|| gone(&self.name, "it ended".to_owned()))?;
         self.broken = false;

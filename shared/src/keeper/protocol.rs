@@ -4,6 +4,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use prost::Message;
 
@@ -130,25 +131,51 @@ pub(super) fn send<M: Message>(
     stream.write_all(&bytes)
 }
 
-/// Receives one frame and the descriptor beside it; `None` at a clean end.
+/// Receives one frame and the descriptor beside it; `None` at a clean end. What has begun to come is all there
+/// `within` that time, if one is given: a limit of the stream is one of each piece, and a peer that means ill sends
+/// many.
 pub(super) fn receive<M: Message + Default>(
     stream: &mut UnixStream,
+    within: Option<Duration>,
 ) -> io::Result<Option<(M, Option<OwnedFd>)>> {
     let mut header = [0; 4];
     let (got, descriptor) = sys::receive_with_descriptor(stream.as_fd(), &mut header)?;
     if got == 0 {
         return Ok(None);
     }
-    stream.read_exact(&mut header[got..])?;
+    let limit = stream.read_timeout()?;
+    let until = within.map(|within| Instant::now() + within);
+    let mut rest = Due { stream, until };
+    rest.read_exact(&mut header[got..])?;
     let length = u32::from_le_bytes(header) as usize;
     if length > FRAME_CAP {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "Frame is longer than any may be"));
     }
     let mut bytes = vec![0; length];
-    stream.read_exact(&mut bytes)?;
+    rest.read_exact(&mut bytes)?;
+    stream.set_read_timeout(limit)?;
     let message =
         M::decode(&bytes[..]).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     Ok(Some((message, descriptor)))
+}
+
+/// What comes from a stream `until` then.
+struct Due<'a> {
+    stream: &'a mut UnixStream,
+    until: Option<Instant>,
+}
+
+impl Read for Due<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        if let Some(until) = self.until {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(left))?;
+        }
+        self.stream.read(bytes)
+    }
 }
 
 pub(super) fn pack_pages(set: &PageSet) -> Vec<DirtyChunk> {
@@ -184,6 +211,26 @@ pub(super) fn unpack_pages(chunks: &[DirtyChunk], set: &mut PageSet) -> bool {
 mod tests {
     use super::*;
     use crate::pages::PageRange;
+
+    #[test]
+    fn a_frame_that_comes_in_drops_is_not_waited_for() {
+        let (mut ours, mut theirs) = UnixStream::pair().expect("a pair");
+        let each = Duration::from_secs(60);
+        ours.set_read_timeout(Some(each)).expect("set");
+        theirs.write_all(&4u32.to_le_bytes()).expect("sent");
+        let within = Some(Duration::from_millis(50));
+        let late = receive::<Reply>(&mut ours, within).expect_err("it does not come");
+        assert!(
+            matches!(late.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock),
+            "{late}"
+        );
+        let (mut ours, mut theirs) = UnixStream::pair().expect("a pair");
+        ours.set_read_timeout(Some(each)).expect("set");
+        send(&mut theirs, &Reply::default(), None).expect("sent");
+        let (reply, _) = receive::<Reply>(&mut ours, within).expect("comes").expect("a frame");
+        assert_eq!(reply, Reply::default());
+        assert_eq!(ours.read_timeout().expect("told"), Some(each), "as before");
+    }
 
     #[test]
     fn pages_come_in_whole_chunks_alone() {

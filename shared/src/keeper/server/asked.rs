@@ -15,7 +15,7 @@ use crate::workload::{Result, WorkloadError};
 impl Server<'_> {
     /// Answers one request; false when the connection is at its end.
     pub(super) fn answer_one(&mut self, stream: &mut UnixStream) -> bool {
-        let (request, descriptor) = match protocol::receive::<Request>(stream) {
+        let (request, descriptor) = match protocol::receive::<Request>(stream, None) {
             Ok(Some(received)) => received,
             Ok(None) => return false,
             Err(error) => {
