@@ -38,6 +38,8 @@ use crate::spec::{DiskSpec, VmSpec};
 
 /// How long a guest is given to end when it is stopped.
 const GRACE: Duration = Duration::from_secs(10);
+/// The most bytes of state that a VM has beside its memory: some KiB each vCPU and device.
+const MAX_STATE: u64 = 256 << 20;
 /// The most bytes of spec that are read from a peer.
 const MAX_SPEC: usize = 64 * 1024;
 
@@ -279,7 +281,7 @@ fn source(
     check: impl Fn(&[InterfaceFacts]) -> Result<()>,
 ) -> Result<Box<dyn SourceWorkload>> {
     let parsed = VmSpec::parse(spec)?;
-    let mut client = KeeperClient::connect(place)?;
+    let mut client = KeeperClient::connect(place)?.with_state_of_at_most(MAX_STATE);
     let facts = client.facts()?;
     has_its_monitor(&facts)?;
     let interfaces = interfaces(&facts)?;

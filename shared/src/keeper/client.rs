@@ -60,6 +60,8 @@ pub struct KeeperClient {
     broken: bool,
     stall: Duration,
     restoring: Restoring,
+    /// Bytes of its state.
+    most_state: u64,
 }
 
 impl KeeperClient {
@@ -104,7 +106,8 @@ impl KeeperClient {
         };
         let stream = connect().map_err(failed)?;
         let (name, stall, restoring) = (place.name.clone(), Duration::ZERO, Restoring::default());
-        Ok(Self { place: place.clone(), name, stream, broken: false, stall, restoring })
+        let (place, most_state) = (place.clone(), SECTIONS_CAP);
+        Ok(Self { place, name, stream, broken: false, stall, restoring, most_state })
     }
 
     /// A new connection to the same keeper, after this one broke. What was asked on the old one is
@@ -113,8 +116,15 @@ impl KeeperClient {
     /// # Errors
     /// As [`KeeperClient::connect`].
     pub fn reconnect(&mut self) -> Result<()> {
-        *self = Self::connect(&self.place)?;
+        let most_state = self.most_state;
+        *self = Self { most_state, ..Self::connect(&self.place)? };
         Ok(())
+    }
+
+    /// The same; state of more than `most` bytes is not taken.
+    #[must_use]
+    pub fn with_state_of_at_most(self, most: u64) -> Self {
+        Self { most_state: most, ..self }
     }
 
     /// Whether a keeper listens at the place of this one.
@@ -268,7 +278,7 @@ impl KeeperClient {
     pub fn save(&mut self) -> Result<Vec<Section>> {
         let (_, descriptor) = self.exchange(Request::of(Ask::Save), None)?;
         let descriptor = descriptor.ok_or_else(|| self.gone("answering with its state"))?;
-        read_sections(descriptor).map_err(|error| {
+        read_sections(descriptor, self.most_state).map_err(|error| {
             WorkloadError::new("Cannot read the state that the keeper saved", error)
         })
     }
@@ -397,12 +407,12 @@ pub(super) fn write_sections(sections: Vec<Section>) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Reads what [`write_sections`] wrote.
-pub(super) fn read_sections(descriptor: OwnedFd) -> io::Result<Vec<Section>> {
+/// Reads what [`write_sections`] wrote, if that is no more than `most` bytes.
+pub(super) fn read_sections(descriptor: OwnedFd, most: u64) -> io::Result<Vec<Section>> {
     let bad = |what: &'static str| io::Error::new(io::ErrorKind::InvalidData, what);
     let mut file = File::from(descriptor);
     let mut left = file.metadata()?.len();
-    if left > SECTIONS_CAP {
+    if left > most {
         return Err(bad("State sections are longer than any may be"));
     }
     file.rewind()?;

@@ -203,7 +203,7 @@ impl Server<'_> {
         self.must_be("loaded", &[Phase::Incoming])?;
         let descriptor =
             descriptor.ok_or_else(|| WorkloadError::plain("State sections came without memory"))?;
-        let sections = client::read_sections(descriptor)
+        let sections = client::read_sections(descriptor, client::SECTIONS_CAP)
             .map_err(|error| WorkloadError::new("Cannot read the state sections", error))?;
         self.kept.load(sections)?;
         self.phase = Phase::Prepared;
