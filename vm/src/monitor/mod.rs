@@ -19,13 +19,13 @@ mod host;
 mod message;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use decamp_shared::keeper::ExitRecord;
 use decamp_shared::sys::{receive_with_descriptor, send_with_descriptor};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
 
 use self::host::{Done, Failure};
 use self::message::{LONGEST, Reply};
@@ -242,6 +242,10 @@ fn serve(host: &mut Host, socket: BorrowedFd<'_>, keeper: BorrowedFd<'_>) {
         let is_ready = |at: usize| events.get(at).and_then(PollFd::any) == Some(true);
         if is_ready(1) {
             hears = answer(host, socket);
+            if !hears {
+                // Whoever still waits for an answer, or asks, is told that there will be none.
+                let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+            }
         } else if is_ready(0) {
             return;
         }

@@ -326,6 +326,19 @@ fn one_that_is_gone_is_said_to_be() {
 }
 
 #[test]
+fn one_that_hears_no_more_leaves_nobody_waiting() {
+    let bench = Bench::new(Vec::new());
+    {
+        let socket = bench.monitor.0.lock().expect("the socket");
+        // Nothing is no request, and all that can be heard from one that is gone.
+        send_with_descriptor(socket.as_fd(), &[], None).expect("sent");
+    }
+    let error = bench.open(&Request::Kernel).expect_err("nobody answers").to_string();
+    assert!(error.contains("monitor of this VM's keeper is gone"), "{error}");
+    assert!(bench.monitor.has_ended());
+}
+
+#[test]
 fn whether_it_is_there_is_seen() {
     let mut bench = Bench::new(Vec::new());
     assert!(!bench.monitor.has_ended());
