@@ -11,7 +11,7 @@ use std::time::Duration;
 use decamp_shared::archive::{Frozen, Parcel, Unpacking};
 use decamp_shared::keeper::ends::{KeeperDestination, KeeperSource};
 use decamp_shared::keeper::{Beginning, KeeperClient, KeeperConfig, spawn};
-use decamp_shared::network::{Link, Neighbour, need};
+use decamp_shared::network::{Link, Neighbour, is_interface_name, need};
 use decamp_shared::pages::{PageReader, SpaceId};
 use decamp_shared::workload::{
     Backend, DestinationWorkload, FileRole, FileTree, HostTools, Kind, Manifest, NetworkNeed,
@@ -34,7 +34,7 @@ use crate::interfaces::InterfaceFacts;
 use crate::memory::{GUEST_MEMORY, Memory};
 use crate::needs::{Needs, named};
 use crate::reader::GuestReader;
-use crate::spec::{DiskSpec, VmSpec};
+use crate::spec::{DiskSpec, MAX_DISKS, VmSpec};
 
 /// How long a guest is given to end when it is stopped.
 const GRACE: Duration = Duration::from_secs(10);
@@ -239,6 +239,7 @@ impl Backend for VmBackend {
 
 /// Reads the guest's memory, and the disks that are copied, through descriptors of the keeper's.
 fn make_reader(client: &mut KeeperClient, spaces: &[SpaceInfo]) -> Result<Arc<dyn PageReader>> {
+    are_few(spaces)?;
     let mut reader = GuestReader::default();
     for space in spaces {
         let id = SpaceId(space.id);
@@ -285,7 +286,10 @@ fn source(
     let facts = client.facts()?;
     has_its_monitor(&facts)?;
     let interfaces = interfaces(&facts)?;
+    are_its_own(&interfaces, &parsed)?;
     check(&interfaces)?;
+    let spaces = client.spaces()?;
+    are_few(&spaces)?;
     let needs = facts.get("needs").cloned().unwrap_or_default();
     let mut files = files(&parsed)?;
     files.extend(disks(&parsed, &facts)?);
@@ -294,13 +298,36 @@ fn source(
         uuid: place.uuid.clone(),
         kind: Kind::Vm.into(),
         memory_bytes: parsed.memory_bytes,
-        spaces: client.spaces()?,
+        spaces,
         files,
         networks: networks(interfaces),
         spec: to_json(spec)?,
         needs: to_json(&needs)?,
     };
     Ok(Box::new(KeeperSource::new(client, manifest, Box::new(make_reader))?))
+}
+
+/// That a keeper speaks of no more spaces than a VM can have: a descriptor of each is opened.
+fn are_few(spaces: &[SpaceInfo]) -> Result<()> {
+    if spaces.len() <= 1 + MAX_DISKS {
+        return Ok(());
+    }
+    let text = format!("Its keeper says that the VM has {} memories and disks", spaces.len());
+    Err(WorkloadError::plain(text))
+}
+
+/// That a keeper speaks of the interfaces that its VM has, by names like those that are given here: what it says of them
+/// goes to another host, and is shown to people as commands to type.
+fn are_its_own(interfaces: &[InterfaceFacts], spec: &VmSpec) -> Result<()> {
+    let bridges = interfaces.iter().map(|interface| &interface.bridge);
+    let mut taps = interfaces.iter().map(|interface| &interface.tap);
+    let usual = |tap: &String| {
+        is_interface_name(tap) && tap.bytes().all(|byte| byte.is_ascii_alphanumeric())
+    };
+    if bridges.eq(spec.net.iter().map(|net| &net.bridge)) && taps.all(usual) {
+        return Ok(());
+    }
+    Err(WorkloadError::plain("Its keeper speaks of other interfaces than the VM has"))
 }
 
 /// That whoever would open the memory of a VM for a move is still there.

@@ -282,6 +282,30 @@ fn who_is_off_the_network_does_not_leave_and_every_interface_is_named() {
 }
 
 #[test]
+fn only_what_a_vm_has_is_believed_of_its_keeper() {
+    let dir = tempfile::tempdir().expect("directory");
+    let net = |bridge: &str| crate::spec::NetSpec { bridge: bridge.into(), mac: None };
+    let spec = VmSpec { net: vec![net("br7"), net("br8")], ..guest_spec(dir.path()) };
+    let one = |bridge: &str, tap: &str| {
+        json!({"bridge": bridge, "tap": tap, "mac": "02:00:00:00:00:01", "mtu": 1500,
+            "own": [], "neighbours": []})
+    };
+    let its_own = |said: &[serde_json::Value]| {
+        let said = interfaces(&json!({ "networks": said })).expect("interfaces");
+        are_its_own(&said, &spec).is_ok()
+    };
+    assert!(its_own(&[one("br7", "dv00"), one("br8", "dv01")]));
+    assert!(!its_own(&[one("br7", "dv00")]));
+    assert!(!its_own(&[one("br7", "dv00"), one("br9", "dv01")]));
+    assert!(!its_own(&[one("br7", "dv00"), one("br8", "dv01"), one("br8", "dv02")]));
+    for tap in ["", "a;reboot", "$(reboot)", "\u{1b}[2J", "a/b"] {
+        assert!(!its_own(&[one("br7", "dv00"), one("br8", tap)]), "{tap:?}");
+    }
+    are_few(&vec![SpaceInfo::default(); 9]).expect("memory and eight disks");
+    are_few(&vec![SpaceInfo::default(); 10]).expect_err("more than it can have");
+}
+
+#[test]
 fn only_files_are_sent() {
     let dir = tempfile::tempdir().expect("directory");
     let spec = VmSpec { kernel: dir.path().to_owned(), ..guest_spec(dir.path()) };
