@@ -13,7 +13,8 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
-use nix::unistd::{Gid, Uid, chdir, chroot, pivot_root, setgroups, setresgid, setresuid};
+use nix::sys::stat::Mode;
+use nix::unistd::{Gid, Uid, chdir, chroot, mkdir, pivot_root, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, VmError};
@@ -88,13 +89,16 @@ impl Confinement {
     }
 }
 
-/// Puts an empty directory, in which nothing can be made, in the place of all that is mounted.
+/// Puts an empty directory, in which nothing can be made, in the place of all that is mounted. It is one within the
+/// root of its file system: a process whose root is not that of its mount namespace makes no user namespaces
+/// (user_namespaces(7)), in which it would have all capabilities again, over what the kernel then lets it reach.
 fn empty_root(at: &Path) -> io::Result<()> {
     const NONE: Option<&str> = None;
+    const WITHIN: &str = "nothing";
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(NONE, "/", NONE, private, NONE)?;
     let bare = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("tmpfs"), at, Some("tmpfs"), bare, Some("size=4k,nr_inodes=2,mode=555"))?;
+    mount(Some("tmpfs"), at, Some("tmpfs"), bare, Some("size=4k,nr_inodes=3,mode=555"))?;
     chdir(at)?;
     match pivot_root(".", ".") {
         Ok(()) => umount2(".", MntFlags::MNT_DETACH)?,
@@ -106,8 +110,11 @@ fn empty_root(at: &Path) -> io::Result<()> {
         Err(error) => return Err(error.into()),
     }
     chdir("/")?;
+    mkdir(WITHIN, Mode::from_bits_truncate(0o555))?;
     let readonly = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | bare;
-    Ok(mount(NONE, "/", NONE, readonly, NONE)?)
+    mount(NONE, "/", NONE, readonly, NONE)?;
+    chroot(WITHIN)?;
+    Ok(chdir("/")?)
 }
 
 fn become_user(id: u32) -> nix::Result<()> {

@@ -439,6 +439,8 @@ fn assert_confined(place: &Place) -> u64 {
     }
     let root = PathBuf::from(format!("/proc/{pid}/root"));
     assert_eq!(fs::read_dir(&root).expect("its root").count(), 0, "its root is empty");
+    let within = fs::read_link(&root).expect("where that is");
+    assert_eq!(within, Path::new("/nothing"), "so it makes no user namespaces");
     fs::write(root.join("x"), "").expect_err("nothing can be made there");
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("groups");
     let own = format!(":/decamp/{}", place.name);
