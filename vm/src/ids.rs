@@ -7,12 +7,13 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use decamp_shared::workload::IdRange;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::stat::{major, minor};
 
 /// Takes a number of `range` that nobody has, by a lock in `file`; the first that is tried is chosen by `seed`, so
 /// that agents that do not share that file seldom want the same.
@@ -43,6 +44,33 @@ pub(crate) fn take(range: IdRange, file: &Path, seed: u64) -> io::Result<(u32, O
         }
     }
     Err(io::Error::other(format!("all {count} users from {} are taken", range.first)))
+}
+
+/// The first of `paths` whose file system asks who it is also of those who have a file open already: it does not even
+/// tell another user than the one that opened it how long the file is.
+pub(crate) fn asked_who<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Option<&'a Path> {
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let asking: Vec<&str> = mountinfo.lines().filter_map(asking).collect();
+    paths.into_iter().find(|path| {
+        let found = fs::metadata(path).ok().or_else(|| fs::metadata(path.parent()?).ok());
+        let device = found.map(|found| format!("{}:{}", major(found.dev()), minor(found.dev())));
+        device.is_some_and(|device| asking.contains(&&*device))
+    })
+}
+
+/// The device of a line of `mountinfo` (proc_pid_mountinfo(5)), if it is such a file system's.
+fn asking(line: &str) -> Option<&str> {
+    let (left, right) = line.split_once(" - ")?;
+    let device = left.split(' ').nth(2)?;
+    let mut words = right.split(' ');
+    let kind = words.next()?;
+    let mut options = words.nth(1)?.split(',');
+    let asks = match kind {
+        "nfs" | "nfs4" => options.any(|option| option.starts_with("sec=krb5")),
+        "cifs" | "smb3" => options.any(|option| option == "multiuser"),
+        _ => kind.starts_with("fuse") && !options.any(|option| option == "allow_other"),
+    };
+    asks.then_some(device)
 }
 
 /// Whose processes there are here, as far as can be seen.
@@ -77,6 +105,22 @@ mod tests {
         assert!(error.contains("all 3 users"), "{error}");
         drop(held);
         assert_eq!(take(range, &file, 0).expect("it is free again").0, first);
+    }
+
+    #[test]
+    fn file_systems_that_ask_who_it_is_are_known() {
+        let on = |rest: &str| {
+            asking(&format!("36 35 0:98 / /mnt rw,noatime shared:1 - {rest}")).is_some()
+        };
+        assert!(on("fuse.sshfs host:/srv rw,user_id=0,group_id=0"));
+        assert!(!on("fuse.glusterfs host:/srv rw,user_id=0,allow_other"));
+        assert!(on("nfs4 host:/srv rw,vers=4.2,sec=krb5p,addr=10.0.0.1"));
+        assert!(!on("nfs4 host:/srv rw,vers=4.2,sec=sys,addr=10.0.0.1"));
+        assert!(on("cifs //host/srv rw,multiuser") && !on("cifs //host/srv rw"));
+        assert!(!on("ext4 /dev/vda1 rw") && !on("ext4"));
+        assert_eq!(asking("36 35 0:98 / /mnt rw - fuse.sshfs x rw"), Some("0:98"));
+        let dir = tempfile::tempdir().expect("directory");
+        assert_eq!(asked_who([dir.path(), &*dir.path().join("none")]), None);
     }
 
     #[test]

@@ -4,6 +4,9 @@
 //! A host, or an agent that is itself in a container, may lack some of that. The guest runs all the same, and what it
 //! is without is in the keeper's log and among its facts.
 
+use std::io;
+use std::os::fd::OwnedFd;
+
 use decamp_shared::keeper::{
     Beginning, ExitRecord, ExitSignal, KeeperConfig, listen, record_switch, serve_from,
     write_exit_record,
@@ -115,7 +118,7 @@ impl Given {
             Ok(cgroups) => (how.controllers, how.lacks) = cgroups.enter(),
             Err(error) => how.lacks.push(format!("control groups of its own ({error})")),
         }
-        let user = match take_user(config) {
+        let user = match take_user(spec, config) {
             Ok(user) => Some(user),
             Err(error) => {
                 how.lacks.push(format!("a user of its own ({error})"));
@@ -204,7 +207,14 @@ impl Confined {
     }
 }
 
-/// A user of its own, and what has to be held for as long as there is this keeper.
-fn take_user(config: &KeeperConfig) -> std::io::Result<(u32, std::os::fd::OwnedFd)> {
+/// A user of its own, and what has to be held for as long as there is this keeper. None where files of its VM could
+/// not be used by one.
+fn take_user(spec: &VmSpec, config: &KeeperConfig) -> io::Result<(u32, OwnedFd)> {
+    let boots = [Some(&spec.kernel), spec.initrd.as_ref()].into_iter().flatten();
+    let files = boots.chain(spec.disks.iter().map(|disk| &disk.path));
+    if let Some(path) = ids::asked_who(files.map(|path| &**path)) {
+        let path = path.display();
+        return Err(io::Error::other(format!("{path} lies where only who mounted it may look")));
+    }
     ids::take(config.tools.users, &config.place.users_lock(), rand::random())
 }
