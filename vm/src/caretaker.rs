@@ -13,6 +13,7 @@ use decamp_shared::keeper::{ExitRecord, ExitSignal};
 use crate::error::{Result, VmError};
 use crate::machine::Machine;
 use crate::vcpu::{Event, OnEvent, Reset};
+use crate::virtio::complaints::Complaints;
 
 /// A guest whose vCPUs fault for good so soon after its start has come to nothing.
 const SOON: Duration = Duration::from_secs(2);
@@ -49,6 +50,7 @@ impl Events {
             end: end.clone(),
             started: Instant::now(),
             faults: 0,
+            told: Complaints::default(),
         };
         std::thread::Builder::new()
             .name("caretaker".into())
@@ -88,6 +90,8 @@ struct Caretaker {
     started: Instant,
     /// Faults in a row, each soon after a start.
     faults: u32,
+    /// A guest may start anew as often as it likes, and nobody bounds the keeper's log.
+    told: Complaints,
 }
 
 impl Caretaker {
@@ -134,7 +138,9 @@ impl Caretaker {
         if self.faults >= FAULTS {
             return Err(ExitRecord { status: 1, text: "triple fault".into() });
         }
-        tracing::info!("The guest is started anew after {ran:?} ({why:?})");
+        if let Some(unsaid) = self.told.next(self.started) {
+            tracing::info!(unsaid, "The guest is started anew after {ran:?} ({why:?})");
+        }
         machine.reset_if_asked().map_err(|error| {
             let text = format!("could not be started anew: {}", error.with_causes());
             ExitRecord { status: 1, text }

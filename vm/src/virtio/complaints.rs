@@ -9,7 +9,7 @@ const EVERY: Duration = Duration::from_secs(60);
 
 /// Counts a device's complaints. The first is said at once.
 #[derive(Debug, Default)]
-pub(super) struct Complaints(Mutex<Said>);
+pub(crate) struct Complaints(Mutex<Said>);
 
 #[derive(Debug, Default)]
 struct Said {
@@ -19,7 +19,7 @@ struct Said {
 
 impl Complaints {
     /// Whether one may be said `now`: then how many were not since the one before.
-    pub(super) fn next(&self, now: Instant) -> Option<u64> {
+    pub(crate) fn next(&self, now: Instant) -> Option<u64> {
         let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if said.last.is_some_and(|last| now.saturating_duration_since(last) < EVERY) {
             said.unsaid += 1;

@@ -25,7 +25,7 @@
 pub(crate) mod balloon;
 pub(crate) mod block;
 pub(crate) mod bus;
-mod complaints;
+pub(crate) mod complaints;
 #[cfg(test)]
 pub(crate) mod conformance;
 pub(crate) mod console;
