@@ -151,6 +151,19 @@ fn send(driver: &Driver, frame: &[u8]) {
 }
 
 #[test]
+fn a_device_that_nobody_holds_any_more_is_no_hindrance() {
+    apart(|| {
+        let made = Command::new("ip").args(["tuntap", "add", "dvleft", "mode", "tap"]).status();
+        assert!(made.expect("ip, of iproute2").success());
+        let ours = make_tap("dvleft", HEADER, UNSENT).expect("made anew");
+        let error = make_tap("dvleft", HEADER, UNSENT).expect_err("somebody holds it");
+        assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
+        drop(ours);
+        index_of("dvleft").expect_err("it does not stay");
+    });
+}
+
+#[test]
 fn frames_pass_while_it_is_on_the_network() {
     apart(|| {
         let (mut interfaces, devices) =

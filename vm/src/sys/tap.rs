@@ -9,6 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use libc::{c_int, c_ulong};
 
 const TUNSETIFF: c_ulong = request(202);
+const TUNSETPERSIST: c_ulong = request(203);
 const TUNSETOFFLOAD: c_ulong = request(208);
 const TUNSETSNDBUF: c_ulong = request(212);
 const TUNSETVNETHDRSZ: c_ulong = request(216);
@@ -26,6 +27,7 @@ const fn request(number: c_ulong) -> c_ulong {
 // As `linux/if_tun.h` expands them.
 const _: () = {
     assert!(TUNSETIFF == 0x4004_54ca && TUNSETOFFLOAD == 0x4004_54d0);
+    assert!(TUNSETPERSIST == 0x4004_54cb);
     assert!(TUNSETSNDBUF == 0x4004_54d4 && TUNSETVNETHDRSZ == 0x4004_54d8);
 };
 
@@ -42,8 +44,30 @@ pub(crate) struct Offloads {
 
 /// Makes a tap device called `name` in the network namespace of the calling thread. It goes with the descriptor,
 /// which does not block, whose frames have headers of `header` bytes, and which has at most about `unsent` bytes under
-/// way.
+/// way. One of that name that nobody holds, for whoever held it last had it stay, is removed before.
 pub(crate) fn make_tap(name: &str, header: usize, unsent: usize) -> io::Result<OwnedFd> {
+    // Not one that somebody else has made and might hold.
+    let file = match attach(name, libc::IFF_TUN_EXCL) {
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            let left = attach(name, 0)?;
+            // SAFETY: takes an integer.
+            check(unsafe { libc::ioctl(left.as_raw_fd(), TUNSETPERSIST, 0 as c_ulong) })?;
+            drop(left);
+            attach(name, libc::IFF_TUN_EXCL)
+        }
+        attached => attached,
+    }?;
+    for (request, value) in [(TUNSETVNETHDRSZ, header), (TUNSETSNDBUF, unsent)] {
+        let value = c_int::try_from(value).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: the kernel reads one `int`.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), request, &raw const value) })?;
+    }
+    set_offloads(file.as_fd(), Offloads::default())?;
+    Ok(file.into())
+}
+
+/// A descriptor of the tap device called `name`, made when it is not there, `how`.
+fn attach(name: &str, how: c_int) -> io::Result<File> {
     let file = File::options()
         .read(true)
         .write(true)
@@ -57,18 +81,11 @@ pub(crate) fn make_tap(name: &str, header: usize, unsent: usize) -> io::Result<O
     for (to, from) in wanted.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
-    // Not one that somebody else has made and might hold.
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | how;
     wanted.ifr_ifru.ifru_flags = flags as i16;
     // SAFETY: the kernel reads and writes one `ifreq`, whose name ends with a zero.
     check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut wanted) })?;
-    for (request, value) in [(TUNSETVNETHDRSZ, header), (TUNSETSNDBUF, unsent)] {
-        let value = c_int::try_from(value).map_err(|_| io::ErrorKind::InvalidInput)?;
-        // SAFETY: the kernel reads one `int`.
-        check(unsafe { libc::ioctl(file.as_raw_fd(), request, &raw const value) })?;
-    }
-    set_offloads(file.as_fd(), Offloads::default())?;
-    Ok(file.into())
+    Ok(file)
 }
 
 /// Says what the reader of the tap device does by itself.
