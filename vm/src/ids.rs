@@ -6,14 +6,18 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::Duration;
 
 use decamp_shared::workload::IdRange;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::stat::{major, minor};
+use nix::unistd::Pid;
+
+use crate::sys::process::{kill_held, pidfd_open};
 
 /// Takes a number of `range` that nobody has, by a lock in `file`; the first that is tried is chosen by `seed`, so
 /// that agents that do not share that file seldom want the same.
@@ -73,18 +77,63 @@ fn asking(line: &str) -> Option<&str> {
     asks.then_some(device)
 }
 
+/// Ends all that still runs as `user`, which is the number of a keeper that has ended, held until then: a VMM that its
+/// guest had taken over may have left processes behind.
+pub(crate) fn end_all_of(user: u32) {
+    /// It may make others meanwhile.
+    const TRIES: usize = 100;
+    for _ in 0..TRIES {
+        let mut left = processes().filter(|(_, one)| one.user == user && !one.is_over).peekable();
+        if left.peek().is_none() {
+            return;
+        }
+        for (process, _) in left {
+            // Of this very process, if it is that user's once there is a descriptor of it.
+            let Ok(held) = pidfd_open(process) else { continue };
+            if Seen::of(process).is_some_and(|one| one.user == user)
+                && let Err(error) = kill_held(held.as_fd())
+            {
+                tracing::warn!(%error, %process, "Cannot end what a keeper left behind");
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    tracing::warn!(user, "There is no end to what a keeper left behind");
+}
+
+/// A process, as far as it can be seen.
+struct Seen {
+    user: u32,
+    /// It has ended, and nobody asked how.
+    is_over: bool,
+}
+
+impl Seen {
+    fn of(process: Pid) -> Option<Self> {
+        // Directories of those that nobody may look into belong to root.
+        let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+        let word = |key: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+            line.split_whitespace().next()
+        };
+        // A first thread that has ended alone looks the same, but for the others.
+        let is_over = word("State:") == Some("Z") && matches!(word("Threads:"), Some("0" | "1"));
+        Some(Self { user: word("Uid:")?.parse().ok()?, is_over })
+    }
+}
+
+/// Those that there are here.
+fn processes() -> impl Iterator<Item = (Pid, Seen)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| {
+        let process = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?);
+        Some((process, Seen::of(process)?))
+    })
+}
+
 /// Whose processes there are here, as far as can be seen.
 fn users() -> Vec<u32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let process = |entry: fs::DirEntry| {
-        let is_number = entry.file_name().to_str()?.bytes().all(|byte| byte.is_ascii_digit());
-        let directory = is_number.then(|| entry.path())?;
-        // Directories of those that nobody may look into belong to root.
-        let status = fs::read_to_string(directory.join("status")).ok()?;
-        let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
-        line.split_whitespace().next()?.parse().ok()
-    };
-    entries.filter_map(process).collect()
+    processes().map(|(_, one)| one.user).collect()
 }
 
 #[cfg(test)]
@@ -130,5 +179,20 @@ mod tests {
         let dir = tempfile::tempdir().expect("directory");
         let range = IdRange { first: own, last: own };
         take(range, &dir.path().join("ids"), 0).expect_err("it is ours");
+    }
+
+    #[test]
+    fn what_a_user_left_behind_ends_and_nothing_else() {
+        use std::os::unix::process::{CommandExt, ExitStatusExt};
+        let sleeper = |user: u32| {
+            let mut command = std::process::Command::new("sleep");
+            command.arg("1000").uid(user).spawn().expect("started, for which the tests run as root")
+        };
+        let (one, other) = (1_900_000_007, 1_900_000_008);
+        let (mut left, mut stays) = (sleeper(one), sleeper(other));
+        end_all_of(one);
+        assert_eq!(left.wait().expect("ended").signal(), Some(libc::SIGKILL));
+        assert!(stays.try_wait().expect("looked").is_none(), "that is another's");
+        stays.kill().and_then(|()| stays.wait()).expect("ended");
     }
 }

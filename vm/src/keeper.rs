@@ -130,7 +130,7 @@ impl Given {
         let ports = self.interfaces.ports();
         let host = Host::of(spec, place, ports, vsock);
         let mut given = self;
-        match Monitor::fork(host, held) {
+        match Monitor::fork(host, user, held) {
             Ok(monitor) => {
                 how.enter(&place.dir, user)?;
                 given = given.monitored(monitor);

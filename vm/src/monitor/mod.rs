@@ -30,6 +30,7 @@ use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, so
 use self::host::{Done, Failure};
 use self::message::{LONGEST, Reply};
 use crate::error::{Result, VmError};
+use crate::ids::end_all_of;
 use crate::sys::process::{self, Fork};
 
 pub(crate) use self::host::{Host, clear};
@@ -115,12 +116,16 @@ impl Change {
 pub(crate) struct Monitor(Arc<Mutex<OwnedFd>>);
 
 impl Monitor {
-    /// Forks a monitor off that looks after `host`, and holds `held` for as long as this process lives. Descriptors
-    /// that are open here are closed there.
+    /// Forks a monitor off that looks after `host`, and holds `held` for as long as this process lives. When it has ended
+    /// nothing runs as `user` any more, the one that is its own. Descriptors that are open here are closed there.
     ///
     /// # Errors
     /// When this process has several threads, the kernel refuses, or it does not come up.
-    pub(crate) fn fork(mut host: Host, held: Option<OwnedFd>) -> io::Result<Self> {
+    pub(crate) fn fork(
+        mut host: Host,
+        user: Option<u32>,
+        held: Option<OwnedFd>,
+    ) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         match process::fork()? {
@@ -133,6 +138,7 @@ impl Monitor {
                 process::live_as_child(parent, &title, theirs, held, |socket, parent| {
                     if greet(socket).is_ok() {
                         serve(&mut host, socket, parent);
+                        user.into_iter().for_each(end_all_of);
                     }
                 })
             }

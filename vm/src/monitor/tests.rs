@@ -385,7 +385,7 @@ fn a_process_with_threads_has_none() {
     let bench = Bench::new(Vec::new());
     let place = Place { name: "web".into(), uuid: "u".into(), dir: bench.dir.path().to_owned() };
     let host = Host::of(&bench.spec, &place, Vec::new(), None);
-    let error = Monitor::fork(host, None).expect_err("tests run in threads").to_string();
+    let error = Monitor::fork(host, None, None).expect_err("tests run in threads").to_string();
     assert!(error.contains("threads"), "{error}");
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::panic::AssertUnwindSafe;
 
@@ -155,6 +155,15 @@ pub(crate) fn pidfd_open(process: Pid) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just made this descriptor for us, and nobody else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as c_int) })
+}
+
+/// Ends the process of which `held` is a descriptor.
+pub(crate) fn kill_held(held: BorrowedFd<'_>) -> io::Result<()> {
+    let none = std::ptr::null::<libc::siginfo_t>();
+    let (fd, kill) = (held.as_raw_fd(), libc::SIGKILL);
+    // SAFETY: takes integers, and nothing more to be said of the signal.
+    let done = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, kill, none, 0) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Gives up every capability that this process could come to by running a program. As far as it may: nothing is gained
