@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -176,9 +177,15 @@ impl KeeperClient {
     /// A descriptor whose byte offset is the address within `space`.
     pub fn memory(&mut self, space: SpaceId) -> Result<OwnedFd> {
         let request = Request { space: space.0, ..Request::of(Ask::Memory) };
-        match self.exchange(request, None)? {
-            (_, Some(descriptor)) => Ok(descriptor),
-            (_, None) => Err(self.gone("answering with a descriptor of its memory")),
+        let (_, descriptor) = self.exchange(request, None)?;
+        // Whoever reads a device or a pipe waits there for as long as its other end likes.
+        let has_places = |descriptor: &File| {
+            let kind = descriptor.metadata().map(|found| found.file_type());
+            kind.is_ok_and(|kind| kind.is_file() || kind.is_block_device())
+        };
+        match descriptor.map(File::from).filter(has_places) {
+            Some(descriptor) => Ok(descriptor.into()),
+            None => Err(self.gone("answering with a descriptor of its memory")),
         }
     }
 
@@ -475,6 +482,24 @@ mod tests {
             let reply = Reply { error: vec![says.to_owned()], ..Reply::default() };
             protocol::send(&mut keeper, &reply, None).expect("answers");
             assert_eq!(client.can_mirror().expect("an answer"), knows, "{says}");
+        }
+    }
+
+    #[test]
+    fn memory_is_what_has_places_to_read_at() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let place = at(directory.path().to_owned());
+        let listener = std::os::unix::net::UnixListener::bind(place.socket()).expect("listens");
+        let mut client = KeeperClient::connect(&place).expect("connects");
+        let (mut keeper, _) = listener.accept().expect("accepts");
+        let (pipe, _writer) = io::pipe().expect("a pipe");
+        let null = File::open("/dev/null").expect("a device");
+        let memory = tempfile::tempfile().expect("a file");
+        for (shown, is_memory) in
+            [(pipe.as_fd(), false), (null.as_fd(), false), (memory.as_fd(), true)]
+        {
+            protocol::send(&mut keeper, &Reply::default(), Some(shown)).expect("answers");
+            assert_eq!(client.memory(SpaceId(0)).is_ok(), is_memory, "{shown:?}");
         }
     }
 
