@@ -25,7 +25,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use decamp_shared::keeper::ExitRecord;
 use decamp_shared::sys::{receive_with_descriptor, send_with_descriptor};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
+use nix::sys::socket::{
+    AddressFamily, Shutdown, SockFlag, SockType, setsockopt, shutdown, socketpair, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
 
 use self::host::{Done, Failure};
 use self::message::{LONGEST, Reply};
@@ -34,6 +37,9 @@ use crate::ids::end_all_of;
 use crate::sys::process::{self, Fork};
 
 pub(crate) use self::host::{Host, clear};
+
+/// Seconds within which a keeper makes room for an answer; it asks one thing at a time.
+const HEARD_WITHIN: i64 = 10;
 
 /// What a keeper asks of its monitor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,6 +134,8 @@ impl Monitor {
     ) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        // Whoever asks and does not hear the answers holds nobody up.
+        setsockopt(&theirs, sockopt::SendTimeout, &TimeVal::seconds(HEARD_WITHIN))?;
         match process::fork()? {
             Fork::Parent => {
                 drop((theirs, held));
@@ -246,14 +254,16 @@ fn serve(host: &mut Host, socket: BorrowedFd<'_>, keeper: BorrowedFd<'_>) {
             continue;
         }
         let is_ready = |at: usize| events.get(at).and_then(PollFd::any) == Some(true);
+        // First: whoever asks when it has ended is not it.
+        if is_ready(0) {
+            return;
+        }
         if is_ready(1) {
             hears = answer(host, socket);
             if !hears {
                 // Whoever still waits for an answer, or asks, is told that there will be none.
                 let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
             }
-        } else if is_ready(0) {
-            return;
         }
     }
 }
