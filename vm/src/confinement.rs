@@ -18,6 +18,7 @@ use nix::unistd::{Gid, Uid, chdir, chroot, mkdir, pivot_root, setgroups, setresg
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Result, VmError};
+use crate::sandbox::confine_keeper;
 use crate::sys::process::{bound_capabilities, drop_capabilities};
 
 /// How a keeper is confined, for its users.
@@ -80,10 +81,13 @@ impl Confinement {
                 Err(error) => without.push(format!("a user of its own ({error})")),
             }
         }
-        self.lacks.append(&mut without);
         let failed = |error: io::Error| VmError::refused("give its privileges up", error);
         drop_capabilities().map_err(failed)?;
         prctl::set_no_new_privs().map_err(|error| failed(error.into()))?;
+        if let Err(error) = confine_keeper() {
+            without.push(format!("a filter of system calls ({error})"));
+        }
+        self.lacks.append(&mut without);
         // No other process of that user, should there be one, looks into guest memory; nor does a core file.
         prctl::set_dumpable(false).map_err(|error| failed(error.into()))
     }

@@ -31,6 +31,66 @@ use crate::error::{Result, VmError};
 const KVM_RUN: u32 = 0xae80;
 const KVM_IRQ_LINE: u32 = 0x4008_ae61;
 
+/// What nothing in a keeper does once it is confined, though any process may: programs, other processes, sockets, and
+/// parts of the kernel that are of no use to it and large.
+const NEVER: &[i64] = &[
+    libc::SYS_add_key,
+    libc::SYS_bpf,
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    libc::SYS_fork,
+    libc::SYS_fsopen,
+    libc::SYS_io_uring_setup,
+    libc::SYS_keyctl,
+    libc::SYS_mount,
+    libc::SYS_open_tree,
+    libc::SYS_perf_event_open,
+    libc::SYS_ptrace,
+    libc::SYS_request_key,
+    libc::SYS_setns,
+    libc::SYS_socket,
+    libc::SYS_unshare,
+    libc::SYS_userfaultfd,
+    libc::SYS_vfork,
+];
+/// What a tap device takes from whoever holds it, without any capability: that it stays, whose it is, its carrier, and
+/// its address on the host (`linux/if_tun.h`, `linux/sockios.h`), by which a bridge may choose its own.
+const NEVER_ASKED: &[u64] =
+    &[0x4004_54cb, 0x4004_54cc, 0x4004_54ce, 0x4004_54e2, libc::SIOCSIFHWADDR as u64];
+
+/// Holds the calling thread, and those that it makes, to what a keeper does, for good. The others of its process, if
+/// there are any, go on as before.
+///
+/// # Errors
+/// When the kernel has no seccomp filters.
+pub(crate) fn confine_keeper() -> io::Result<()> {
+    let when = |argument, length, operator, value| {
+        let condition = SeccompCondition::new(argument, length, operator, value)?;
+        SeccompRule::new(vec![condition])
+    };
+    let threads = libc::CLONE_THREAD as u64;
+    let is_process = when(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(threads), 0);
+    let asks = NEVER_ASKED
+        .iter()
+        .map(|request| when(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *request));
+    let asks: std::result::Result<Vec<_>, _> = asks.collect();
+    // Without rules a call is meant whatever its arguments are.
+    let mut never: BTreeMap<i64, Vec<SeccompRule>> =
+        NEVER.iter().map(|call| (*call, Vec::new())).collect();
+    never.insert(libc::SYS_clone, vec![is_process.map_err(io::Error::other)?]);
+    never.insert(SYS_ioctl, asks.map_err(io::Error::other)?);
+    // Its flags lie in memory, where no filter looks: libraries fall back on the older call when there is none.
+    let newer = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    for (calls, errno) in [(never, libc::EPERM), (newer, libc::ENOSYS)] {
+        let refuse = SeccompAction::Errno(errno as u32);
+        let filter = SeccompFilter::new(calls, SeccompAction::Allow, refuse, TargetArch::x86_64);
+        let program: std::result::Result<BpfProgram, _> = filter.and_then(TryInto::try_into);
+        let program = program.map_err(io::Error::other)?;
+        seccompiler::apply_filter(&program).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
 /// What any thread does.
 const COMMON: &[i64] = &[
     SYS_brk,
@@ -143,6 +203,22 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+
+    #[test]
+    fn a_confined_keeper_has_threads_and_no_processes() {
+        let worker = std::thread::spawn(|| {
+            confine_keeper().expect("confined");
+            let thread = std::thread::spawn(|| {
+                let error = std::net::UdpSocket::bind("127.0.0.1:0").expect_err("no socket");
+                assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+                File::open("/etc/passwd").expect("that is for others to refuse");
+            });
+            thread.join().expect("a thread, of its own confinement");
+            Command::new("/bin/true").status().expect_err("no process");
+        });
+        worker.join().expect("its work is done");
+        Command::new("/bin/true").status().expect("others are not confined");
+    }
 
     #[test]
     fn a_confined_thread_does_its_work_and_nothing_else() {
