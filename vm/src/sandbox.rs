@@ -56,7 +56,7 @@ const NEVER: &[i64] = &[
 /// What a tap device takes from whoever holds it, without any capability: that it stays, whose it is, its carrier, and
 /// its address on the host (`linux/if_tun.h`, `linux/sockios.h`), by which a bridge may choose its own.
 const NEVER_ASKED: &[u64] =
-    &[0x4004_54cb, 0x4004_54cc, 0x4004_54ce, 0x4004_54e2, libc::SIOCSIFHWADDR as u64];
+    &[0x4004_54cb, 0x4004_54cc, 0x4004_54ce, 0x4004_54e2, libc::SIOCSIFHWADDR];
 
 /// Holds the calling thread, and those that it makes, to what a keeper does, for good. The others of its process, if
 /// there are any, go on as before.
