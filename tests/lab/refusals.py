@@ -39,9 +39,15 @@ def boot_guest(guest, host, *words):
         guest.wait_up(host, 300)
 
 
+def known_of(guest, host):
+    """What a host knows of a guest: its name, kind and state, also of one that has left."""
+    lines = (line.split() for line in host.decamp("ls", "--all").splitlines())
+    return [words[:3] for words in lines if words[:1] == [guest.name]]
+
+
 def is_refused(guest, source, destination, *reasons):
     """Moves a guest, and is refused with those words; nothing has come of it, here or there."""
-    before = guest.look(source)
+    before, known = guest.look(source), known_of(guest, destination)
     code, report, said = source.try_to_migrate(guest.name, destination.name, within=MOVE)
     if code != REFUSED or report.get("outcome") != "refused":
         raise Failed(f"{guest.name} to {destination.name}: not refused, but {code}\n{said}\n{source.agent_log()}")
@@ -53,7 +59,7 @@ def is_refused(guest, source, destination, *reasons):
         raise Failed(f"{guest.name} to {destination.name}: refused, but not for {missing}")
     if report["wire_bytes"] or report["downtime_ms"] is not None:
         raise Failed(f"{guest.name} to {destination.name}: refused, but not untouched: {report}")
-    if guest.name in destination.decamp("ls", "--all"):
+    if known_of(guest, destination) != known:
         raise Failed(f"{guest.name} was refused, and {destination.name} has something of it")
     after = guest.look(source)
     if after["beats"] <= before["beats"]:
