@@ -333,17 +333,22 @@ fn bridges<'de, D: Deserializer<'de>>(
     })
 }
 
+/// Users up to this one are, or may be, of people and services (systemd's UIDS-GIDS).
+const OF_PEOPLE: u32 = 65_535;
+
 fn users<'de, D: Deserializer<'de>>(deserializer: D) -> Result<IdRange, D::Error> {
     checked(deserializer, |text: String| {
         let read = |text: &str| text.trim().parse::<u32>().ok();
         let ends = text.split_once('-').and_then(|(first, last)| read(first).zip(read(last)));
         match ends {
-            // Root's is nobody's, and the very last means none.
-            Some((first, last)) if 0 < first && first <= last && last < u32::MAX => {
+            // Whatever runs as one of them when its VM has ended is ended: those below are of people and services.
+            // The very last means none.
+            Some((first, last)) if OF_PEOPLE < first && first <= last && last < u32::MAX => {
                 Ok(IdRange { first, last })
             }
             _ => Err(format!(
-                "{text:?} is no range of users: write FIRST-LAST, as in 1879048192-1879113727"
+                "{text:?} is no range of users above {OF_PEOPLE}: write FIRST-LAST, as in \
+                 1879048192-1879113727"
             )),
         }
     })
@@ -411,7 +416,17 @@ vmbr0 = "br0"
         let config = with("\"200000-200099\"").expect("right");
         assert_eq!(config.vm_users, IdRange { first: 200_000, last: 200_099 });
         assert_eq!(config.vm_users.count(), 100);
-        for bad in ["\"0-5\"", "\"7-6\"", "\"7\"", "\"1-4294967295\"", "\"-1-4\"", "\"a-b\"", "7"] {
+        for bad in [
+            "\"0-5\"",
+            "\"1000-1999\"",
+            "\"65535-65600\"",
+            "\"7-6\"",
+            "\"7\"",
+            "\"70000-4294967295\"",
+            "\"-1-4\"",
+            "\"a-b\"",
+            "7",
+        ] {
             let error = with(bad).expect_err(bad);
             assert!(
                 error.contains("FIRST-LAST") || error.contains("invalid type"),
