@@ -258,6 +258,17 @@ impl Copying {
                     }
                 }
                 Decision::Stop => {
+                    if let MaxDowntime::Aimed(aim) = self.max_downtime
+                        && predicted > millis(aim)
+                        && fixed <= aim
+                    {
+                        let text = format!(
+                            "No further round makes a stop of about {predicted:.0} ms shorter, which is more than the \
+                             {} ms that are aimed at; --max-downtime makes it a promise",
+                            aim.as_millis()
+                        );
+                        wire.progress.tell(Progress::Note { text });
+                    }
                     let spare = policy.spare(&remaining);
                     departure
                         .with(move |workload| {

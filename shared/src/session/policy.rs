@@ -68,8 +68,9 @@ pub struct Policy {
     fixed: Duration,
     what: What,
     rounds: u32,
-    least: u64,
-    /// Rounds since the remaining pages last became fewer.
+    /// The shortest stop that was predicted, with as much taken from the workload as now.
+    least: Option<Duration>,
+    /// Rounds since the predicted stop last became shorter.
     stuck: u32,
     percent: u8,
 }
@@ -80,8 +81,11 @@ const PATIENCE: u32 = 3;
 const STEP: u8 = 20;
 /// No more is ever taken.
 const MOST: u8 = 80;
-/// The remaining pages count as fewer when they fall below this share of the least so far.
-const FEWER: f64 = 0.9;
+/// A stop counts as shorter when it falls below this share of the shortest so far: a round that gains less is not worth
+/// its round trip.
+const SHORTER: f64 = 0.9;
+/// What is aimed at, and not promised, may be missed by so much where nothing brings the stop any nearer to it.
+const MISSED: f64 = 2.0;
 /// An aim is raised to so much of what a stop costs beyond its memory.
 const RAISED: f64 = 1.25;
 /// Rounds that are made to get below a target that is already met.
@@ -91,7 +95,7 @@ impl Policy {
     /// A policy for a stop of at most `target`, given up after `timeout`; `fixed` is what a stop
     /// costs beyond its memory. An aim that is below that is raised: to a stop that is little longer.
     pub fn new(target: MaxDowntime, timeout: Duration, fixed: Duration) -> Self {
-        let (what, least) = (What::Workload, u64::MAX);
+        let (what, least) = (What::Workload, None);
         Self { target, timeout, fixed, what, rounds: 0, least, stuck: 0, percent: 0 }
     }
 
@@ -140,11 +144,11 @@ impl Policy {
     /// What to do now that a round is over.
     pub fn decide(&mut self, remaining: &Remaining) -> Decision {
         self.rounds += 1;
-        let falling = (remaining.dirty_pages as f64) < self.least as f64 * FEWER;
-        self.least = self.least.min(remaining.dirty_pages);
-        self.stuck = if falling { 0 } else { self.stuck + 1 };
         let predicted = self.shortest(remaining);
         let target = self.target(remaining);
+        let falling = self.least.is_none_or(|least| predicted < least.mul_f64(SHORTER));
+        self.least = Some(self.least.map_or(predicted, |least| least.min(predicted)));
+        self.stuck = if falling { 0 } else { self.stuck + 1 };
         if predicted <= target {
             // Within the target: go on only as long as each round makes the stop shorter.
             let done = remaining.dirty_pages == 0 || !falling || self.rounds >= POLISH;
@@ -156,9 +160,13 @@ impl Policy {
         }
         if self.stuck >= PATIENCE && self.percent < MOST {
             self.stuck = 0;
-            self.least = remaining.dirty_pages;
+            self.least = Some(predicted);
             self.percent += STEP;
             return Decision::Throttle { percent: self.percent };
+        }
+        let aimed = matches!(self.target, MaxDowntime::Aimed(_));
+        if aimed && self.stuck >= PATIENCE && predicted <= target.mul_f64(MISSED) {
+            return Decision::Stop;
         }
         Decision::Another
     }
@@ -311,6 +319,59 @@ mod tests {
         let aim = MaxDowntime::Aimed(ms(5));
         let aimed = Policy::new(aim, Duration::from_secs(60), ms(10));
         assert!(aimed.spare(&Remaining { dirty_pages: 0, ..remaining }) < ms(3));
+    }
+
+    /// How often `policy` looks at a guest that writes `pages` again in each round over 12.5 MB/s, and what it says last.
+    fn rounds_of(mut policy: Policy, pages: impl Fn(u32) -> u64) -> (u32, Decision) {
+        let mut elapsed = Duration::ZERO;
+        for round in 1.. {
+            let dirty_pages = pages(round);
+            let remaining = Remaining { wire_rate: 12.5e6, elapsed, ..after(dirty_pages) };
+            match policy.decide(&remaining) {
+                Decision::Another | Decision::Throttle { .. } => {}
+                last => return (round, last),
+            }
+            // What is sent, and a round trip with a look.
+            elapsed += Duration::from_secs_f64(dirty_pages as f64 * 4096.0 / 12.5e6 + 0.06);
+        }
+        unreachable!("rounds have no end")
+    }
+
+    #[test]
+    fn what_no_round_makes_shorter_is_stopped_where_an_aim_is_only_just_missed() {
+        let fixed = Duration::from_millis(200);
+        let policy = |target| Policy::new(target, Duration::from_secs(60), fixed);
+        let target = Duration::from_millis(300);
+        // 2 MiB are 168 ms, whatever is taken from the guest; 8 MiB are more than twice too much.
+        let busy = |pages: u64| move |round: u32| pages + u64::from(round % 3) * 8;
+        let (rounds, last) = rounds_of(policy(MaxDowntime::Aimed(target)), busy(512));
+        assert_eq!(last, Decision::Stop);
+        assert!(rounds <= 4 * PATIENCE + PATIENCE + 1, "{rounds} rounds");
+        for (target, pages) in
+            [(MaxDowntime::Promised(target), 512), (MaxDowntime::Aimed(target), 2048)]
+        {
+            let (_, last) = rounds_of(policy(target), busy(pages));
+            assert!(matches!(last, Decision::GiveUp { .. }), "{target:?} {pages}");
+        }
+        // Who cannot be slowed down is not waited for either.
+        let mut whole = policy(MaxDowntime::Aimed(target));
+        whole.cannot_throttle();
+        let (rounds, last) = rounds_of(whole, busy(512));
+        assert_eq!((rounds, last), (PATIENCE + 1, Decision::Stop));
+    }
+
+    /// Each round leaves a fifth less: a handful of pages that is nothing beside what the stop costs anyway.
+    #[test]
+    fn rounds_that_save_nothing_are_not_made() {
+        let fixed = Duration::from_millis(200);
+        let target = MaxDowntime::Promised(Duration::from_millis(300));
+        let policy = Policy::new(target, Duration::from_secs(60), fixed);
+        let handful = |round: u32| (100.0 * 0.8_f64.powi(round as i32)) as u64;
+        assert_eq!(rounds_of(policy.clone(), handful), (2, Decision::Stop));
+        // Those that save much are.
+        let much = |round: u32| (2000.0 * 0.5_f64.powi(round as i32)) as u64;
+        // The third was within the target.
+        assert_eq!(rounds_of(policy, much), (5, Decision::Stop));
     }
 
     #[test]
