@@ -136,7 +136,8 @@ fn a_lab_that_cannot_be_says_what_it_lacks() {
     let lab = |words: &[&str]| {
         let mut command = Command::new(LAB);
         command.args(words).env_clear().env("PATH", &bin).env("DECAMP_LAB_DIR", &kernels);
-        command.env("TMPDIR", scratch.path()).output().expect("tests/lab/run runs")
+        command.env("TMPDIR", scratch.path()).env("DECAMP_QEMU", bin.join("qemu-system-x86_64"));
+        command.output().expect("tests/lab/run runs")
     };
     let skips = |output: &Output| {
         let told = String::from_utf8_lossy(&output.stdout);
@@ -242,7 +243,7 @@ fn a_prefix_may_hold_what_is_not_ours() {
     assert!(!left("4.2-1") && !left("4.2.1-1.new"));
     assert_refused(&setup(prefix, "check_ours \"$PREFIX/4.1\""), "was not made by tests/setup");
     fs::write(prefix.join("bin/criu"), "#!/bin/sh\n").expect("written");
-    assert_refused(&setup(prefix, "check_criu_is_ours"), "was not made by tests/setup");
+    assert_refused(&setup(prefix, "check_program_is_ours"), "was not made by tests/setup");
 }
 
 #[test]
@@ -255,7 +256,7 @@ fn what_was_unpacked_before_there_were_markers_is_known_by_its_wrapper() {
     let wrapper =
         format!("# Made by tests/setup of decamp: CRIU\nexec {}/4.1-1/x\n", prefix.display());
     fs::write(prefix.join("bin/criu"), wrapper).expect("written");
-    let output = setup(prefix, "mark_earlier; check_criu_is_ours; remove_others 5.0-1");
+    let output = setup(prefix, "mark_earlier; check_program_is_ours; remove_others 5.0-1");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(!prefix.join("4.1-1").exists(), "it was ours");
     assert!(prefix.join("4.2-1").exists(), "nobody says that this is");

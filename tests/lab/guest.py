@@ -16,7 +16,7 @@ from initramfs import Initramfs
 from telling import Failed
 
 HERE = Path(__file__).resolve().parent
-MODULES = ["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "button"]
+MODULES = ["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "button", "evdev"]
 # ext4 asks the kernel for its checksum, by no dependency.
 MODULES += ["crc32c_generic", "ext4"]
 ADDRESS = "10.77.1.9"
@@ -66,10 +66,10 @@ class Guest:
             words += ["--net", "bridge=br0"]
         return words
 
-    def wait_up(self, host, within):
-        """Waits until its witness answers; what it said of its boot."""
+    def wait_up(self, host, within, boots=1):
+        """Waits until its witness answers after so many boots; what it said of them."""
         log = f"decamp logs {shlex.quote(self.name)}"
-        script = f"until {log} | grep -q ^@witness; do decamp ls | grep -qw {self.name} || exit; sleep 0.3; done; {log}"
+        script = f"until (($({log} | grep -c ^@witness) >= {boots})); do decamp ls | grep -qw {self.name} || exit; sleep 0.3; done; {log}"
         order = host.machine.order(f"timeout {within} bash -c {shlex.quote(script)} || {{ {log}; decamp ls; exit 1; }}")
         return [line for line in order.check(within + 20).splitlines() if line.startswith("guest:")]
 

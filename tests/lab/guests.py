@@ -83,12 +83,19 @@ def start_guest(guest, host):
 
 
 def boot_elf(kernel, scratch, host):
-    """The same kernel as an ELF file boots too; this guest does not move."""
+    """The same kernel as an ELF file boots too, boots again when its guest resets itself, and switches itself off when its
+    power button is pressed; this guest does not move."""
     guest = Guest("elf", kernel, scratch)
     with part("guest boots from an ELF file"):
         host.decamp("run", "vm", *guest.arguments(kernel.vmlinux(), memory="256M", cpus=1, disk=None, net=None))
         guest.wait_up(host, 300)
-        host.decamp("stop", guest.name)
+    with part("guest resets itself"):
+        guest.shell(host, "(sleep 0.5; reboot -f) >/dev/null 2>&1 &")
+        guest.wait_up(host, 300, boots=2)
+    with part("guest is switched off by its power button"):
+        said = host.decamp("stop", guest.name)
+    if "powered off" not in said:
+        raise Failed(f"The guest did not switch itself off: {said}")
 
 
 def move(guest, source, destination, observer, *, fresh=False):

@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import time
+from contextlib import closing
 
 from decamp import Decamp
 from guest import CMDLINE, HERE, Guest, find_decamp
@@ -18,11 +19,11 @@ from guests import CPUS, KERNELS, boot_hosts
 from guests import NEEDS as GUESTS_NEEDS
 from heartbeat import Heartbeat
 from kernel import Kernel
-from qemu import Qemu
+from qemu import PROGRAM, Qemu
 from rows import Row, as_json, show
 from telling import Failed, part, say
 
-NEEDS = [*GUESTS_NEEDS, "tc"]
+NEEDS = [*GUESTS_NEEDS, PROGRAM, "tc"]
 PAIRS = int(os.environ.get("DECAMP_LAB_PAIRS") or 5)
 # Of the link, in MB/s; none: what the slower of the two encrypts, times CAP.
 RATE, CAP = float(os.environ.get("DECAMP_LAB_RATE") or 0), 0.5
@@ -31,12 +32,13 @@ MEMORY = "512M"
 BUSY, BALLAST = (int(os.environ.get(f"DECAMP_LAB_{name}") or mib) for name, mib in (("BUSY", 2), ("BALLAST", 64)))
 # Seconds that a guest is left alone before it moves.
 SETTLE = 3
+# QEMU's guest does not always come up in an emulated host, or stand still at the end of a move: so often one is tried.
+TRIES = 3
 # What the link holds back before it drops: a switch's worth.
 QUEUE = "burst 128kb latency 20ms"
 IN_USER_SPACE, UP = "guest: in user space", "@witness"
 # The most that the medians of ratios may be; printed, not asserted.
 TARGETS = {"downtime": 1.0, "total": 0.9, "boot": 1.2}
-
 
 
 
@@ -81,7 +83,7 @@ def _run(scratch, hosts):
     pairs = []
     with part(f"{PAIRS} pairs"):
         for number in range(PAIRS):
-            pairs.append([_sample(side, hosts, f"{number + 1}: {side.name}", rate) for side in sides])
+            pairs.append([_insist(side, hosts, f"{number + 1}: {side.name}", rate) for side in sides])
     return _rows(sides, pairs, rate)
 
 
@@ -92,10 +94,23 @@ def _find_rate(sides, hosts):
         host.run("tc qdisc replace dev uplink root pfifo limit 1000")
     with part("what each side encrypts"):
         for side in sides:
-            said = [said for *_, said in _sample(side, hosts, f"{side.name}, unlimited", None).moves]
+            said = [said for *_, said in _insist(side, hosts, f"{side.name}, unlimited", None).moves]
             rates.append(min(map(side.rate, said)))
             say(f"{side.name} sends {rates[-1]:.0f} MB/s encrypted")
     return min(rates) * CAP
+
+
+def _insist(side, hosts, title, rate):
+    """A sample of what comes to one; where QEMU's guest does not, another is taken. decamp's must."""
+    for left in reversed(range(TRIES if isinstance(side, Qemu) else 1)):
+        try:
+            return _sample(side, hosts, title, rate)
+        except Failed as error:
+            if not left:
+                raise
+            say(f"  {title}: not counted, once more: {str(error).splitlines()[0][:200]}")
+        for host in hosts:
+            side.end(host)
 
 
 def _sample(side, hosts, title, rate):
@@ -105,22 +120,21 @@ def _sample(side, hosts, title, rate):
     boot = json.loads(source.run(shlex.join(["python3", f"{HERE}/stopwatch.py", *words]), 300))["ms"]
     source.run(f"until grep -q {UP} {side.log}; do sleep 0.2; done", 120)
     side.guest.shell(source, f"dd if=/dev/urandom of=/tmp/ballast bs=1M count={BALLAST}")
-    heartbeat = Heartbeat()
-    time.sleep(SETTLE)
-    sample = Sample(boot, heartbeat.gap())
-    say(f"  {title}: in user space after {boot:.0f} ms; longest gap while it stays {sample.quiet:.0f} ms")
-    for here, there in ((source, destination), (destination, source)):
-        side.wait_incoming(there)
+    with closing(Heartbeat()) as heartbeat:
         time.sleep(SETTLE)
-        heartbeat.gap()
-        total, said = side.migrate(here, there, rate)
-        # Until it is there.
-        time.sleep(1)
-        gap = heartbeat.gap()
-        side.guest.look(there)
-        sample.moves.append((total, gap, said))
-        say(f"  {title}: {here.name} to {there.name}: {total:.0f} ms, gap {gap:.0f} ms; {side.tell(said)}")
-    heartbeat.close()
+        sample = Sample(boot, heartbeat.gap())
+        say(f"  {title}: in user space after {boot:.0f} ms; longest gap while it stays {sample.quiet:.0f} ms")
+        for here, there in ((source, destination), (destination, source)):
+            side.wait_incoming(there)
+            time.sleep(SETTLE)
+            heartbeat.gap()
+            total, said = side.migrate(here, there, rate)
+            # Until it is there.
+            time.sleep(1)
+            gap = heartbeat.gap()
+            side.guest.look(there)
+            sample.moves.append((total, gap, said))
+            say(f"  {title}: {here.name} to {there.name}: {total:.0f} ms, gap {gap:.0f} ms; {side.tell(said)}")
     side.quit(source)
     return sample
 

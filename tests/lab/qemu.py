@@ -23,6 +23,8 @@ PORT = 4444
 DOWNTIME = 300
 # What was seen to boot this guest and to migrate it here. More can be left out (`pit=off,pic=off,rtc=off`).
 MACHINE = os.environ.get("DECAMP_LAB_MICROVM") or "microvm,acpi=on"
+# Seconds that a migration may take, over a link on which all of the guest's memory would take a quarter of that.
+WITHIN = 300
 # Channels of multifd; none: one stream of all.
 CHANNELS = int(os.environ.get("DECAMP_LAB_CHANNELS") or 0)
 
@@ -81,7 +83,7 @@ class Qemu:
         own = {"tls-creds": "client", "tls-hostname": destination.name}
         settings = self._settings({**own, "max-bandwidth": int((rate or 1e5) * 1e6), "downtime-limit": DOWNTIME})
         uri = f"tcp:{address(destination.name)}:{PORT}"
-        done = self._ask(source, settings, ("migrate", {"uri": uri}), within=300)
+        done = self._ask(source, settings, ("migrate", {"uri": uri}), within=WITHIN)
         self.quit(source)
         return done["ms"], done["said"]
 
@@ -98,6 +100,10 @@ class Qemu:
             f"says {said['downtime']} of {said['total-time']} ms, set-up {said['setup-time']}; "
             f"{ram['transferred'] / 1e6:.1f} MB in {ram['dirty-sync-count']} rounds"
         )
+
+    def end(self, host):
+        """Ends it on `host`, whatever it does."""
+        host.run(f"pkill -KILL -x {PROGRAM} || true; rm -f {PLACE}/qmp {self.guest.console}")
 
     def quit(self, host):
         self._ask(host, [("quit", {})])

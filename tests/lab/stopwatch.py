@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 # Seconds between two looks at the file, and the most that anything may take.
-LOOK, WITHIN = 0.005, 300
+LOOK, WITHIN = 0.005, 240
 
 
 def until(file, text, command):

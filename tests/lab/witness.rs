@@ -231,6 +231,22 @@ fn cpuid(words: &str) -> String {
     format!("{} {} {} {}", found.eax, found.ebx, found.ecx, found.edx)
 }
 
+/// Switches the guest off when its power button is pressed, of which `device` tells (linux/input.h).
+fn obey_button(device: &std::path::Path) -> io::Result<()> {
+    const EV_KEY: u16 = 1;
+    const KEY_POWER: u16 = 116;
+    let mut device = std::fs::File::open(device)?;
+    loop {
+        // A time of 16 bytes, kind, code and value.
+        let mut event = [0; 24];
+        device.read_exact(&mut event)?;
+        let word = |at: usize| u16::from_le_bytes([event[at], event[at + 1]]);
+        if (word(16), word(18), event[20]) == (EV_KEY, KEY_POWER, 1) {
+            Command::new("/bin/sh").args(["-c", "sync; poweroff -f"]).spawn()?.wait()?;
+        }
+    }
+}
+
 fn shell(command: &str) {
     let run = Command::new("/bin/sh").args(["-c", command]).stdin(Stdio::null()).output();
     match run {
@@ -255,6 +271,9 @@ fn main() {
         thread::spawn(move || {
             writer::keep(on_disk).unwrap_or_else(|error| wrong(format!("the disk: {error}")))
         });
+    }
+    for device in std::fs::read_dir("/dev/input").into_iter().flatten().flatten() {
+        thread::spawn(move || obey_button(&device.path()));
     }
     thread::spawn(|| echo(7777).unwrap_or_else(|error| wrong(format!("echo: {error}"))));
     thread::spawn(|| tell_time(7778).unwrap_or_else(|error| wrong(format!("time: {error}"))));
