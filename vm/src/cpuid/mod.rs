@@ -28,6 +28,9 @@ const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_OSXSAVE: u32 = 1 << 27;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF7_ECX_OSPKE: u32 = 1 << 4;
+const LEAF6_EAX_ARAT: u32 = 1 << 2;
+/// Vectors of 128, 256 and 512 bits.
+const LEAF24_EBX_LENGTHS: u32 = 0b111 << 16;
 /// The leaf that names the hypervisor and its last leaf.
 const HYPERVISOR: u32 = 0x4000_0000;
 /// Frequencies of the time stamp counter and of the local APIC's bus, in kHz.
@@ -241,7 +244,9 @@ pub(crate) fn missing(guest: &[CpuidEntry], host: &[CpuidEntry]) -> Vec<String> 
             (0x8000_0008, _) => missing.extend(narrower_addresses(entry, &here)),
             _ => {}
         }
-        for (register, wanted, have) in feature_registers(entry, &here) {
+        missing.extend(fewer(entry, &here));
+        let features = feature_registers(entry, &here);
+        for (register, wanted, have) in features.into_iter().chain(features_of_host(entry, &here)) {
             let absent = wanted & !have;
             missing.extend(
                 (0..32)
@@ -275,6 +280,50 @@ fn feature_registers(entry: &CpuidEntry, here: &CpuidEntry) -> Vec<(&'static str
         (0x4000_0001, _) => vec![eax, edx],
         _ => Vec::new(),
     }
+}
+
+/// The same of leaves that a baseline takes whole or not at all.
+fn features_of_host(entry: &CpuidEntry, here: &CpuidEntry) -> Option<(&'static str, u32, u32)> {
+    match (entry.leaf, entry.subleaf) {
+        // That the timer goes on in deep sleep; the rest is of what guests do not have.
+        (6, _) => Some(("EAX", entry.eax & LEAF6_EAX_ARAT, here.eax)),
+        (0x1e, 1) => Some(("EAX", entry.eax, here.eax)),
+        (0x24, 0) => Some(("EBX", entry.ebx & LEAF24_EBX_LENGTHS, here.ebx)),
+        (0x8000_0022, _) => Some(("EAX", entry.eax, here.eax)),
+        _ => None,
+    }
+}
+
+/// Bits of a register that are a number: leaf, subleaf, register, lowest bit, how many, and what they count.
+type Count = (u32, u32, fn(&CpuidEntry) -> u32, u32, u32, &'static str);
+
+const COUNTS: &[Count] = &[
+    (0xa, 0, |one| one.eax, 0, 8, "version of performance monitoring"),
+    (0xa, 0, |one| one.eax, 8, 8, "performance counters"),
+    (0xa, 0, |one| one.eax, 16, 8, "bits of a performance counter"),
+    (0xa, 0, |one| one.edx, 0, 5, "fixed performance counters"),
+    (0xa, 0, |one| one.edx, 5, 8, "bits of a fixed performance counter"),
+    (0x24, 0, |one| one.ebx, 0, 8, "version of AVX10"),
+    (0x8000_0022, 0, |one| one.ebx, 0, 4, "performance counters of a core"),
+];
+
+/// What a guest counts on more of than there is here; and tiles of other sizes, which are others.
+fn fewer(entry: &CpuidEntry, here: &CpuidEntry) -> Vec<String> {
+    let sizes = |one: &CpuidEntry| (one.eax, one.ebx, one.ecx, one.edx);
+    if entry.leaf == 0x1d && sizes(entry) != sizes(here) {
+        return vec![format!("tiles of the same sizes (CPUID 0x1d.{})", entry.subleaf)];
+    }
+    let at = |count: &&Count| (count.0, count.1) == (entry.leaf, entry.subleaf);
+    COUNTS
+        .iter()
+        .filter(at)
+        .map(|(.., register, shift, bits, what)| {
+            let number = |one| (register(one) >> shift) & ((1 << bits) - 1);
+            (what, number(entry), number(here))
+        })
+        .filter(|(_, wanted, have)| wanted > have)
+        .map(|(what, wanted, have)| format!("{what}: {wanted} (here {have})"))
+        .collect()
 }
 
 fn find(entries: &[CpuidEntry], leaf: u32, subleaf: u32) -> Option<&CpuidEntry> {
@@ -350,6 +399,29 @@ mod tests {
         assert_eq!(missing(&guest, &host), ["avx2 (CPUID 0x7.0 EBX bit 5)"]);
         assert!(missing(&host, &guest).is_empty());
         assert!(missing(&guest, &guest).is_empty());
+    }
+
+    #[test]
+    fn fewer_of_what_a_guest_counts_on_is_named() {
+        let counters = |many: u32| entry(0xa, 0, [2 | many << 8 | 48 << 16, 0, 0, 3 | 48 << 5]);
+        assert_eq!(missing(&[counters(8)], &[counters(4)]), ["performance counters: 8 (here 4)"]);
+        assert!(missing(&[counters(4)], &[counters(8)]).is_empty());
+        assert_eq!(missing(&[counters(4)], &[]).len(), 5);
+        let zen = |eax: u32, many: u32| entry(0x8000_0022, 0, [eax, many, 0, 0]);
+        assert_eq!(
+            missing(&[zen(1, 6)], &[zen(0, 4)]),
+            [
+                "performance counters of a core: 6 (here 4)",
+                "perfmon_v2 (CPUID 0x80000022.0 EAX bit 0)"
+            ]
+        );
+        let avx = |version: u32| entry(0x24, 0, [0, 0b11 << 16 | version, 0, 0]);
+        assert_eq!(missing(&[avx(2)], &[avx(1)]), ["version of AVX10: 2 (here 1)"]);
+        let tiles = |bytes: u32| entry(0x1d, 1, [bytes, 0, 0, 0]);
+        assert_eq!(missing(&[tiles(8192)], &[tiles(4096)]).len(), 1);
+        assert!(missing(&[tiles(8192)], &[tiles(8192)]).is_empty());
+        // What is said of a processor's heat is nothing to a guest.
+        assert_eq!(missing(&[entry(6, 0, [7, 1, 1, 0])], &[]), ["arat (CPUID 0x6.0 EAX bit 2)"]);
     }
 
     #[test]

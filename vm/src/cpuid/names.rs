@@ -77,6 +77,7 @@ const NAMES: &[(Place, &str)] = &[
     ((1, 0, "EDX", 28), "ht"),
     ((1, 0, "EDX", 29), "tm"),
     ((1, 0, "EDX", 31), "pbe"),
+    ((6, 0, "EAX", 2), "arat"),
     ((7, 0, "EBX", 0), "fsgsbase"),
     ((7, 0, "EBX", 1), "tsc_adjust"),
     ((7, 0, "EBX", 2), "sgx"),
@@ -312,6 +313,9 @@ const NAMES: &[(Place, &str)] = &[
     ((0x8000_0021, 0, "EAX", 31), "srso_bp_spec_reduce"),
     ((0x8000_0021, 0, "ECX", 1), "tsa_sq_no"),
     ((0x8000_0021, 0, "ECX", 2), "tsa_l1_no"),
+    ((0x8000_0022, 0, "EAX", 0), "perfmon_v2"),
+    ((0x8000_0022, 0, "EAX", 1), "amd_lbr_v2"),
+    ((0x8000_0022, 0, "EAX", 2), "amd_lbr_pmc_freeze"),
 ];
 
 #[cfg(test)]
