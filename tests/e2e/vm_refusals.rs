@@ -43,6 +43,9 @@ fn files() {
     fs::write(here("text"), "no kernel\n").expect("written");
     fs::write(here("empty"), "").expect("written");
     fs::write(here("large"), vec![1; 9 << 20]).expect("written");
+    // An entry with a name and a content of 16 bytes, of which nothing came.
+    let entry = format!("070701{}", "00000010".repeat(13));
+    fs::write(here("cut.cpio"), entry).expect("written");
     fs::write(here("vast.elf"), vast(whole)).expect("written");
     let (good, cut, text) = ("/srv/guest.elf", "/srv/cut.elf", "/srv/text");
     let vast = "/srv/vast.elf";
@@ -53,6 +56,7 @@ fn files() {
         ("/srv/empty", "/srv/empty cannot be booted: it is empty"),
         ("/srv/large", "/srv/large cannot be booted: its 9437184 bytes do not fit"),
         ("/srv", "/srv cannot be booted: it is no regular file"),
+        ("/srv/cut.cpio", "/srv/cut.cpio cannot be booted: it is cut off: its archive has no end"),
     ] {
         let words = ["--kernel", good, "--memory", "8M", "--initrd", initrd];
         no_machine(hosts, &words, &[says]);
@@ -72,7 +76,7 @@ fn files() {
             "no bridge br9",
         ],
     );
-    for name in ["cut.elf", "vast.elf", "text", "empty", "large"] {
+    for name in ["cut.elf", "vast.elf", "text", "empty", "large", "cut.cpio"] {
         fs::remove_file(here(name)).expect("ours");
     }
 }

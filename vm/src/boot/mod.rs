@@ -9,10 +9,11 @@ mod image;
 mod linux;
 mod map;
 mod pvh;
+mod ramdisk;
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kvm_ioctls::VcpuFd;
 use vm_memory::GuestAddress;
@@ -97,7 +98,16 @@ pub(crate) fn problems(spec: &VmSpec) -> Vec<VmError> {
         Ok((_, image)) => (Some(image), None),
         Err(error) => (None, Some(error)),
     };
-    let ramdisk = spec.initrd.as_ref().map(|path| place_ramdisk(path, &files, image.as_ref(), end));
+    let whole = |path: &PathBuf| {
+        let (file, _) = place_ramdisk(path, &files, image.as_ref(), end)?;
+        let wrong = |reason: String| VmError::Image { path: path.clone(), reason };
+        match ramdisk::problem(file) {
+            Ok(None) => Ok(()),
+            Ok(Some(reason)) => Err(wrong(reason)),
+            Err(error) => Err(wrong(format!("it cannot be read ({error})"))),
+        }
+    };
+    let ramdisk = spec.initrd.as_ref().map(whole);
     wrong.into_iter().chain(ramdisk.and_then(Result::err)).collect()
 }
 
