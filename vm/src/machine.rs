@@ -10,7 +10,7 @@ mod whole;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use decamp_shared::pages::PageSet;
 use decamp_shared::workload::Section;
@@ -89,6 +89,7 @@ pub(crate) struct Machine {
     /// How far it is, while these are followed without guest memory.
     mirroring: Option<Mirroring>,
     paused: bool,
+    made: Instant,
     /// Why nothing of it may ever run again.
     dead: Option<String>,
 }
@@ -193,6 +194,7 @@ impl Machine {
             carried: Vec::new(),
             mirroring: None,
             paused: true,
+            made: Instant::now(),
             dead: None,
         })
     }
@@ -383,7 +385,8 @@ impl Machine {
             *first = VcpuState::read(&fd, number, &self.host)?;
             state.write_early(&fd, number, &self.host)?;
         }
-        arrived.vm.write(self.guest.vm())?;
+        // What arrives ran elsewhere when this was made.
+        arrived.vm.write(self.guest.vm(), self.made.elapsed())?;
         let here = ClockState::read(self.guest.vm())?;
         for (vcpu, state) in self.vcpus.iter().zip(&arrived.vcpus) {
             let number = vcpu.number();

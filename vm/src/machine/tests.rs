@@ -165,11 +165,12 @@ fn what_was_saved_loads_and_saves_the_same() {
 #[test]
 fn time_goes_on_across_a_move() {
     let mut source = Bench::running();
+    // Made before the stop, as ever.
+    let mut destination = source.destination();
     source.machine.pause().expect("pause");
     let begun = Instant::now();
     let sections = source.machine.save().expect("save");
     let saved = VmState::decode(sections.last().expect("vm")).expect("vm").clock;
-    let mut destination = source.destination();
     std::thread::sleep(Duration::from_millis(200));
     destination.machine.load(&sections).expect("load");
     let here = ClockState::read(destination.machine.guest.vm()).expect("clock");

@@ -6,7 +6,7 @@
 //! after; where it cannot say a counter's offset, or scales the counter, the counter goes on from its saved value by the time that the
 //! clock moved.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, kvm_clock_data};
 use kvm_ioctls::VmFd;
@@ -14,9 +14,9 @@ use kvm_ioctls::VmFd;
 use crate::error::{Result, VmError};
 use crate::sys::{self, CLOCK};
 
-/// Two hosts' clocks may differ by this and a move may last this long; beyond it the hosts' real
-/// time is not believed, and the guest's clock just goes on.
-const BELIEVED: u64 = 3_600_000_000_000;
+/// Two hosts' clocks may differ by this beyond what a move may have lasted; where they differ by more the hosts' real time
+/// is not believed, and the guest's clock just goes on.
+const DIFFER: Duration = Duration::from_secs(1);
 
 /// The VM's clock as the kernel gave it at one instant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,9 +62,10 @@ impl ClockState {
         Self { flags: self.flags | KVM_CLOCK_REALTIME, realtime: now, ..self }
     }
 
-    /// Sets the VM's clock to this one, moved on by the time that passed since it was read.
-    pub(crate) fn write(&self, vm: &VmFd) -> Result<()> {
-        let moves_on = self.flags & KVM_CLOCK_REALTIME != 0 && self.is_recent(real_now());
+    /// Sets the VM's clock to this one, moved on by the time that passed since it was read, which is no more than
+    /// `lasted`. Hosts whose clocks tell another story are not believed: the clock goes on from where it stood.
+    pub(crate) fn write(&self, vm: &VmFd, lasted: Duration) -> Result<()> {
+        let moves_on = self.flags & KVM_CLOCK_REALTIME != 0 && self.is_believed(real_now(), lasted);
         let by_kvm = if moves_on { KVM_CLOCK_REALTIME } else { 0 };
         match self.set(vm, self.nanoseconds, by_kvm) {
             // Kernels before 5.16 do not move it on themselves.
@@ -124,8 +125,20 @@ impl ClockState {
         }
     }
 
-    fn is_recent(&self, now: u64) -> bool {
-        now.abs_diff(self.realtime) <= BELIEVED
+    fn is_believed(&self, now: u64, lasted: Duration) -> bool {
+        let (passed, differ) =
+            (i128::from(now) - i128::from(self.realtime), DIFFER.as_nanos() as i128);
+        let most = i128::try_from(lasted.as_nanos()).unwrap_or(i128::MAX - differ) + differ;
+        let is_believed = (-differ..=most).contains(&passed);
+        if !is_believed {
+            tracing::warn!(
+                "By this host's clock and that of the one that it comes from the guest has stood still for {} ms, and it \
+                 began to arrive {} ms ago: it was in a file, or the clocks differ. Its clock goes on from where it stood",
+                passed / 1_000_000,
+                lasted.as_millis()
+            );
+        }
+        is_believed
     }
 }
 
@@ -218,7 +231,15 @@ mod tests {
         assert_eq!((read.flags, read.realtime), (KVM_CLOCK_REALTIME, 1000));
         assert_eq!(read.with_realtime(5), read, "what KVM said stands");
         assert_eq!((read.moved_to(1500), read.moved_to(900)), (510, 10));
-        assert!(read.is_recent(1500) && !read.is_recent(BELIEVED + 2000));
+        let second = DIFFER.as_nanos() as u64;
+        let believed = |now, lasted| read.is_believed(now, Duration::from_nanos(lasted));
+        assert!(believed(1500, 500) && believed(1000 + second, 0) && believed(0, 0));
+        assert!(believed(1000 + second * 60, second * 59) && believed(u64::MAX, u64::MAX));
+        assert!(!believed(1001 + second, 0) && !believed(1000 + second * 60, second * 58));
+        let behind = ClockState { realtime: second * 2, ..read };
+        assert!(
+            !behind.is_believed(0, Duration::MAX) && behind.is_believed(second, Duration::ZERO)
+        );
         assert!(!read.is_complete(), "the host's counter is not known");
     }
 

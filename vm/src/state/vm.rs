@@ -1,5 +1,7 @@
 //! Section `vm`: what all vCPUs share, the interrupt chips, the interval timer and the clock.
 
+use std::time::Duration;
+
 use decamp_shared::workload::Section;
 use kvm_ioctls::VmFd;
 
@@ -58,10 +60,11 @@ impl VmState {
         })
     }
 
-    /// Gives it to KVM: timer, clock, interrupt controllers, I/O APIC, in this order.
-    pub(crate) fn write(&self, vm: &VmFd) -> Result<()> {
+    /// Gives it to KVM: timer, clock, interrupt controllers, I/O APIC, in this order. It was read no longer than `lasted`
+    /// ago.
+    pub(crate) fn write(&self, vm: &VmFd, lasted: Duration) -> Result<()> {
         set(vm, &PIT2, &self.timer)?;
-        self.clock.write(vm)?;
+        self.clock.write(vm, lasted)?;
         self.write_chips(vm)
     }
 
