@@ -93,9 +93,13 @@ impl Balloon {
         Ok(())
     }
 
-    /// Every buffer is free memory: what a device writes into it is nothing.
+    /// Every buffer is free memory: what a device writes into it is nothing. A chain has no more of them than its queue
+    /// has places, also where they stand in a table of their own (virtio 1.2, 2.7.5.3.1).
     fn report(&mut self, queue: usize, map: &Map, chain: Chain<'_>) -> Result<(), Broken> {
-        for buffer in chain {
+        for (number, buffer) in chain.enumerate() {
+            if number == usize::from(QUEUES[queue]) {
+                return Err(Broken::request(queue, "a chain that is longer than its queue"));
+            }
             if !buffer.is_write_only() {
                 return Err(Broken::request(queue, "free pages that cannot be written"));
             }

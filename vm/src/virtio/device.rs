@@ -99,7 +99,8 @@ pub(crate) struct Io<'a> {
 
 impl<'a> Io<'a> {
     /// Hands every chain in `queue` to `each`, until there is none or one has to wait; tells the driver of
-    /// those that are done.
+    /// those that are done. Where somebody waits for the device the others come after that: a driver that never ends
+    /// adding to a queue keeps nobody from it.
     ///
     /// # Errors
     /// When the ring is none, or `each` says so.
@@ -113,7 +114,7 @@ impl<'a> Io<'a> {
         let Some(ring) = self.queues.get_mut(queue).filter(|ring| ring.ready()) else {
             return Ok(());
         };
-        let mut done = false;
+        let (mut done, mut left) = (false, false);
         'again: loop {
             ring.disable_notification(memory).map_err(wrong)?;
             while let Some(chain) = ring.iter(memory).map_err(wrong)?.next() {
@@ -129,11 +130,18 @@ impl<'a> Io<'a> {
                         break 'again;
                     }
                 }
+                left = self.waiting.is_wanted();
+                if left {
+                    break 'again;
+                }
             }
             // What came before the driver was told to speak up again is looked at once more.
             if !ring.enable_notification(memory).map_err(wrong)? {
                 break;
             }
+        }
+        if left {
+            self.again(queue);
         }
         if done { self.tell(queue) } else { Ok(()) }
     }

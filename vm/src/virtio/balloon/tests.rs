@@ -3,7 +3,9 @@
 use std::io::Write as _;
 
 use decamp_shared::pages::{PageReader, PageSet};
-use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
+use virtio_bindings::virtio_ring::{
+    VIRTIO_RING_F_INDIRECT_DESC, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::conformance::{Driver, MEMORY, conforms};
@@ -144,6 +146,20 @@ fn what_is_no_memory_breaks_the_balloon_alone() {
     });
     breaks("a report that can be read", REPORTING, &|driver| {
         driver.offer_at(2, &[(USED, 4096, 0)]);
+        driver.kick(2);
+    });
+    let indirect = 1 << VIRTIO_RING_F_INDIRECT_DESC;
+    breaks("a report that is longer than its queue", REPORTING | indirect, &|driver| {
+        let mut table = Vec::new();
+        for next in 1..=129u16 {
+            table.extend((USED + 100 * PAGE).to_le_bytes());
+            table.extend(4096u32.to_le_bytes());
+            let more = if next < 129 { VRING_DESC_F_NEXT as u16 } else { 0 };
+            table.extend([WRITE | more, next].map(u16::to_le_bytes).concat());
+        }
+        let at = USED + 200 * PAGE;
+        driver.memory.map().write_slice(&table, GuestAddress(at)).expect("a table");
+        driver.offer_at(2, &[(at, table.len(), VRING_DESC_F_INDIRECT as u16)]);
         driver.kick(2);
     });
     breaks("a report of who reports nothing", 0, &|driver| report(driver, 4, &[(USED, 4096)]));
