@@ -221,12 +221,17 @@ impl DestinationWorkload for KeeperDestination {
         if !fresh.is_empty() {
             room_for(open.len() + fresh.len())?;
             self.client.make_spaces(&fresh)?;
+            let mut stored = self.writer.stored.clone();
             for info in &fresh {
-                let file = File::from(self.client.memory(SpaceId(info.id))?);
-                open.insert(SpaceId(info.id), (Arc::new(file), info.page_limit));
+                let (id, file) =
+                    (SpaceId(info.id), File::from(self.client.memory(SpaceId(info.id))?));
+                if is_stored(&file) {
+                    stored.insert(id, Arc::default());
+                }
+                open.insert(id, (Arc::new(file), info.page_limit));
             }
             let room = self.writer.room.clone();
-            self.writer = Arc::new(DescriptorWriter { spaces: open, room });
+            self.writer = Arc::new(DescriptorWriter { spaces: open, room, stored });
         }
         Ok(self.writer.clone())
     }
@@ -282,6 +287,8 @@ fn ways_of(client: &mut KeeperClient) -> Result<Ways> {
 pub(crate) struct DescriptorWriter {
     spaces: BTreeMap<SpaceId, (Arc<File>, u64)>,
     room: Option<Arc<Room>>,
+    /// Those of them that are files on a file system which may become full, with the bytes that were written to each.
+    stored: BTreeMap<SpaceId, Arc<AtomicU64>>,
 }
 
 /// How much memory may come. A source says beforehand how much that will be, and may lie.
@@ -323,6 +330,31 @@ impl Room {
     }
 }
 
+/// Whether what is written to `file` takes room of a file system other than memory.
+fn is_stored(file: &File) -> bool {
+    /// `TMPFS_MAGIC` and `HUGETLBFS_MAGIC` (linux/magic.h).
+    const MEMORY: [u32; 2] = [0x0102_1994, 0x9584_58f6];
+    let is_file = file.metadata().is_ok_and(|facts| facts.is_file());
+    is_file && rustix::fs::fstatfs(file).is_ok_and(|found| !MEMORY.contains(&(found.f_type as u32)))
+}
+
+/// Has `bytes` come next into `file`, after `written` others: what is on its file system beside it needs room, too.
+fn take_room(file: &File, written: &AtomicU64, bytes: u64) -> Result<()> {
+    let before = written.fetch_add(bytes, Ordering::Relaxed);
+    if before / LOOK_EVERY == before.saturating_add(bytes) / LOOK_EVERY {
+        return Ok(());
+    }
+    let Ok(found) = rustix::fs::fstatvfs(file) else { return Ok(()) };
+    match found.f_bavail.saturating_mul(found.f_frsize) {
+        free if free < LEFT => Err(WorkloadError::plain(format!(
+            "The file system that its disk comes to has {} MiB left, and more of it is coming: free some, and move it \
+             again",
+            free >> 20
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Bytes of memory that this host has available.
 pub fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
@@ -342,7 +374,9 @@ fn huge_page(file: &File) -> Option<u64> {
 impl DescriptorWriter {
     /// Of these files, each with one past its last page.
     pub(crate) fn of(spaces: BTreeMap<SpaceId, (Arc<File>, u64)>) -> Self {
-        Self { spaces, room: None }
+        let on_disk = spaces.iter().filter(|(_, (file, _))| is_stored(file));
+        let stored = on_disk.map(|(space, _)| (*space, Arc::default())).collect();
+        Self { spaces, stored, room: None }
     }
 
     fn space(&self, range: PageRange) -> Result<&File> {
@@ -366,6 +400,9 @@ impl PageWriter for DescriptorWriter {
             room.take(bytes.len() as u64, &self.spaces)?;
         }
         let file = self.space(range)?;
+        if let Some(written) = self.stored.get(&range.space) {
+            take_room(file, written, bytes.len() as u64)?;
+        }
         let stored = match file.write_all_at(bytes, range.address()) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => match huge_page(file) {
                 Some(page) => sys::write_mapped(file, range.address(), bytes, page),
@@ -463,6 +500,7 @@ mod tests {
         let writer = DescriptorWriter {
             spaces: BTreeMap::from([(space, (file, 1 << 20))]),
             room: Some(Arc::new(Room { most, ..Room::default() })),
+            ..DescriptorWriter::default()
         };
         let bytes = vec![1; 1 << 20];
         let pages = (bytes.len() / crate::pages::PAGE_SIZE) as u64;
@@ -472,6 +510,27 @@ mod tests {
         let all = (0..LOOK_EVERY >> 18).map(write).find_map(std::result::Result::err);
         let error = all.expect("too much").to_string();
         assert!(error.contains("announced"), "{error}");
+    }
+
+    #[test]
+    fn what_comes_does_not_fill_a_file_system() {
+        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+        let file = nix::sys::memfd::memfd_create("full", flags).expect("a memory file");
+        let file = Arc::new(File::from(file));
+        assert!(
+            !is_stored(&file) && is_stored(&tempfile::tempfile_in("/var/tmp").expect("a file"))
+        );
+        let space = SpaceId(1);
+        // Where memory files are, the kernel tells of no room at all.
+        let mut writer = DescriptorWriter::of(BTreeMap::from([(space, (file, 1 << 20))]));
+        writer.stored.insert(space, Arc::default());
+        let bytes = vec![1; 1 << 20];
+        let pages = (bytes.len() / crate::pages::PAGE_SIZE) as u64;
+        let wrote = (0..LOOK_EVERY >> 20)
+            .map(|at| writer.write(PageRange::new(space, at * pages, pages), &bytes));
+        let failed: Vec<_> = wrote.filter_map(std::result::Result::err).collect();
+        assert_eq!(failed.len(), 1, "it is looked at once");
+        assert!(failed[0].to_string().contains("0 MiB left"), "{}", failed[0]);
     }
 
     #[test]
@@ -485,7 +544,7 @@ mod tests {
         let page = huge_page(&file).expect("its size");
         let space = SpaceId(1);
         let spaces = BTreeMap::from([(space, (file.clone(), 1 << 20))]);
-        let writer = DescriptorWriter { spaces, room: None };
+        let writer = DescriptorWriter::of(spaces);
         // Across where two of them meet.
         let range = PageRange::new(space, page / PAGE as u64 - 1, 2);
         let bytes = [[1; PAGE], [2; PAGE]].concat();
