@@ -264,6 +264,15 @@ pub(crate) struct ResolveAnswer {
     pub(crate) text: String,
 }
 
+/// `POST /v1/workloads/NAME/stop`; nothing (`null`) stands for one without a time.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct StopRequest {
+    /// How long it is given to end by itself; as is usual for its kind when there is none.
+    #[serde(default)]
+    pub(crate) timeout_ms: Option<u64>,
+}
+
 /// `POST /v1/workloads/NAME/checkpoint`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

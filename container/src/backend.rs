@@ -36,6 +36,8 @@ use crate::volumes::{self, Found};
 
 /// A stopped container has this long to end by itself.
 const GRACE: Duration = Duration::from_secs(10);
+/// A keeper that has not ended its container so long after that, and what was left of it, will not.
+const ANSWER_WITHIN: Duration = Duration::from_secs(300);
 /// Memory that a container without a limit may grow by while it is moved.
 const HEADROOM: u64 = 64 << 20;
 
@@ -300,8 +302,10 @@ impl Backend for ContainerBackend {
         Ok(Box::new(ForeignUnpacking::new(manifest, trees, found)?))
     }
 
-    fn stop(&self, _: &Value, place: &Place) -> Result<()> {
-        KeeperClient::connect(place)?.stop(GRACE)
+    fn stop(&self, _: &Value, place: &Place, grace: Option<Duration>) -> Result<()> {
+        let (grace, mut keeper) = (grace.unwrap_or(GRACE), KeeperClient::connect(place)?);
+        keeper.answer_within(Some(grace.saturating_add(ANSWER_WITHIN)))?;
+        keeper.stop(grace)
     }
 
     fn sweep(&self, _: &Value, place: &Place) -> Result<()> {

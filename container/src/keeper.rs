@@ -1,6 +1,6 @@
 //! The keeper of a container: what the hidden verb `decamp keeper` runs.
 
-use decamp_shared::keeper::{ExitSignal, KeeperConfig, serve};
+use decamp_shared::keeper::{ExitSignal, KeeperConfig, note_processes, serve};
 use decamp_shared::workload::{Result, WorkloadError};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -26,5 +26,6 @@ pub fn keeper_main(config: &KeeperConfig) -> Result<()> {
     let exit = ExitSignal::new()
         .map_err(|error| WorkloadError::new("Cannot make the keeper's exit signal", error))?;
     let container = Container::begin(config, &exit)?;
+    note_processes(&config.place, &[std::process::id() as i32])?;
     serve(config, Box::new(container), &exit)
 }

@@ -462,8 +462,8 @@ pub trait Backend: Send + Sync {
         let _ = (manifest, trees, found);
         Err(WorkloadError::Unsupported("A checkpoint that another program wrote").into())
     }
-    /// Ends a running workload: asks it to, waits, then forces.
-    fn stop(&self, spec: &serde_json::Value, place: &Place) -> Result<()>;
+    /// Ends a running workload: asks it to, waits for as long as `grace`, or as is usual for its kind, then forces.
+    fn stop(&self, spec: &serde_json::Value, place: &Place, grace: Option<Duration>) -> Result<()>;
     /// Removes whatever a keeper that died left on the host: cgroups, namespaces, interfaces,
     /// runtime state. Harmless when nothing is there.
     fn sweep(&self, spec: &serde_json::Value, place: &Place) -> Result<()>;

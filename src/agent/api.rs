@@ -5,6 +5,7 @@ use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Path as Part, Query, Request, State as Shared};
@@ -22,7 +23,7 @@ use super::{consoles, hooked, recovery};
 use crate::messages::{
     AdoptRequest, BaselineAnswer, BaselineRequest, CheckpointRequest, HookAnswer, HookRequest,
     HostView, MigrationRequest, MigrationView, RemoveAnswer, ResolveAnswer, ResolveRequest,
-    RestoreRequest, RunRequest, WorkloadDetail, WorkloadView,
+    RestoreRequest, RunRequest, StopRequest, WorkloadDetail, WorkloadView,
 };
 
 type Agency = Shared<Arc<Agent>>;
@@ -185,8 +186,10 @@ async fn start(agent: Agency, name: Part<String>) -> Result<Json<WorkloadView>> 
     to_its_end(async move { agent.start(&name).await }).await.map(Json)
 }
 
-async fn stop(agent: Agency, name: Part<String>) -> Result<Json<WorkloadView>> {
-    to_its_end(async move { agent.stop(&name).await }).await.map(Json)
+async fn stop(agent: Agency, name: Part<String>, body: Bytes) -> Result<Json<WorkloadView>> {
+    let StopRequest { timeout_ms } = read::<Option<StopRequest>>(&body)?.unwrap_or_default();
+    let grace = timeout_ms.map(Duration::from_millis);
+    to_its_end(async move { agent.stop(&name, grace).await }).await.map(Json)
 }
 
 async fn remove(

@@ -349,7 +349,7 @@ impl Backend for Fake {
         Err(WorkloadError::Unsupported("Arriving"))
     }
 
-    fn stop(&self, _: &Value, _: &Place) -> Result<()> {
+    fn stop(&self, _: &Value, _: &Place, _: Option<Duration>) -> Result<()> {
         self.stopped.fetch_add(1, Ordering::SeqCst);
         self.keeper.lock().expect("no panic").take();
         Ok(())

@@ -110,8 +110,8 @@ impl Agent {
         }
     }
 
-    /// Ends a running workload and returns when it is gone.
-    pub(crate) async fn stop(&self, name: &str) -> Result<WorkloadView> {
+    /// Ends a running workload and returns when it is gone. It is given `grace` to do so by itself, or as long as is usual.
+    pub(crate) async fn stop(&self, name: &str, grace: Option<Duration>) -> Result<WorkloadView> {
         let _claim = self.claim(name, "being stopped").await?;
         let workload = self.find(name)?;
         if workload.state != State::Running {
@@ -119,7 +119,7 @@ impl Agent {
         }
         let backend = self.backends.of(workload.kind)?;
         let place = self.place(&workload);
-        end(backend, workload.spec, place.clone()).await?;
+        end(backend, workload.spec, place.clone(), grace).await?;
         let exit = super::supervise::exit_record(&place)
             .unwrap_or_else(|| ExitRecord { status: 0, text: "stopped".into() });
         let stopped = self.registry.change(name, |workload| workload.becomes_stopped(exit))?;
@@ -286,7 +286,7 @@ impl Agent {
             Err(error) => error,
         };
         // One that runs and that nobody knows of would be started a second time.
-        match end(Arc::clone(backend), workload.spec.clone(), place.clone()).await {
+        match end(Arc::clone(backend), workload.spec.clone(), place.clone(), None).await {
             Ok(()) => Err(written),
             Err(answer) => Err(Answer::Failed(format!(
                 "{written}. It was started and could not be ended again ({answer}): restart the agent \
@@ -307,9 +307,14 @@ fn exposed(files: &[FileEntry], state_dir: &Path) -> Option<Refusal> {
 }
 
 /// Ends a running workload and what is left of it.
-async fn end(backend: Arc<dyn Backend>, spec: Value, place: Place) -> Result<()> {
+async fn end(
+    backend: Arc<dyn Backend>,
+    spec: Value,
+    place: Place,
+    grace: Option<Duration>,
+) -> Result<()> {
     let ended = blocking(move || {
-        let ended = backend.stop(&spec, &place);
+        let ended = backend.stop(&spec, &place, grace);
         if ended.is_err() && is_kept(&place) {
             return ended;
         }

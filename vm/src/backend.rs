@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,11 +22,11 @@ use kvm_ioctls::Kvm;
 
 use crate::archive::{self, VmUnpacking};
 use crate::boot;
-use crate::cgroup::Cgroups;
 use crate::confinement::Presence;
 use crate::cpuid::baseline::Offer;
 use crate::devices::{self, VSOCK_SOCKET};
 use crate::disk;
+use crate::ending;
 use crate::error::VmError;
 use crate::files::Files;
 use crate::host;
@@ -36,8 +36,6 @@ use crate::needs::{Needs, named};
 use crate::reader::GuestReader;
 use crate::spec::{DiskSpec, MAX_DISKS, VmSpec};
 
-/// How long a guest is given to end when it is stopped.
-const GRACE: Duration = Duration::from_secs(10);
 /// The most bytes of state that a VM has beside its memory: some KiB each vCPU and device.
 const MAX_STATE: u64 = 256 << 20;
 /// The most bytes of spec that are read from a peer.
@@ -211,29 +209,17 @@ impl Backend for VmBackend {
         Ok(Box::new(VmUnpacking::new(manifest, trees)?))
     }
 
-    fn stop(&self, _spec: &serde_json::Value, place: &Place) -> Result<()> {
-        KeeperClient::connect(place)?.stop(GRACE)
+    fn stop(
+        &self,
+        _spec: &serde_json::Value,
+        place: &Place,
+        grace: Option<Duration>,
+    ) -> Result<()> {
+        ending::stop(place, grace)
     }
 
     fn sweep(&self, _spec: &serde_json::Value, place: &Place) -> Result<()> {
-        // All that a keeper holds goes with its process; its control groups and sockets stay behind.
-        if let Err(error) = Cgroups::of(place).and_then(|cgroups| cgroups.remove()) {
-            tracing::warn!(workload = place.name, %error, "Cannot remove its control groups");
-        }
-        [place.console(), vsock_socket(place)].iter().try_for_each(|socket| {
-            match fs::symlink_metadata(socket) {
-                Ok(meta) if meta.file_type().is_socket() => fs::remove_file(socket),
-                _ => Ok(()),
-            }
-            .or_else(
-                |error| {
-                    if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
-                },
-            )
-            .map_err(|error| {
-                WorkloadError::new(format!("Could not remove {}", socket.display()), error)
-            })
-        })
+        ending::sweep(place)
     }
 }
 

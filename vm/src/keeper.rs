@@ -8,10 +8,11 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use decamp_shared::keeper::{
-    Beginning, ExitRecord, ExitSignal, KeeperConfig, listen, record_switch, serve_from,
-    write_exit_record,
+    Beginning, ExitRecord, ExitSignal, KeeperConfig, listen, note_processes, record_switch,
+    serve_from, write_exit_record,
 };
 use decamp_shared::workload::{Place, Result, WorkloadError};
+use nix::unistd::{Pid, getpid};
 
 use crate::cgroup::Cgroups;
 use crate::confinement::{Confinement, Presence};
@@ -68,6 +69,7 @@ pub fn keeper_main(config: KeeperConfig) -> Result<()> {
         .map_err(|error| WorkloadError::new("Could not make the exit signal", error))?;
     let incoming = config.beginning == Beginning::Incoming;
     let given = Given::own(&spec, &config.place, incoming)?;
+    note_processes(&config.place, &[getpid().as_raw()])?;
     let listening = listen(&config.place)?;
     let given = given.confined(&spec, &config)?;
     let monitor = given.confined.monitor.clone();
@@ -131,7 +133,8 @@ impl Given {
         let host = Host::of(spec, place, ports, vsock);
         let mut given = self;
         match Monitor::fork(host, user, held) {
-            Ok(monitor) => {
+            Ok((monitor, process)) => {
+                note_processes(place, &[getpid(), process].map(Pid::as_raw))?;
                 how.enter(&place.dir, user)?;
                 given = given.monitored(monitor);
             }

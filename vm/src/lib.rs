@@ -17,6 +17,7 @@ mod cpuid;
 mod devices;
 mod dirty;
 mod disk;
+mod ending;
 mod error;
 mod files;
 #[cfg(any(test, feature = "fuzzing"))]

@@ -302,7 +302,7 @@ fn a_paused_guest_that_loses_its_agent_goes_on_by_itself() {
     wait_for("the guest to go on", || count(&here) > stood + 1);
     let phase = KeeperClient::connect(&here).and_then(|mut keeper| keeper.phase());
     assert_eq!(phase.expect("phase"), Phase::Running);
-    bench.backend.stop(&bench.spec, &here).expect("stop");
+    bench.backend.stop(&bench.spec, &here, None).expect("stop");
     wait_for("the keeper to end", || KeeperClient::connect(&here).is_err());
     assert!(!here.console().exists(), "its console socket is gone");
     let record = ended(&here);
@@ -344,7 +344,7 @@ fn memory_above_the_device_hole_moves_too() {
     migrate(&bench, &here, &there, 2);
     wait_for("reports after the move", || count(&there) > count(&here));
     assert!(!log(&there).contains("BAD"), "{}", log(&there));
-    bench.backend.stop(&bench.spec, &there).expect("stop");
+    bench.backend.stop(&bench.spec, &there, None).expect("stop");
 }
 
 /// A Linux guest whose init prints `tick N` for ever, on a KVM that can boot one: kernel and ramdisk
@@ -368,7 +368,7 @@ fn a_linux_guest_moves_while_it_runs() {
         here = there;
     }
     println!("{}", log(&here));
-    bench.backend.stop(&bench.spec, &here).expect("stop");
+    bench.backend.stop(&bench.spec, &here, None).expect("stop");
 }
 
 /// Prints what a move takes: `cargo test -p decamp-vm --release --test moving -- --ignored --nocapture`.
@@ -521,7 +521,7 @@ fn a_guest_whose_monitor_is_killed_runs_on_and_is_not_moved() {
     assert!(refused.to_string().contains("moved again once"), "{refused}");
     let before = count(&here);
     wait_for("the guest to go on", || count(&here) > before + 1);
-    bench.backend.stop(&bench.spec, &here).expect("it can be stopped");
+    bench.backend.stop(&bench.spec, &here, None).expect("it can be stopped");
 }
 
 /// Whether nobody has a lock that keeps others from writing the disk at `path`.

@@ -284,7 +284,7 @@ pub(crate) fn given_back_it_runs_on(host: &Host) {
     assert_listed("runc", stranger.id(), "running");
     // Stopped it is for its runtime to delete, or to look at.
     stranger.adopt();
-    backend.stop(&stranger.spot.spec, &stranger.spot.place).expect("stop");
+    backend.stop(&stranger.spot.spec, &stranger.spot.place, None).expect("stop");
     backend.sweep(&stranger.spot.spec, &stranger.spot.place).expect("sweep");
     assert_listed("runc", stranger.id(), "stopped");
     let again = backend.check(&stranger.spot.spec);

@@ -314,7 +314,7 @@ pub(crate) fn podman_has_it_back(host: &Host) {
     source.resume().expect("resume");
     drop(source);
     await_count(pod.name(), last_count(pod.name()) + 3);
-    backend.stop(&pod.spot.spec, &pod.spot.place).expect("stop");
+    backend.stop(&pod.spot.spec, &pod.spot.place, None).expect("stop");
     await_status(pod.name(), "exited");
     thread::sleep(Duration::from_millis(300));
     assert_eq!(inspect(pod.name())["State"]["Status"], "exited", "its policy started it again");

@@ -373,7 +373,7 @@ mod tests {
             Ok(vec![Parcel::bytes("checkpoint/state", b"state".to_vec())])
         }
 
-        fn stop(&self, _: &Value, _: &Place) -> Did<()> {
+        fn stop(&self, _: &Value, _: &Place, _: Option<Duration>) -> Did<()> {
             Err(WorkloadError::Unsupported("Stopping"))
         }
 

@@ -14,6 +14,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 use prost::Message;
 
 use super::Phase;
+use super::processes;
 use super::protocol::{self, Ask, Reply, Request, Sections};
 use crate::methods::{Methods, Ways};
 use crate::pages::{PageSet, SpaceId};
@@ -21,6 +22,8 @@ use crate::workload::{Liveness, Place, Restoring, Result, Section, SpaceInfo, Wo
 
 /// Longer than any keeper may take for a dump or a restore of a large tree.
 const ANSWER_WITHIN: Duration = Duration::from_secs(300);
+/// A keeper at whose socket nobody listens any more has ended within this, or will not do so by itself.
+const ENDING: Duration = Duration::from_secs(2);
 /// State sections of one workload together are never longer.
 pub(super) const SECTIONS_CAP: u64 = 16 << 30;
 /// No error has more causes.
@@ -28,9 +31,9 @@ const MESSAGES_MOST: usize = 32;
 /// Characters of a message of an error that are of use to anybody.
 const MESSAGE_MOST: usize = 16 << 10;
 
-/// Whether a keeper listens at `place`. Does not wait for one that is busy. Only what says that nobody
-/// listens there means that there is none: whoever cannot look, as without a descriptor to spare, does
-/// not know, and must not sweep away what may be running.
+/// Whether there is a keeper at `place`: one that listens there, or lives all the same. Does not wait for one that is
+/// busy, but for one that is ending. Whoever cannot look, as without a descriptor to spare, does not know, and must not
+/// sweep away what may be running.
 pub fn is_kept(place: &Place) -> bool {
     let Ok(address) = UnixAddr::new(&place.socket()) else {
         // Nobody can listen at a path that no address can hold.
@@ -42,9 +45,20 @@ pub fn is_kept(place: &Place) -> bool {
     match looked {
         // With EAGAIN so many wait for it already that there is no room for one more.
         Ok(()) | Err(Errno::EAGAIN) => true,
-        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ECONNREFUSED) => false,
+        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ECONNREFUSED) => lives(place),
         Err(error) => {
             tracing::warn!(workload = place.name, %error, "Cannot tell whether it has a keeper");
+            true
+        }
+    }
+}
+
+/// Whether the keeper at `place`, which nobody can reach any more, has not ended, and does not do so soon.
+fn lives(place: &Place) -> bool {
+    match processes::end_within(place, ENDING) {
+        Ok(ended) => !ended,
+        Err(error) => {
+            tracing::warn!(workload = place.name, %error, "Cannot tell whether its keeper lives");
             true
         }
     }

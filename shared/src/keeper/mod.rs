@@ -9,6 +9,7 @@
 
 pub mod client;
 pub mod ends;
+pub mod processes;
 pub mod protocol;
 pub mod server;
 pub mod spawn;
@@ -28,6 +29,7 @@ use crate::workload::{
 };
 
 pub use client::{KeeperClient, is_kept};
+pub use processes::{end_by_force, end_within, note_processes};
 pub use server::{ExitSignal, listen, serve, serve_from, serve_on, write_exit_record};
 pub use spawn::{allow_many_files, spawn};
 pub use switched::{forget_switch, record_switch, switched_for};

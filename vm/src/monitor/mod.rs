@@ -29,6 +29,7 @@ use nix::sys::socket::{
     AddressFamily, Shutdown, SockFlag, SockType, setsockopt, shutdown, socketpair, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
+use nix::unistd::Pid;
 
 use self::host::{Done, Failure};
 use self::message::{LONGEST, Reply};
@@ -123,7 +124,8 @@ pub(crate) struct Monitor(Arc<Mutex<OwnedFd>>);
 
 impl Monitor {
     /// Forks a monitor off that looks after `host`, and holds `held` for as long as this process lives. When it has ended
-    /// nothing runs as `user` any more, the one that is its own. Descriptors that are open here are closed there.
+    /// nothing runs as `user` any more, the one that is its own. Descriptors that are open here are closed there. Gives
+    /// which process it is, too.
     ///
     /// # Errors
     /// When this process has several threads, the kernel refuses, or it does not come up.
@@ -131,15 +133,15 @@ impl Monitor {
         mut host: Host,
         user: Option<u32>,
         held: Option<OwnedFd>,
-    ) -> io::Result<Self> {
+    ) -> io::Result<(Self, Pid)> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         // Whoever asks and does not hear the answers holds nobody up.
         setsockopt(&theirs, sockopt::SendTimeout, &TimeVal::seconds(HEARD_WITHIN))?;
         match process::fork()? {
-            Fork::Parent => {
+            Fork::Parent { child } => {
                 drop((theirs, held));
-                Self::that_is_up(ours)
+                Ok((Self::that_is_up(ours)?, child))
             }
             Fork::Child { parent } => {
                 let title = format!("decamp monitor of VM {}", host.name());

@@ -32,7 +32,10 @@ const _: () = assert!(size_of::<CapabilityHeader>() == 8 && size_of::<Capability
 /// Which of the two a process is after a fork.
 pub(crate) enum Fork {
     /// The one that was there.
-    Parent,
+    Parent {
+        /// The new one.
+        child: Pid,
+    },
     /// The new one.
     Child {
         /// The one that was there.
@@ -55,7 +58,7 @@ pub(crate) fn fork() -> io::Result<Fork> {
     let parent = getpid();
     // SAFETY: this is the only thread, so the child has all that it could wait for.
     match unsafe { nix::unistd::fork() }? {
-        ForkResult::Parent { .. } => Ok(Fork::Parent),
+        ForkResult::Parent { child } => Ok(Fork::Parent { child }),
         ForkResult::Child => Ok(Fork::Child { parent }),
     }
 }
