@@ -7,7 +7,7 @@ use std::time::Duration;
 use decamp_shared::archive::header::Described;
 use decamp_shared::archive::{Foreign as ForeignArchive, Frozen, Parcel, Unpacking};
 use decamp_shared::keeper::ends::KeeperDestination;
-use decamp_shared::keeper::{Beginning, KeeperClient, KeeperConfig, spawn};
+use decamp_shared::keeper::{Beginning, KeeperClient, KeeperConfig, end_left, spawn};
 use decamp_shared::methods::{ForkedChoice, Methods, TrackerChoice};
 use decamp_shared::network::{Neighbour, need};
 use decamp_shared::workload::{
@@ -309,6 +309,7 @@ impl Backend for ContainerBackend {
     }
 
     fn sweep(&self, _: &Value, place: &Place) -> Result<()> {
+        end_left(place)?;
         // Interface first, as ever: what is killed next shall not say goodbye to its peers.
         delete_link(&veth_name(place));
         claim::sweep(&self.tools, place)?;

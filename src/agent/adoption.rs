@@ -10,7 +10,7 @@ use super::Agent;
 use super::answer::{Answer, Result};
 use super::registry::Workload;
 use super::supervise::exit_record;
-use super::workloads::{blocking, gone};
+use super::workloads::{blocking, gone, kept};
 use crate::backend::is_adopted;
 use crate::messages::{AdoptRequest, State, WorkloadView, is_workload_name};
 
@@ -45,16 +45,16 @@ impl Agent {
         let place = self.place(&workload);
         self.state_dir.make_place(&place)?;
         self.registry.create(&workload)?;
-        match self.take_charge(&backend, &workload, &place).await {
-            Ok(running) => Ok(running.view()),
-            // What could not be given back is not forgotten: the next agent finds it.
-            Err(answer) if super::supervise::is_kept(&place) => Err(answer),
-            Err(answer) => {
-                self.registry.remove(&name)?;
-                self.state_dir.remove_place(&place)?;
-                Err(answer)
-            }
+        let answer = match self.take_charge(&backend, &workload, &place).await {
+            Ok(running) => return Ok(running.view()),
+            Err(answer) => answer,
+        };
+        // What could not be given back is not forgotten: the next agent finds it.
+        if !kept(&place).await? {
+            self.registry.remove(&name)?;
+            self.state_dir.remove_place(&place)?;
         }
+        Err(answer)
     }
 
     /// Gives an adopted workload, which runs, back. False: it had just ended by itself, which is not noted yet.

@@ -187,7 +187,8 @@ async fn start(agent: Agency, name: Part<String>) -> Result<Json<WorkloadView>> 
 }
 
 async fn stop(agent: Agency, name: Part<String>, body: Bytes) -> Result<Json<WorkloadView>> {
-    let StopRequest { timeout_ms } = read::<Option<StopRequest>>(&body)?.unwrap_or_default();
+    let asked = if body.is_empty() { None } else { read::<Option<StopRequest>>(&body)? };
+    let StopRequest { timeout_ms } = asked.unwrap_or_default();
     let grace = timeout_ms.map(Duration::from_millis);
     to_its_end(async move { agent.stop(&name, grace).await }).await.map(Json)
 }

@@ -219,7 +219,7 @@ fn enter(
 ///
 /// # Errors
 /// When something may be left.
-pub(super) fn sweep_unless_kept(agent: &Agent, workload: &Workload) -> Result<()> {
+fn sweep_unless_kept(agent: &Agent, workload: &Workload) -> Result<()> {
     let place = agent.place(workload);
     if is_kept(&place) {
         return Ok(());

@@ -23,7 +23,7 @@ use tokio::time::timeout;
 use super::Agent;
 use super::answer::{Answer, Result};
 use super::registry::Workload;
-use super::supervise::is_kept;
+use super::supervise::listens;
 use super::workloads::not_in_state;
 use crate::backend::{is_adopted, is_podmans};
 use crate::frames::{Decoder, FRAME_CAP, Frame, PROTOCOL};
@@ -67,7 +67,7 @@ pub(crate) async fn attach(
     let place = agent.place(&workload);
     let keeper = match UnixStream::connect(place.console()).await {
         Ok(keeper) => keeper,
-        Err(_) if !is_kept(&place) => {
+        Err(_) if !listens(&place) => {
             return Err(Answer::Conflict(format!("{name} is just ending")));
         }
         Err(error) if is_absent(&error) => return Err(Answer::refused(without_console(&workload))),

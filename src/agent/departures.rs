@@ -16,10 +16,9 @@ use decamp_shared::workload::{Manifest, SourceWorkload, WorkloadError};
 
 use super::Agent;
 use super::answer::{Answer, Result, chain};
-use super::arrivals::sweep_unless_kept;
 use super::recovery::{concerned, meet};
 use super::registry::Workload;
-use super::supervise::is_kept;
+use super::supervise::listens;
 use super::workloads::blocking;
 use crate::messages::{ResolveAnswer, State};
 
@@ -120,7 +119,7 @@ pub(super) async fn take_up(agent: &Arc<Agent>, migration: &str) -> Result<()> {
     // Nobody begins to move or to stop it while its keeper may be told to let it run.
     let _claim = agent.claim(&row.workload, LOOKING_INTO).await?;
     let Some(workload) = concerned(agent, &row)? else { return Ok(()) };
-    let leftover = row.record == Record::Released && is_kept(&agent.place(&workload));
+    let leftover = row.record == Record::Released && listens(&agent.place(&workload));
     if row.record.is_final() && !leftover {
         return match workload.state {
             // The journal knows, and the registry was not told.
@@ -330,7 +329,15 @@ impl Agent {
     /// was fenced took nothing away. Nothing of its name may be coming here meanwhile.
     pub(super) async fn sweep_moved(self: &Arc<Self>, workload: &Workload) {
         let (agent, moved) = (Arc::clone(self), workload.clone());
-        let swept = blocking(move || sweep_unless_kept(&agent, &moved)).await;
+        let swept = blocking(move || -> Result<()> {
+            let place = agent.place(&moved);
+            // One that can be asked is asked to go. One that cannot any more, and lives, is ended by force.
+            if listens(&place) {
+                return Ok(());
+            }
+            Ok(agent.backends.of(moved.kind)?.sweep(&moved.spec, &place)?)
+        })
+        .await;
         if let Err(answer) = swept.and_then(|swept| swept) {
             tracing::warn!(workload = workload.name, "Cannot sweep after it moved: {answer}");
         }

@@ -8,8 +8,8 @@ use std::io::Read;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub(crate) use decamp_shared::keeper::is_kept;
 use decamp_shared::keeper::{ExitRecord, KeeperClient, Phase};
+pub(crate) use decamp_shared::keeper::{is_kept, listens};
 use decamp_shared::session::commit::{Record, Sight};
 use decamp_shared::session::journal::{Role, boot_id};
 use decamp_shared::workload::Place;

@@ -15,7 +15,7 @@ use super::Agent;
 use super::answer::{Answer, Result, chain};
 use super::claims::Claim;
 use super::registry::Workload;
-use super::supervise::{NOTING, is_kept};
+use super::supervise::{NOTING, is_kept, listens};
 use super::{fenced, leftovers};
 use crate::backend::{files_of, is_adopted, is_podmans};
 use crate::messages::{
@@ -70,16 +70,16 @@ impl Agent {
         let place = self.place(&workload);
         self.state_dir.make_place(&place)?;
         self.registry.create(&workload)?;
-        match self.bring_up(&backend, &workload, &place).await {
-            Ok(running) => Ok(running.view()),
-            // What could not be ended is not forgotten: the next agent finds it.
-            Err(answer) if is_kept(&place) => Err(answer),
-            Err(answer) => {
-                self.registry.remove(&name)?;
-                self.state_dir.remove_place(&place)?;
-                Err(answer)
-            }
+        let answer = match self.bring_up(&backend, &workload, &place).await {
+            Ok(running) => return Ok(running.view()),
+            Err(answer) => answer,
+        };
+        // What could not be ended is not forgotten: the next agent finds it.
+        if !kept(&place).await? {
+            self.registry.remove(&name)?;
+            self.state_dir.remove_place(&place)?;
         }
+        Err(answer)
     }
 
     /// Runs a stopped workload again and returns when it runs.
@@ -99,15 +99,15 @@ impl Agent {
         }
         self.check(&backend, name, &workload.spec).await?;
         self.registry.change(name, |workload| workload.state = State::Starting)?;
-        match self.bring_up(&backend, &workload, &place).await {
-            Ok(running) => Ok(running.view()),
-            Err(answer) if is_kept(&place) => Err(answer),
-            Err(answer) => {
-                let exit = ExitRecord { status: 1, text: "could not be started".into() };
-                self.registry.change(name, |workload| workload.becomes_stopped(exit))?;
-                Err(answer)
-            }
+        let answer = match self.bring_up(&backend, &workload, &place).await {
+            Ok(running) => return Ok(running.view()),
+            Err(answer) => answer,
+        };
+        if !kept(&place).await? {
+            let exit = ExitRecord { status: 1, text: "could not be started".into() };
+            self.registry.change(name, |workload| workload.becomes_stopped(exit))?;
         }
+        Err(answer)
     }
 
     /// Ends a running workload and returns when it is gone. It is given `grace` to do so by itself, or as long as is usual.
@@ -137,7 +137,7 @@ impl Agent {
         let workload = self.find(name)?;
         let place = self.place(&workload);
         // What a checkpoint left of it goes too.
-        if workload.state == State::Stopped && is_kept(&place) {
+        if workload.state == State::Stopped && listens(&place) {
             let (agent, owned) = (Arc::clone(self), name.to_owned());
             let settled = blocking(move || fenced::settle(&agent, &owned, RELEASED_WITHIN)).await?;
             if let Err(answer) = settled {
@@ -315,13 +315,19 @@ async fn end(
 ) -> Result<()> {
     let ended = blocking(move || {
         let ended = backend.stop(&spec, &place, grace);
-        if ended.is_err() && is_kept(&place) {
+        if ended.is_err() && listens(&place) {
             return ended;
         }
-        // It may have ended by itself in the same moment.
+        // It may have ended by itself in the same moment. One that nobody can ask any more is ended by force.
         backend.sweep(&spec, &place)
     });
     Ok(ended.await??)
+}
+
+/// Whether there is a keeper at `place`.
+pub(crate) async fn kept(place: &Place) -> Result<bool> {
+    let place = place.clone();
+    blocking(move || is_kept(&place)).await
 }
 
 /// Whether there is no keeper at `place`; one that is just ending is waited for.

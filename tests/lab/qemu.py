@@ -103,7 +103,7 @@ class Qemu:
 
     def end(self, host):
         """Ends it on `host`, whatever it does."""
-        host.run(f"pkill -KILL -x {PROGRAM} || true; rm -f {PLACE}/qmp {self.guest.console}")
+        host.run(f"pkill -KILL -f '{PLACE}/qm[p],' || true; rm -f {PLACE}/qmp {self.guest.console}")
 
     def quit(self, host):
         self._ask(host, [("quit", {})])

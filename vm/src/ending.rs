@@ -7,7 +7,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::time::Duration;
 
 use decamp_shared::keeper::{
-    ExitRecord, KeeperClient, end_by_force, end_within, write_exit_record,
+    ExitRecord, KeeperClient, end_by_force, end_left, listens, write_exit_record,
 };
 use decamp_shared::workload::{Place, Result, WorkloadError};
 
@@ -16,20 +16,19 @@ use crate::cgroup::Cgroups;
 
 /// How long a guest is given to end when it is stopped and nobody says: a database has much to write.
 const GRACE: Duration = Duration::from_secs(60);
-/// A keeper that has not ended its guest so long after that will not.
-const ANSWER_WITHIN: Duration = Duration::from_secs(30);
-/// One that is done needs that long to give back a large guest's memory.
-const GONE_WITHIN: Duration = Duration::from_secs(5);
+/// A keeper that has not ended its guest so long after that will not. It may have to do first what was asked before, as
+/// to have a disk store what was written.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 /// What is killed has ended within this, or waits for the kernel: a disk that does not answer.
 const KILLED_WITHIN: Duration = Duration::from_secs(20);
 /// As of a process that was ended by SIGKILL.
 const KILLED: i32 = 128 + libc::SIGKILL;
 
 /// Ends the VM at `place`: asks its guest to power off, then, after `grace`, ends it as it is, and the keeper with it if
-/// that does not answer.
+/// that does not answer. One that nobody can ask any more is left to [`sweep`].
 ///
 /// # Errors
-/// When its keeper refuses, there is none, or it does not end even by force.
+/// When its keeper refuses, nobody listens there, or it does not end even by force.
 pub(crate) fn stop(place: &Place, grace: Option<Duration>) -> Result<()> {
     stop_within(place, grace.unwrap_or(GRACE), ANSWER_WITHIN)
 }
@@ -38,14 +37,20 @@ fn stop_within(place: &Place, grace: Duration, within: Duration) -> Result<()> {
     let within = grace.saturating_add(within);
     let asked = KeeperClient::connect_within(place, within).and_then(|mut one| one.stop(grace));
     match asked {
-        Err(error) if is_silent(&error) => {
-            let ended = force(place)?;
+        // One that no longer listens is ending by itself.
+        Err(error) if is_silent(&error) && listens(place) => {
+            let ended = end_by_force(place, KILLED_WITHIN).map_err(|error| {
+                let what = format!("The VMM of {} does not answer, and does not end", place.name);
+                WorkloadError::new(what, error)
+            })?;
             if ended == 0 {
                 return Err(error);
             }
             tracing::warn!(workload = place.name, %error, "Its VMM did not answer: ended by force");
-            let text = "its VMM did not answer, and was ended by force".to_owned();
-            write_exit_record(place, &ExitRecord { status: KILLED, text });
+            if !place.exit_record().exists() {
+                let text = "its VMM did not answer, and was ended by force".to_owned();
+                write_exit_record(place, &ExitRecord { status: KILLED, text });
+            }
             Ok(())
         }
         asked => asked,
@@ -58,10 +63,7 @@ fn stop_within(place: &Place, grace: Duration, within: Duration) -> Result<()> {
 /// # Errors
 /// When its keeper does not end, or a socket cannot be removed.
 pub(crate) fn sweep(place: &Place) -> Result<()> {
-    if !end_within(place, GONE_WITHIN).map_err(|error| cannot_tell(place, error))? {
-        let ended = force(place)?;
-        tracing::warn!(workload = place.name, ended, "Its VMM did not end: ended by force");
-    }
+    end_left(place)?;
     // All that a keeper holds goes with its process; its control groups and sockets stay behind.
     if let Err(error) = Cgroups::of(place).and_then(|cgroups| cgroups.remove()) {
         tracing::warn!(workload = place.name, %error, "Cannot remove its control groups");
@@ -80,25 +82,6 @@ pub(crate) fn sweep(place: &Place) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Ends the processes that keep the VM at `place`, and gives how many there were.
-fn force(place: &Place) -> Result<usize> {
-    end_by_force(place, KILLED_WITHIN).map_err(|error| match error.kind() {
-        ErrorKind::TimedOut => WorkloadError::new(
-            format!(
-                "The VMM of {} was killed and has not ended: the kernel waits, perhaps for a disk that does not answer. \
-                 The guest may still run",
-                place.name
-            ),
-            error,
-        ),
-        _ => cannot_tell(place, error),
-    })
-}
-
-fn cannot_tell(place: &Place, error: io::Error) -> WorkloadError {
-    WorkloadError::new(format!("Cannot tell whether the VMM of {} runs", place.name), error)
 }
 
 /// Whether `error` is that nothing was said, or in time, rather than something that a keeper said.
@@ -152,14 +135,27 @@ mod tests {
     }
 
     #[test]
-    fn a_keeper_that_does_not_listen_is_there_and_is_ended_by_force() {
+    fn a_keeper_that_does_not_listen_is_there_until_it_is_swept_away() {
         let (_dir, place, mut keeper) = kept();
         assert!(is_kept(&place), "taken for dead");
-        stop_within(&place, NOW, SOON).expect("ended");
-        assert_eq!(keeper.wait().expect("ended").code(), None);
-        assert!(is_noted(&place) && !is_kept(&place));
-        let gone = stop_within(&place, NOW, SOON).expect_err("nobody is there");
+        let gone = stop_within(&place, NOW, SOON).expect_err("nobody can be asked");
         assert!(matches!(gone, WorkloadError::KeeperGone { .. }), "{gone}");
+        assert!(is_kept(&place) && !place.exit_record().exists(), "it may be ending by itself");
+        sweep(&place).expect("swept");
+        assert_eq!(keeper.wait().expect("ended").code(), None);
+        assert!(!is_kept(&place));
+    }
+
+    #[test]
+    fn what_its_guest_ended_with_stands() {
+        let (_dir, place, mut keeper) = kept();
+        let record = ExitRecord { status: 0, text: "powered off".into() };
+        write_exit_record(&place, &record);
+        let _deaf = UnixListener::bind(place.socket()).expect("listens");
+        stop_within(&place, NOW, SOON).expect("ended");
+        keeper.wait().expect("ended");
+        let stands = fs::read(place.exit_record()).expect("a record");
+        assert_eq!(serde_json::from_slice::<ExitRecord>(&stands).expect("JSON"), record);
     }
 
     #[test]

@@ -33,8 +33,14 @@ const MESSAGE_MOST: usize = 16 << 10;
 
 /// Whether there is a keeper at `place`: one that listens there, or lives all the same. Does not wait for one that is
 /// busy, but for one that is ending. Whoever cannot look, as without a descriptor to spare, does not know, and must not
-/// sweep away what may be running.
+/// sweep away what may be running. Blocks for a while where nobody listens.
 pub fn is_kept(place: &Place) -> bool {
+    listens(place) || lives(place)
+}
+
+/// Whether a keeper listens at `place`, and can be asked. Does not wait for one that is busy; true also where that cannot
+/// be found out.
+pub fn listens(place: &Place) -> bool {
     let Ok(address) = UnixAddr::new(&place.socket()) else {
         // Nobody can listen at a path that no address can hold.
         return false;
@@ -45,7 +51,7 @@ pub fn is_kept(place: &Place) -> bool {
     match looked {
         // With EAGAIN so many wait for it already that there is no room for one more.
         Ok(()) | Err(Errno::EAGAIN) => true,
-        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ECONNREFUSED) => lives(place),
+        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ECONNREFUSED) => false,
         Err(error) => {
             tracing::warn!(workload = place.name, %error, "Cannot tell whether it has a keeper");
             true

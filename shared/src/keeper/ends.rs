@@ -24,7 +24,8 @@ use crate::workload::{
 
 /// So many bytes are written between two looks at how much memory there is.
 const LOOK_EVERY: u64 = 32 << 20;
-/// Memory that a workload that comes leaves to the host: no more than a backend asks for before it comes.
+/// Memory that a workload that comes leaves to the host: no more than a backend asks for before it comes. Of a file system
+/// it leaves that, or a hundredth of a small one.
 const LEFT: u64 = 32 << 20;
 
 /// Makes a reader of the spaces given, through the keeper where it must.
@@ -287,8 +288,17 @@ fn ways_of(client: &mut KeeperClient) -> Result<Ways> {
 pub(crate) struct DescriptorWriter {
     spaces: BTreeMap<SpaceId, (Arc<File>, u64)>,
     room: Option<Arc<Room>>,
-    /// Those of them that are files on a file system which may become full, with the bytes that were written to each.
-    stored: BTreeMap<SpaceId, Arc<AtomicU64>>,
+    /// Those of them that are files on a file system which may become full.
+    stored: BTreeMap<SpaceId, Arc<Stored>>,
+}
+
+/// A file on a file system: what is on that beside it needs room, too.
+#[derive(Default)]
+struct Stored {
+    /// Bytes that were written, also over others.
+    written: AtomicU64,
+    /// Blocks that it had at the last look.
+    blocks: AtomicU64,
 }
 
 /// How much memory may come. A source says beforehand how much that will be, and may lie.
@@ -338,20 +348,28 @@ fn is_stored(file: &File) -> bool {
     is_file && rustix::fs::fstatfs(file).is_ok_and(|found| !MEMORY.contains(&(found.f_type as u32)))
 }
 
-/// Has `bytes` come next into `file`, after `written` others: what is on its file system beside it needs room, too.
-fn take_room(file: &File, written: &AtomicU64, bytes: u64) -> Result<()> {
-    let before = written.fetch_add(bytes, Ordering::Relaxed);
-    if before / LOOK_EVERY == before.saturating_add(bytes) / LOOK_EVERY {
-        return Ok(());
-    }
-    let Ok(found) = rustix::fs::fstatvfs(file) else { return Ok(()) };
-    match found.f_bavail.saturating_mul(found.f_frsize) {
-        free if free < LEFT => Err(WorkloadError::plain(format!(
-            "The file system that its disk comes to has {} MiB left, and more of it is coming: free some, and move it \
-             again",
-            free >> 20
-        ))),
-        _ => Ok(()),
+impl Stored {
+    /// Has `bytes` come next into `file`.
+    fn take(&self, file: &File, bytes: u64) -> Result<()> {
+        let before = self.written.fetch_add(bytes, Ordering::Relaxed);
+        if before / LOOK_EVERY == before.saturating_add(bytes) / LOOK_EVERY {
+            return Ok(());
+        }
+        let blocks = file.metadata().map_or(0, |facts| facts.blocks());
+        // What is written over needs no more.
+        let grows = blocks > self.blocks.swap(blocks, Ordering::Relaxed);
+        let Ok(found) = rustix::fs::fstatvfs(file) else { return Ok(()) };
+        let size = found.f_blocks.saturating_mul(found.f_frsize);
+        // Not every file system tells its size.
+        let least = if size > 0 { LEFT.min(size / 100) } else { LEFT };
+        match found.f_bavail.saturating_mul(found.f_frsize) {
+            free if grows && free < least => Err(WorkloadError::plain(format!(
+                "The file system that its disk comes to has {} MiB left, and more of it is coming: free some, and \
+                 move it again",
+                free >> 20
+            ))),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -400,8 +418,8 @@ impl PageWriter for DescriptorWriter {
             room.take(bytes.len() as u64, &self.spaces)?;
         }
         let file = self.space(range)?;
-        if let Some(written) = self.stored.get(&range.space) {
-            take_room(file, written, bytes.len() as u64)?;
+        if let Some(stored) = self.stored.get(&range.space) {
+            stored.take(file, bytes.len() as u64)?;
         }
         let stored = match file.write_all_at(bytes, range.address()) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => match huge_page(file) {

@@ -28,8 +28,8 @@ use crate::workload::{
     HostTools, Kind, Liveness, Place, Restoring, Result, Section, SpaceInfo, WorkloadError,
 };
 
-pub use client::{KeeperClient, is_kept};
-pub use processes::{end_by_force, end_within, note_processes};
+pub use client::{KeeperClient, is_kept, listens};
+pub use processes::{end_by_force, end_left, note_processes};
 pub use server::{ExitSignal, listen, serve, serve_from, serve_on, write_exit_record};
 pub use spawn::{allow_many_files, spawn};
 pub use switched::{forget_switch, record_switch, switched_for};

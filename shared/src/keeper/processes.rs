@@ -18,6 +18,10 @@ use crate::workload::{Place, Result, WorkloadError};
 
 /// A note is a line for each process.
 const NOTE_CAP: u64 = 4 << 10;
+/// A keeper that is done needs that long to give back a large guest's memory.
+const LEFT_WITHIN: Duration = Duration::from_secs(5);
+/// What is killed has ended within this, or waits for the kernel.
+const KILLED_WITHIN: Duration = Duration::from_secs(20);
 /// What helps a keeper has something to do when that has ended, and this long for it.
 const HELPERS_END_WITHIN: Duration = Duration::from_secs(5);
 
@@ -107,8 +111,8 @@ pub fn end_within(place: &Place, within: Duration) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Ends those that keep the workload at `place`, whatever they are doing, and gives how many there were. What they hold
-/// goes with them, a guest that runs too.
+/// Ends those that keep the workload at `place`, whatever they are doing, and gives how many had not ended by themselves.
+/// What they hold goes with them, a guest that runs too.
 ///
 /// # Errors
 /// `TimedOut` when one has not ended `within` that time; when it cannot be found out.
@@ -116,6 +120,7 @@ pub fn end_by_force(place: &Place, within: Duration) -> io::Result<usize> {
     let until = Instant::now() + within;
     let held = noted(place)?.into_iter().map(|process| process.hold());
     let held: Vec<OwnedFd> = held.filter_map(io::Result::transpose).collect::<io::Result<_>>()?;
+    let mut killed = 0;
     for (number, process) in held.iter().enumerate() {
         let leave = if number == 0 { Duration::ZERO } else { HELPERS_END_WITHIN };
         if ends(process, (Instant::now() + leave).min(until))? {
@@ -128,8 +133,36 @@ pub fn end_by_force(place: &Place, within: Duration) -> io::Result<usize> {
         if !ends(process, until)? {
             return Err(ErrorKind::TimedOut.into());
         }
+        killed += 1;
     }
-    Ok(held.len())
+    Ok(killed)
+}
+
+/// Ends what is left of those that kept the workload at `place`, which is not to run here: it ended, or went elsewhere,
+/// and they have not ended with it.
+///
+/// # Errors
+/// When one does not end even so, or it cannot be found out whether there is one.
+pub fn end_left(place: &Place) -> Result<()> {
+    let cannot_tell = |error| {
+        WorkloadError::new(format!("Cannot tell whether the keeper of {} lives", place.name), error)
+    };
+    if end_within(place, LEFT_WITHIN).map_err(cannot_tell)? {
+        return Ok(());
+    }
+    let ended = end_by_force(place, KILLED_WITHIN).map_err(|error| match error.kind() {
+        ErrorKind::TimedOut => WorkloadError::new(
+            format!(
+                "The keeper of {} was killed and has not ended: the kernel waits, perhaps for a disk that does not \
+                 answer. The workload may still run",
+                place.name
+            ),
+            error,
+        ),
+        _ => cannot_tell(error),
+    })?;
+    tracing::warn!(workload = place.name, ended, "Its keeper did not end: ended by force");
+    Ok(())
 }
 
 /// Whether the process behind `held` has ended, or does so before `until`.
@@ -214,7 +247,7 @@ mod tests {
         let stopped = nix::unistd::Pid::from_raw(number(&keeper));
         nix::sys::signal::kill(stopped, nix::sys::signal::Signal::SIGSTOP).expect("stopped");
         drop(helper.stdin.take());
-        assert_eq!(end_by_force(&place, LONG).expect("ended"), 2);
+        assert_eq!(end_by_force(&place, LONG).expect("ended"), 1);
         let how = [keeper.wait().expect("ended"), helper.wait().expect("ended")];
         assert_eq!(how.map(|one| one.code()), [None, Some(0)]);
     }

@@ -258,14 +258,10 @@ impl Copying {
                     }
                 }
                 Decision::Stop => {
-                    if let MaxDowntime::Aimed(aim) = self.max_downtime
-                        && predicted > millis(aim)
-                        && fixed <= aim
-                    {
+                    if policy.misses(&remaining) {
                         let text = format!(
-                            "No further round makes a stop of about {predicted:.0} ms shorter, which is more than the \
-                             {} ms that are aimed at; --max-downtime makes it a promise",
-                            aim.as_millis()
+                            "Neither further rounds nor less processor time for it make a stop of about {predicted:.0} ms \
+                             shorter, which is more than is aimed at; --max-downtime makes it a promise"
                         );
                         wire.progress.tell(Progress::Note { text });
                     }

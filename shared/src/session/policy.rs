@@ -68,7 +68,7 @@ pub struct Policy {
     fixed: Duration,
     what: What,
     rounds: u32,
-    /// The shortest stop that was predicted, with as much taken from the workload as now.
+    /// The stop that was predicted when that last became shorter, with as much taken from the workload as now.
     least: Option<Duration>,
     /// Rounds since the predicted stop last became shorter.
     stuck: u32,
@@ -81,8 +81,8 @@ const PATIENCE: u32 = 3;
 const STEP: u8 = 20;
 /// No more is ever taken.
 const MOST: u8 = 80;
-/// A stop counts as shorter when it falls below this share of the shortest so far: a round that gains less is not worth
-/// its round trip.
+/// A stop counts as shorter when it falls below this share of the one that last did: rounds that gain less are not worth
+/// their round trips.
 const SHORTER: f64 = 0.9;
 /// What is aimed at, and not promised, may be missed by so much where nothing brings the stop any nearer to it.
 const MISSED: f64 = 2.0;
@@ -136,6 +136,11 @@ impl Policy {
         }
     }
 
+    /// Whether a stop now would miss the target.
+    pub fn misses(&self, remaining: &Remaining) -> bool {
+        self.shortest(remaining) > self.target(remaining)
+    }
+
     /// Nothing can be taken from this workload: no more of it is asked for.
     pub fn cannot_throttle(&mut self) {
         self.percent = MOST;
@@ -146,8 +151,11 @@ impl Policy {
         self.rounds += 1;
         let predicted = self.shortest(remaining);
         let target = self.target(remaining);
+        // Against the last that counted as shorter: several small gains are a large one.
         let falling = self.least.is_none_or(|least| predicted < least.mul_f64(SHORTER));
-        self.least = Some(self.least.map_or(predicted, |least| least.min(predicted)));
+        if falling {
+            self.least = Some(predicted);
+        }
         self.stuck = if falling { 0 } else { self.stuck + 1 };
         if predicted <= target {
             // Within the target: go on only as long as each round makes the stop shorter.

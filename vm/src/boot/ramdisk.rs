@@ -73,9 +73,13 @@ fn read_zstd(reader: &mut impl BufRead) -> io::Result<()> {
     read_all(zstd::stream::read::Decoder::with_buffer(reader)?.single_frame())
 }
 
-/// Reads entries until the last. Each is padded to a multiple of four bytes, its header and name together too.
+/// Reads entries until the last, or until the file ends where one would begin. Each is padded to a multiple of four bytes,
+/// its header and name together too; there may be more zeros between them.
 fn read_archive(reader: &mut impl BufRead) -> io::Result<()> {
     loop {
+        if skip_zeros(reader)? {
+            return Ok(());
+        }
         let mut header = [0; HEADER];
         reader.read_exact(&mut header)?;
         if !matches!(&header[..6], b"070701" | b"070702") {
@@ -92,7 +96,7 @@ fn read_archive(reader: &mut impl BufRead) -> io::Result<()> {
         }
         let mut name = vec![0; name_bytes as usize];
         reader.read_exact(&mut name)?;
-        if name == LAST {
+        if name.starts_with(LAST) {
             return Ok(());
         }
         skip(reader, padding(HEADER as u64 + name_bytes))?;

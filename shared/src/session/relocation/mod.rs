@@ -222,6 +222,13 @@ impl Relocating {
                 Decision::Another => {}
                 Decision::Throttle { percent } => self.throttle(percent, &mut policy).await,
                 Decision::Stop => {
+                    if policy.misses(&remaining) {
+                        let text = format!(
+                            "Neither further rounds nor less processor time for it make the hold of about {predicted:.0} ms \
+                             shorter, which is more than is aimed at; --max-downtime makes it a promise"
+                        );
+                        self.progress.tell(Progress::Note { text });
+                    }
                     self.report.predicted.downtime_ms = Some(predicted);
                     return Ok(dirty);
                 }
