@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use super::Agent;
 use super::answer::{Result, chain};
 use super::claims::Claim;
-use super::supervise::is_kept;
+use super::supervise::{is_kept, listens};
 use super::workloads::blocking;
 use crate::messages::State;
 
@@ -73,9 +73,11 @@ pub(super) fn settle(agent: &Agent, name: &str, within: Duration) -> Result<()> 
     });
     let (mut keeper, phase) = match met {
         Ok(met) => met,
-        Err(WorkloadError::KeeperGone { .. }) if !is_kept(&place) => {
-            // One that ended in order took its socket away; one that died took nothing away.
-            if workload.state == State::Stopped && place.socket().exists() {
+        Err(WorkloadError::KeeperGone { .. }) if !listens(&place) => {
+            // One that ended in order took its socket away; one that died took nothing away. One that lives, and that
+            // nobody can ask any more, is ended where its workload is only in a file, and otherwise left to who stops it.
+            let is_left = || place.socket().exists() || is_kept(&place);
+            if workload.state == State::Stopped && is_left() {
                 sweep()?;
                 let _ = std::fs::remove_file(place.socket());
             }
@@ -97,7 +99,7 @@ pub(super) fn settle(agent: &Agent, name: &str, within: Duration) -> Result<()> 
         }
         (State::Stopped, Phase::Fenced { token }) => {
             match keeper.release(token) {
-                Err(WorkloadError::KeeperGone { .. }) if !is_kept(&place) => {}
+                Err(WorkloadError::KeeperGone { .. }) if !listens(&place) => {}
                 released => released?,
             }
             sweep()?;

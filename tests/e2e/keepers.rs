@@ -23,7 +23,43 @@ pub(crate) fn tests() -> Vec<Test> {
         Test::new("keepers::fenced_stays_and_is_found", Needs::Both, fenced),
         Test::new("keepers::killed_while_it_is_moved", Needs::Kvm, killed),
         Test::new("keepers::stuck_does_not_keep_the_agent", Needs::Kvm, stuck),
+        Test::new("keepers::out_of_reach_is_there_and_is_stopped", Needs::Both, out_of_reach),
     ]
+}
+
+/// A keeper at whose socket nobody can ask any more holds its workload all the same: that counts as running, is not
+/// started a second time, and can be stopped.
+fn out_of_reach() {
+    let hosts = hosts();
+    hosts.mend();
+    let guest = Guest::start(hosts, ALPHA, "deaf", "64M", "fill=8 hot=1 report=50");
+    let _redis = Redis::start(hosts, ALPHA, "mute", 43);
+    for name in ["deaf", "mute"] {
+        let socket = format!("/var/lib/decamp/workloads/{name}/keeper.sock");
+        hosts.exec(ALPHA, &["rm", &socket]).expect(0);
+    }
+    // Several looks of the agent's, and those of the next.
+    for again in [false, true] {
+        if again {
+            hosts.hosts(&["agent", ALPHA, "kill"]).expect(0);
+            hosts.start_agent(ALPHA, "");
+        }
+        std::thread::sleep(Duration::from_secs(4));
+        for name in ["deaf", "mute"] {
+            assert_eq!(hosts.state(ALPHA, name).as_deref(), Some("running"), "{name}");
+            let ran = hosts.decamp(ALPHA, &["start", name]).expect(3);
+            assert!(ran.stderr.contains("runs already"), "{ran}");
+        }
+        guest.runs_clean(ALPHA);
+    }
+    for name in ["deaf", "mute"] {
+        hosts.decamp(ALPHA, &["stop", name]).expect(0);
+        assert_eq!(hosts.state(ALPHA, name).as_deref(), Some("stopped"), "{name}");
+        let left = format!("[d]ecamp keeper .*/{name}/|[m]onitor of VM {name}");
+        hosts.exec(ALPHA, &["pgrep", "-f", &left]).expect(1);
+        hosts.decamp(ALPHA, &["start", name]).expect(0);
+    }
+    guest.runs_clean(ALPHA);
 }
 
 fn without_agent() {
