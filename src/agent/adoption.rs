@@ -10,7 +10,7 @@ use super::Agent;
 use super::answer::{Answer, Result};
 use super::registry::Workload;
 use super::supervise::exit_record;
-use super::workloads::{blocking, gone, kept};
+use super::workloads::{blocking, gone};
 use crate::backend::is_adopted;
 use crate::messages::{AdoptRequest, State, WorkloadView, is_workload_name};
 
@@ -49,11 +49,7 @@ impl Agent {
             Ok(running) => return Ok(running.view()),
             Err(answer) => answer,
         };
-        // What could not be given back is not forgotten: the next agent finds it.
-        if !kept(&place).await? {
-            self.registry.remove(&name)?;
-            self.state_dir.remove_place(&place)?;
-        }
+        self.forget_unless_kept(&name, &place).await?;
         Err(answer)
     }
 

@@ -74,12 +74,18 @@ impl Agent {
             Ok(running) => return Ok(running.view()),
             Err(answer) => answer,
         };
-        // What could not be ended is not forgotten: the next agent finds it.
-        if !kept(&place).await? {
-            self.registry.remove(&name)?;
-            self.state_dir.remove_place(&place)?;
-        }
+        self.forget_unless_kept(&name, &place).await?;
         Err(answer)
+    }
+
+    /// Forgets a workload that did not come to be. One that could not be ended, or given back, is not forgotten: the next
+    /// agent finds it.
+    pub(super) async fn forget_unless_kept(&self, name: &str, place: &Place) -> Result<()> {
+        if !kept(place).await? {
+            self.registry.remove(name)?;
+            self.state_dir.remove_place(place)?;
+        }
+        Ok(())
     }
 
     /// Runs a stopped workload again and returns when it runs.
@@ -325,7 +331,7 @@ async fn end(
 }
 
 /// Whether there is a keeper at `place`.
-pub(crate) async fn kept(place: &Place) -> Result<bool> {
+async fn kept(place: &Place) -> Result<bool> {
     let place = place.clone();
     blocking(move || is_kept(&place)).await
 }

@@ -66,6 +66,7 @@ Environment
                       how often the container moves ({crossing.MOVES})
   guests, peers, refusals and crossing:
   DECAMP_LOG          what the agents say in their logs (info)
+  DECAMP_QEMU         the QEMU in which hosts are emulated (what tests/setup --bench unpacked)
   DECAMP_BIN          the decamp to run (default: what was built here)
   containers:
   DECAMP_LAB_KERNEL   package of the kernel ({containers.PACKAGE})

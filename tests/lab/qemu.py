@@ -23,7 +23,7 @@ PORT = 4444
 DOWNTIME = 300
 # What was seen to boot this guest and to migrate it here. More can be left out (`pit=off,pic=off,rtc=off`).
 MACHINE = os.environ.get("DECAMP_LAB_MICROVM") or "microvm,acpi=on"
-# Seconds that a migration may take, over a link on which all of the guest's memory would take a quarter of that.
+# Seconds that a migration may take.
 WITHIN = 300
 # Channels of multifd; none: one stream of all.
 CHANNELS = int(os.environ.get("DECAMP_LAB_CHANNELS") or 0)
