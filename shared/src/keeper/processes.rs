@@ -52,7 +52,9 @@ impl Process {
         let Some(pid) = Pid::from_raw(self.pid) else { return Ok(None) };
         let held = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(held) => held,
-            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            // The kernel's word for a number that is no process's, or not any more: one that is being taken away while
+            // this is asked is `INVAL` to those before Linux 6.16.
+            Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         // Of this very process, if it still has the number now.
