@@ -6,8 +6,11 @@ use super::super::{feature_registers, grant, trial};
 use super::common::{ECX_PDCM, Register, XSAVE_BASE, clear, common, hide, pin};
 use super::*;
 
+/// This host's CPU as a guest can use it: there are hypervisors that hide a feature and show the state of it.
 fn own() -> Vec<CpuidEntry> {
-    Offer::of_this_host().expect("KVM").entries
+    let mut entries = Offer::of_this_host().expect("KVM").entries;
+    settle(&mut entries);
+    entries
 }
 
 /// An offer that says nothing of registers, as older versions of decamp make it.
