@@ -16,14 +16,14 @@ from initramfs import Initramfs
 from telling import Failed
 
 HERE = Path(__file__).resolve().parent
-MODULES = ["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "button", "evdev"]
+MODULES = ["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console"]
+MODULES += ["vmw_vsock_virtio_transport", "button", "evdev"]
 # ext4 asks the kernel for its checksum, by no dependency.
 MODULES += ["crc32c_generic", "ext4"]
 ADDRESS = "10.77.1.9"
 # As witness.rs has it.
-ECHO_PORT, TIME_PORT = 7777, 7778
-# QEMU 7.2 does not let KVM see that a guest writes XCR0: XSAVE in a guest saves less than its kernel believes.
-CMDLINE = f"console=ttyS0 quiet panic=-1 noxsave lab.address={ADDRESS}/24 lab.memory=32"
+ECHO_PORT, TIME_PORT, VSOCK_PORT = 7777, 7778, 7779
+CMDLINE = f"console=ttyS0 quiet panic=-1 lab.address={ADDRESS}/24 lab.memory=32"
 # What a kernel says when time, a processor or a device is not as it must be; and what only sounds like it.
 TROUBLE = re.compile(
     r"warning|bug:|oops|call trace|stall|lockup|hung|unstable|skew|jump|backwards|mce:|i/o error|timed out|timekeeping",
@@ -113,6 +113,10 @@ class Guest:
     def cpuid(self, host, leaf):
         """What CPUID tells it: EAX, EBX, ECX and EDX of a leaf."""
         return [int(word) for word in self._ask(host, f"cpuid {leaf}")[0].split()]
+
+    def registers(self, host):
+        """Which of its processors' vector registers its witness watches."""
+        return self._ask(host, "registers")[0]
 
     def kernel_log(self, host):
         """All that its kernel has said."""

@@ -9,13 +9,14 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import devices
 import disk
 import stress
-from guest import Guest, find_decamp, trouble
+from guest import ADDRESS, Guest, find_decamp, trouble
 from host import NAMES, Host, issue_certificates
 from kernel import DIR, Kernel
 from machine import NEEDS as MACHINE_NEEDS
-from network import Network
+from network import SEGMENT, Network
 from observer import Observer
 from telling import Failed, part, say
 
@@ -69,7 +70,7 @@ def start_guest(guest, host):
     host.run(f"truncate -s {disk.SIZE} {disk.IMAGE}")
     words = guest.arguments(guest.kernel.image, memory=MEMORY, cpus=CPUS, disk=disk.IMAGE, net=True)
     with part("guest boots"):
-        host.decamp("run", "vm", *words)
+        host.decamp("run", "vm", *words, "--vsock")
         said = guest.wait_up(host, 300)
         for line in said:
             say(f"  {line}")
@@ -79,6 +80,8 @@ def start_guest(guest, host):
         raise Failed("The guest cannot use its disk")
     with part("the guest fills its disk"):
         guest.wait_filled(host, FILL)
+    with part("what Linux makes of its devices"):
+        devices.check(guest, host)
     stress.begin(guest, host)
 
 
@@ -98,11 +101,12 @@ def boot_elf(kernel, scratch, host):
         raise Failed(f"The guest did not switch itself off: {said}")
 
 
-def move(guest, source, destination, observer, *, fresh=False):
+def move(guest, source, destination, observer, announcements, *, fresh=False):
     """Moves the guest once, where it never was if `fresh`; the report."""
     at_once([source.set_clock, destination.set_clock])
     before, sure_before = guest.clock(source)
     used = source.used(disk.IMAGE)
+    announcements.take()
     report = source.migrate(guest.name, destination.name, *guest.storage, within=MOVE)
     after, sure_after = guest.clock(destination)
     asked, ended = report["asked_ns"], report["asked_ns"] + round(report["total_ms"] * 1e6)
@@ -115,6 +119,10 @@ def move(guest, source, destination, observer, *, fresh=False):
         f"{state['beats']} beats, the longest {state['longest_ms']} ms; gap in the stream {observer.gap():.0f} ms"
     )
     say(f"    {disk.check_wire(report, used, rewritten, fresh)}")
+    announced = announcements.take()
+    say(f"    announced: {', '.join(f'{kind} {count} times' for kind, count in announced.items())}")
+    if not all(announced.values()):
+        raise Failed("Not everybody who should has announced where the guest is now")
     if sure > SURE_WITHIN:
         raise Failed(f"What the guest's clock does cannot be told: it is known to {sure:.1f} ms")
     if abs(off) > CLOCK_WITHIN + sure:
@@ -122,23 +130,23 @@ def move(guest, source, destination, observer, *, fresh=False):
     return report
 
 
-def move_busy(guest, hosts, observer):
+def move_busy(guest, hosts, *watching):
     """Moves the guest to and fro while everything in it is at work."""
     reports = []
     for number in range(MOVES):
         source, destination = hosts[number % 2], hosts[(number + 1) % 2]
-        reports.append(move(guest, source, destination, observer, fresh=not number))
+        reports.append(move(guest, source, destination, *watching, fresh=not number))
         stress.check_runs(guest, destination)
     for what in ("downtime", "total"):
         times = [report[f"{what}_ms"] for report in reports]
         say(f"{what} of {MOVES} moves: median {statistics.median(times):.0f} ms, most {max(times):.0f} ms")
 
 
-def move_quiet(guest, source, destination, observer):
+def move_quiet(guest, source, destination, *watching):
     """Once more, with nobody writing to the disk: the image that is left and the one that came are the same."""
     guest.rest(source)
     with part("a move with the disk at rest"):
-        move(guest, source, destination, observer)
+        move(guest, source, destination, *watching)
     with part("checksums of both images"):
         disk.compare(source, destination)
     with part("the guest verifies its disk"):
@@ -171,15 +179,18 @@ def _run(scratch, hosts):
     boot_hosts(kernels, scratch, hosts, decamp)
     start_guest(guest, hosts[0])
     first = guest.look(hosts[0])
-    observer = Observer()
+    observer, announcements = Observer(), devices.Announcements(SEGMENT, ADDRESS)
     with part(f"{MOVES} moves"):
-        move_busy(guest, hosts, observer)
+        move_busy(guest, hosts, observer, announcements)
     here, there = hosts[MOVES % 2], hosts[(MOVES + 1) % 2]
     say(f"longest gap in the TCP stream: {observer.longest():.0f} ms")
     with part("stress-ng ends"):
         say(f"  it verified, and is content: {stress.end(guest, here)}")
-    move_quiet(guest, here, there, observer)
+    move_quiet(guest, here, there, observer, announcements)
     observer.close()
+    announcements.close()
+    with part("what Linux makes of its devices after the moves"):
+        devices.check(guest, there)
     with part("the guest's own words"):
         state = check_words(guest, there, hosts, scratch)
     if any(state[what] <= first[what] for what in ("beats", "passes", "written", "verified")):

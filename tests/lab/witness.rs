@@ -2,9 +2,9 @@
 //! answers who asks on the console or on the network, and says whether anything was ever wrong.
 //!
 //! Built by rustc alone, without libraries, into one static program. On the console a line is a question: `time`,
-//! `state`, `cpuid LEAF` (its four registers), `written FROM TO` (bytes that the disk's writer wrote from one time to another), `rest` (it stops, and all
-//! of it is on the disk), `verify` (all of the file is read from the disk), `go`, or `sh COMMAND`. Answers begin with
-//! `@`, so that they are told from what the kernel prints.
+//! `state`, `cpuid LEAF` (its four registers), `registers` (which are watched), `written FROM TO` (bytes that the disk's
+//! writer wrote from one time to another), `rest` (it stops, and all of it is on the disk), `verify` (all of the file is
+//! read from the disk), `go`, or `sh COMMAND`. Answers begin with `@`, so that they are told from what the kernel prints.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -16,6 +16,8 @@ use std::sync::{Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+mod registers;
+mod sockets;
 mod writer;
 
 /// A beat of the clocks' watch.
@@ -164,18 +166,21 @@ fn written_in(from: i128, to: i128) -> u64 {
 /// Sends back what comes, on TCP.
 fn echo(port: u16) -> io::Result<()> {
     for stream in TcpListener::bind(("0.0.0.0", port))?.incoming() {
-        let mut stream = stream?;
+        let stream = stream?;
         stream.set_nodelay(true)?;
-        thread::spawn(move || {
-            let mut bytes = [0; 4096];
-            while let Ok(count @ 1..) = stream.read(&mut bytes) {
-                if stream.write_all(&bytes[..count]).is_err() {
-                    break;
-                }
-            }
-        });
+        thread::spawn(move || send_back(stream));
     }
     Ok(())
+}
+
+/// Until either end has enough.
+fn send_back(mut stream: impl Read + Write) {
+    let mut bytes = [0; 4096];
+    while let Ok(count @ 1..) = stream.read(&mut bytes) {
+        if stream.write_all(&bytes[..count]).is_err() {
+            break;
+        }
+    }
 }
 
 /// Answers each datagram with itself and the time.
@@ -267,6 +272,7 @@ fn main() {
     VARIED.store(words.get(2).is_some_and(|text| text == "varied"), Ordering::Relaxed);
     thread::spawn(keep_time);
     thread::spawn(move || keep_memory(memory));
+    thread::spawn(registers::keep);
     if std::fs::exists("/disk").unwrap_or(false) {
         thread::spawn(move || {
             writer::keep(on_disk).unwrap_or_else(|error| wrong(format!("the disk: {error}")))
@@ -277,11 +283,17 @@ fn main() {
     }
     thread::spawn(|| echo(7777).unwrap_or_else(|error| wrong(format!("echo: {error}"))));
     thread::spawn(|| tell_time(7778).unwrap_or_else(|error| wrong(format!("time: {error}"))));
+    if std::fs::exists("/dev/vsock").unwrap_or(false) {
+        thread::spawn(|| {
+            sockets::echo(7779).unwrap_or_else(|error| wrong(format!("its host's socket: {error}")))
+        });
+    }
     answer("witness");
     for line in io::stdin().lock().lines().map_while(Result::ok) {
         match line.trim() {
             "time" => answer(&format!("time {}", real())),
             "state" => answer(&format!("state {}", state())),
+            "registers" => answer(&format!("registers {}", registers::watched())),
             "rest" => answer(&format!("rest {}", writer::rest())),
             "verify" => answer(&format!("verify {}", writer::verify_all())),
             "go" => {
