@@ -12,12 +12,12 @@ from functools import partial
 import devices
 import disk
 import stress
-from guest import ADDRESS, Guest, find_decamp, trouble
+from guest import Guest, find_decamp, trouble
 from host import NAMES, Host, issue_certificates
 from kernel import DIR, Kernel
 from machine import NEEDS as MACHINE_NEEDS
-from network import SEGMENT, Network
-from observer import Observer
+from network import Network
+from observer import Announcements, Observer
 from telling import Failed, part, say
 
 NEEDS = [*MACHINE_NEEDS, "zstd", "ip", "rustc", "ldd", "/dev/net/tun"]
@@ -179,7 +179,7 @@ def _run(scratch, hosts):
     boot_hosts(kernels, scratch, hosts, decamp)
     start_guest(guest, hosts[0])
     first = guest.look(hosts[0])
-    observer, announcements = Observer(), devices.Announcements(SEGMENT, ADDRESS)
+    observer, announcements = Observer(), Announcements()
     with part(f"{MOVES} moves"):
         move_busy(guest, hosts, observer, announcements)
     here, there = hosts[MOVES % 2], hosts[(MOVES + 1) % 2]

@@ -1,4 +1,5 @@
-"""The observer on the workloads' segment: a TCP stream to the guest that never stops, and its longest gap.
+"""The observer on the workloads' segment: a TCP stream to the guest that never stops, and its longest gap; and who
+announces where the guest is.
 
 What belongs here: what can be seen of a guest from outside. What does not: what anybody says of himself.
 """
@@ -9,6 +10,7 @@ import threading
 import time
 
 from guest import ADDRESS, ECHO_PORT
+from network import SEGMENT
 from telling import Failed
 
 # Seconds between two messages, and in which the stream must be up again after a move.
@@ -87,3 +89,49 @@ class Observer:
     def _is_wrong(self, text):
         if not self._ended:
             self._wrong = text
+
+
+class Announcements:
+    """What is said on the segment of who is where, unasked: by the host for the guest, and by the guest itself."""
+
+    ARP, RARP = 0x0806, 0x8035
+    # Hardware and protocol of both addresses, operation; who says it, and to whom.
+    FORMAT = struct.Struct("!HHBBH6s4s6s4s")
+
+    def __init__(self):
+        self._address = socket.inet_aton(ADDRESS)
+        self._sockets = []
+        for kind in (self.ARP, self.RARP):
+            port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(kind))
+            port.bind((SEGMENT, kind))
+            port.setblocking(False)
+            self._sockets.append(port)
+
+    def take(self):
+        """How many of each kind came since this was asked last."""
+        found = {"RARP": 0, "ARP": 0, "the guest's own": 0}
+        for port in self._sockets:
+            while True:
+                try:
+                    frame = port.recv(2048)
+                except BlockingIOError:
+                    break
+                if kind := self._kind(frame):
+                    found[kind] += 1
+        return found
+
+    def close(self):
+        for port in self._sockets:
+            port.close()
+
+    def _kind(self, frame):
+        if len(frame) < 14 + self.FORMAT.size:
+            return None
+        kind = int.from_bytes(frame[12:14])
+        *_, operation, _, sender, target_mac, target = self.FORMAT.unpack_from(frame, 14)
+        if kind == self.RARP:
+            return "RARP" if operation == 3 else None
+        if sender != target or sender != self._address:
+            return None
+        # Linux leaves out whom it tells; decamp says that it tells everybody.
+        return "ARP" if target_mac == b"\xff" * 6 else "the guest's own"
