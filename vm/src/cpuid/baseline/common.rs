@@ -104,7 +104,7 @@ pub(super) fn pin(own: &[CpuidEntry], baseline: &[CpuidEntry]) -> Vec<CpuidEntry
             pinned.push(*here);
         }
     }
-    settle(&mut pinned);
+    settle(&mut pinned, standing_alone(own) & standing_alone(baseline));
     pinned
 }
 
@@ -151,13 +151,11 @@ fn narrow(mut entry: CpuidEntry, other: CpuidEntry, is_there: bool) -> Option<Cp
 }
 
 /// Takes out what stands alone: components without their features, features without their components, and
-/// sizes that count what is gone. And what no guest can be held to.
-pub(super) fn settle(entries: &mut [CpuidEntry]) {
+/// sizes that count what is gone. And what no guest can be held to. Components that stand alone on each of the hosts
+/// themselves, `alone`, stay: no guest can be kept from seeing what a hypervisor shows in that way.
+pub(super) fn settle(entries: &mut [CpuidEntry], alone: u64) {
     hide(entries);
-    let mut kept: u64 = entries
-        .iter()
-        .find(|entry| (entry.leaf, entry.subleaf) == (0xd, 0))
-        .map_or(0, |entry| u64::from(entry.eax) | u64::from(entry.edx) << 32);
+    let mut kept = components(entries);
     let has = |entries: &[CpuidEntry], component: u32| {
         find(entries, 0xd, component).is_some_and(|entry| entry.eax > 0)
     };
@@ -166,15 +164,7 @@ pub(super) fn settle(entries: &mut [CpuidEntry]) {
             kept &= !(1 << component);
         }
     }
-    let mut seen = u32::MAX;
-    for &(component, leaf, subleaf, register, bits) in NEED_STATE {
-        let stands_for_it = component != std::mem::replace(&mut seen, component);
-        let is_there =
-            find(entries, leaf, subleaf).is_some_and(|entry| get(entry, register) & bits != 0);
-        if stands_for_it && !is_there {
-            kept &= !(1 << component);
-        }
-    }
+    kept &= alone | !standing_alone(entries);
     for group in TOGETHER {
         if group.iter().any(|one| kept & 1 << one == 0) {
             group.iter().for_each(|one| kept &= !(1 << one));
@@ -193,6 +183,26 @@ pub(super) fn settle(entries: &mut [CpuidEntry]) {
         }
     }
     resize(entries, kept);
+}
+
+/// The user's components of the extended state.
+fn components(entries: &[CpuidEntry]) -> u64 {
+    find(entries, 0xd, 0).map_or(0, |entry| u64::from(entry.eax) | u64::from(entry.edx) << 32)
+}
+
+/// Components that `entries` show without the feature that stands for them, as a hypervisor does that hides the one and
+/// not the other.
+pub(super) fn standing_alone(entries: &[CpuidEntry]) -> u64 {
+    let (mut alone, mut seen) = (0, u32::MAX);
+    for &(component, leaf, subleaf, register, bits) in NEED_STATE {
+        let stands_for_it = component != std::mem::replace(&mut seen, component);
+        let is_there =
+            find(entries, leaf, subleaf).is_some_and(|entry| get(entry, register) & bits != 0);
+        if stands_for_it && !is_there {
+            alone |= 1 << component;
+        }
+    }
+    alone & components(entries)
 }
 
 /// Takes out what leads to registers that are in no baseline.

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::registers::{self, FeatureRegister};
 use super::{CpuidEntry, HYPERVISOR, MAX_ENTRIES, Offered, filled, find, maker, missing};
 use crate::error::{Result, VmError};
-use common::settle;
+use common::{settle, standing_alone};
 pub use held::Held;
 
 /// Version of a host's words, and of a file that says nothing of registers: what older versions of decamp know.
@@ -124,7 +124,8 @@ impl Baseline {
             let both = registers.zip(other.registers.as_ref());
             registers = both.map(|(ours, theirs)| registers::common(&ours, theirs));
         }
-        settle(&mut entries);
+        let alone = offers.iter().map(|(_, offer)| standing_alone(&offer.entries));
+        settle(&mut entries, alone.fold(u64::MAX, |all, one| all & one));
         if let Some(all) = &mut registers {
             all.retain(registers::in_baselines);
         }

@@ -3,14 +3,11 @@
 use proptest::prelude::*;
 
 use super::super::{feature_registers, grant, trial};
-use super::common::{ECX_PDCM, Register, XSAVE_BASE, clear, common, hide, pin};
+use super::common::{ECX_PDCM, Register, XSAVE_BASE, clear, common, hide, pin, standing_alone};
 use super::*;
 
-/// This host's CPU as a guest can use it: there are hypervisors that hide a feature and show the state of it.
 fn own() -> Vec<CpuidEntry> {
-    let mut entries = Offer::of_this_host().expect("KVM").entries;
-    settle(&mut entries);
-    entries
+    Offer::of_this_host().expect("KVM").entries
 }
 
 /// An offer that says nothing of registers, as older versions of decamp make it.
@@ -55,7 +52,7 @@ fn weaker(masks: &[u32], narrower: u32) -> Offer {
             entry.eax -= narrower;
         }
     }
-    settle(&mut entries);
+    settle(&mut entries, 0);
     offer(entries)
 }
 
@@ -63,7 +60,7 @@ fn without(leaf: u32, register: Register, bits: u32) -> Offer {
     let mut entries = own();
     let entry = entries.iter_mut().find(|one| (one.leaf, one.subleaf) == (leaf, 0));
     clear(entry.expect("the leaf"), register, bits);
-    settle(&mut entries);
+    settle(&mut entries, 0);
     offer(entries)
 }
 
@@ -81,6 +78,39 @@ fn one_host_loses_nothing() {
     assert!(missing(&offer.entries, &baseline.entries).is_empty());
     let json = serde_json::to_vec(&baseline).expect("JSON");
     assert_eq!(Baseline::parse(&json).expect("own JSON"), baseline);
+}
+
+/// Hypervisors were seen that hide protection keys and show their component.
+#[test]
+fn state_that_every_host_shows_without_its_feature_stays() {
+    const COMPONENT: u32 = 1 << 9;
+    let mut entries = own();
+    hide(&mut entries);
+    let leaf = entries.iter_mut().find(|one| (one.leaf, one.subleaf) == (7, 0)).expect("leaf 7");
+    clear(leaf, Register::Ecx, 1 << 3);
+    let whole = entries.iter_mut().find(|one| (one.leaf, one.subleaf) == (0xd, 0)).expect("0xD");
+    let end = whole.ecx;
+    whole.eax |= COMPONENT;
+    if find(&entries, 0xd, 9).is_none_or(|one| one.eax == 0) {
+        entries.retain(|one| (one.leaf, one.subleaf) != (0xd, 9));
+        let flags = find(&entries, 0xd, 0).expect("0xD").flags;
+        let place = CpuidEntry { leaf: 0xd, subleaf: 9, flags, eax: 8, ebx: end, ecx: 0, edx: 0 };
+        entries.push(place);
+        let whole = entries.iter_mut().find(|one| (one.leaf, one.subleaf) == (0xd, 0));
+        whole.expect("0xD").ecx = end + 8;
+    }
+    assert_eq!(standing_alone(&entries) as u32 & COMPONENT, COMPONENT);
+    let shows = offer(entries.clone());
+    let (baseline, lost) = both(shows.clone(), shows.clone());
+    assert!(lost.values().all(Vec::is_empty), "{lost:?}");
+    let held = pin(&entries, &baseline.entries);
+    assert!(missing(&entries, &held).is_empty(), "{:?}", missing(&entries, &held));
+    // Where one of them has no such state, neither has the baseline.
+    settle(&mut entries, 0);
+    let (baseline, lost) = both(shows, offer(entries));
+    assert_eq!(find(&baseline.entries, 0xd, 0).expect("0xD").eax & COMPONENT, 0);
+    assert!(lost["alpha"].iter().any(|name| name.starts_with("xsave_pkru ")), "{lost:?}");
+    assert!(lost["beta"].is_empty(), "{lost:?}");
 }
 
 #[test]
@@ -104,9 +134,8 @@ fn state_goes_with_its_feature_and_features_with_their_state() {
     let place = moved.iter_mut().find(|one| (one.leaf, one.subleaf) == (0xd, 2));
     if let Some(place) = place.filter(|place| place.eax > 0) {
         place.ebx += 64;
-        let entries = common(&own(), &moved);
-        let mut entries = entries;
-        settle(&mut entries);
+        let mut entries = common(&own(), &moved);
+        settle(&mut entries, 0);
         assert_eq!(find(&entries, 1, 0).expect("leaf 1").ecx & 1 << 28, 0, "AVX stayed");
     }
 }
