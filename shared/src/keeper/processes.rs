@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
@@ -52,9 +53,9 @@ impl Process {
         let Some(pid) = Pid::from_raw(self.pid) else { return Ok(None) };
         let held = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(held) => held,
-            // The kernel's word for a number that is no process's, or not any more: one that is being taken away while
-            // this is asked is `INVAL` to those before Linux 6.16.
-            Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL) => return Ok(None),
+            // Kernels' words for a number that is no process's: nobody's, a thread's, or, to older ones, that of a process
+            // that is just being taken away.
+            Err(Errno::SRCH | Errno::NOENT | Errno::INVAL) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         // Of this very process, if it still has the number now.
@@ -129,7 +130,7 @@ pub fn end_by_force(place: &Place, within: Duration) -> io::Result<usize> {
             continue;
         }
         match pidfd_send_signal(process, Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Ok(()) | Err(Errno::SRCH) => {}
             Err(error) => return Err(error.into()),
         }
         if !ends(process, until)? {
@@ -285,5 +286,16 @@ mod tests {
         std::os::unix::fs::symlink(note(&place), note(&place)).expect("linked");
         end_within(&place, NOW).expect_err("nobody can tell");
         end_by_force(&place, NOW).expect_err("nobody can tell");
+    }
+    /// Numbers of processes and of their threads are of one kind.
+    #[test]
+    fn a_thread_that_has_its_number_now_is_no_process() {
+        let (_dir, place) = place();
+        let looked = std::thread::spawn(move || {
+            let thread = Process::of(nix::unistd::gettid().as_raw()).expect("a thread");
+            write(&place, &[thread]).expect("noted");
+            (end_within(&place, NOW).expect("looked"), end_by_force(&place, NOW).expect("looked"))
+        });
+        assert_eq!(looked.join().expect("looked"), (true, 0));
     }
 }

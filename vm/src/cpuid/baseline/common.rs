@@ -152,7 +152,7 @@ fn narrow(mut entry: CpuidEntry, other: CpuidEntry, is_there: bool) -> Option<Cp
 
 /// Takes out what stands alone: components without their features, features without their components, and
 /// sizes that count what is gone. And what no guest can be held to. Components that stand alone on each of the hosts
-/// themselves, `alone`, stay: no guest can be kept from seeing what a hypervisor shows in that way.
+/// themselves, `alone`, stay: a guest sees them wherever it runs.
 pub(super) fn settle(entries: &mut [CpuidEntry], alone: u64) {
     hide(entries);
     let mut kept = components(entries);
