@@ -29,7 +29,7 @@ CPUS, MEMORY = 2, "512M"
 # be known so well.
 CLOCK_WITHIN, SURE_WITHIN = 10.0, 10.0
 # Seconds for a move, and for the file on the disk to be there.
-MOVE, FILL = 300, 300
+MOVE, FILL = 600, 600
 
 
 def run(scratch, words):
@@ -66,7 +66,7 @@ def boot_hosts(kernels, scratch, hosts, decamp, *, models=("max", "max"), device
 
 
 def start_guest(guest, host):
-    """Runs the guest, with its disk, its network and all that is to keep it busy."""
+    """Runs the guest, with its disk, its network and all that is to keep it busy; since when it is that."""
     host.run(f"truncate -s {disk.SIZE} {disk.IMAGE}")
     words = guest.arguments(guest.kernel.image, memory=MEMORY, cpus=CPUS, disk=disk.IMAGE, net=True)
     with part("guest boots"):
@@ -82,7 +82,7 @@ def start_guest(guest, host):
         guest.wait_filled(host, FILL)
     with part("what Linux makes of its devices"):
         devices.check(guest, host)
-    stress.begin(guest, host)
+    return stress.begin(guest, host)
 
 
 def boot_elf(kernel, scratch, host):
@@ -177,7 +177,7 @@ def _run(scratch, hosts):
     with part("stress-ng is tried here"):
         stress_ng.prove_that_it_tells()
     boot_hosts(kernels, scratch, hosts, decamp)
-    start_guest(guest, hosts[0])
+    begun = start_guest(guest, hosts[0])
     first = guest.look(hosts[0])
     observer, announcements = Observer(), Announcements()
     with part(f"{MOVES} moves"):
@@ -185,7 +185,7 @@ def _run(scratch, hosts):
     here, there = hosts[MOVES % 2], hosts[(MOVES + 1) % 2]
     say(f"longest gap in the TCP stream: {observer.longest():.0f} ms")
     with part("stress-ng ends"):
-        say(f"  it verified, and is content: {stress.end(guest, here)}")
+        say(f"  it verified, and is content: {stress.end(guest, here, begun)}")
     move_quiet(guest, here, there, observer, announcements)
     observer.close()
     announcements.close()

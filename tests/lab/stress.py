@@ -25,8 +25,8 @@ LOAD = {
 # It goes on until it is told to end, and gives way to who answers questions.
 COMMON = "--verify --metrics-brief --timeout 0 --temp-path /tmp"
 LOG, CODE, PID = "/tmp/stress.log", "/tmp/stress.code", "/tmp/stress.pid"
-# Seconds that it has for its end.
-END = 45
+# Seconds that it runs at least, so that each kind gets through something on a slow machine, and has for its end.
+LEAST, END = 300, 45
 SUCCESS = re.compile(r"\] successful run completed")
 METRIC = re.compile(r"metrc: \[\d+\] (\S+) +(\d+) ")
 # As it sees them, bytes; how long memory is spoiled, and what else it may take, in seconds.
@@ -181,11 +181,12 @@ def _descendants(process):
 
 
 def begin(guest, host):
-    """Starts it in a guest."""
+    """Starts it in a guest; when that was, for `end`."""
     command = f"exec /usr/bin/stress-ng {COMMON} {' '.join(LOAD.values())}"
     words = f"sh -c 'renice -n 10 -p $$ && {command}'"
     script = f"{words} </dev/null >{LOG} 2>&1 & echo $! >{PID}; wait $!; echo $? >{CODE}"
     guest.shell(host, f"({script}) </dev/null >/dev/null 2>&1 & sleep 2; test ! -e {CODE} || {{ cat {LOG}; false; }}")
+    return time.monotonic()
 
 
 def check_runs(guest, host):
@@ -193,8 +194,10 @@ def check_runs(guest, host):
     guest.shell(host, f"test ! -e {CODE} || {{ cat {LOG}; false; }}")
 
 
-def end(guest, host):
-    """Ends it; an error if it complains of anything. What it did, in words."""
+def end(guest, host, begun):
+    """Ends it, when it has run for long enough since `begun`; an error if it complains of anything. What it did, in
+    words."""
+    time.sleep(max(0, begun + LEAST - time.monotonic()))
     wait = f"for _ in $(seq {END * 2}); do test -e {CODE} && break; sleep 0.5; done"
     lines = guest.shell(host, f"kill -TERM $(cat {PID}); {wait}; cat {CODE} {LOG}")
     code = int(lines[0]) if lines and lines[0].isdigit() else None
