@@ -10,7 +10,7 @@ import sys
 import time
 
 # How often is asked at least, and for how many seconds at most; a round trip of so many nanoseconds is soon enough.
-QUESTIONS, LONG, SOON = 40, 5, 2_000_000
+QUESTIONS, LONG, SOON = 40, 20, 2_000_000
 # Seconds that an answer is waited for: who answers may just have moved.
 PATIENCE = 1
 

@@ -23,7 +23,7 @@ MODULES += ["crc32c_generic", "ext4"]
 ADDRESS = "10.77.1.9"
 # As witness.rs has it.
 ECHO_PORT, TIME_PORT, VSOCK_PORT = 7777, 7778, 7779
-CMDLINE = f"console=ttyS0 quiet panic=-1 lab.address={ADDRESS}/24 lab.memory=32"
+CMDLINE = f"console=ttyS0 quiet panic=-1 lab.address={ADDRESS}/24 lab.memory=32768"
 # What a kernel says when time, a processor or a device is not as it must be; and what only sounds like it.
 TROUBLE = re.compile(
     r"warning|bug:|oops|call trace|stall|lockup|hung|unstable|skew|jump|backwards|mce:|i/o error|timed out|timekeeping",

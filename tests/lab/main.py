@@ -19,7 +19,7 @@ import refusals
 from telling import Failed, Skipped, say, sum_up
 
 # Emulation is slow; a scenario that takes longer than so many seconds is ended.
-WITHIN = int(os.environ.get("DECAMP_LAB_WITHIN") or 1800)
+WITHIN = int(os.environ.get("DECAMP_LAB_WITHIN") or 5400)
 SCENARIOS = {"guests": guests, "peers": peers, "refusals": refusals, "crossing": crossing, "containers": containers}
 USAGE = f"""\
 Usage: tests/lab/run [SCENARIO [ARGUMENT...]]

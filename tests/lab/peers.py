@@ -17,7 +17,7 @@ from decamp import Decamp
 from guest import CMDLINE, HERE, Guest, find_decamp
 from guests import CPUS, KERNELS, boot_hosts
 from guests import NEEDS as GUESTS_NEEDS
-from heartbeat import Heartbeat
+from heartbeat import EVERY, Heartbeat
 from kernel import Kernel
 from qemu import PROGRAM, Qemu
 from rows import Row, as_json, show
@@ -27,9 +27,11 @@ NEEDS = [*GUESTS_NEEDS, PROGRAM, "tc"]
 PAIRS = int(os.environ.get("DECAMP_LAB_PAIRS") or 5)
 # Of the link, in MB/s; none: what the slower of the two encrypts, times CAP.
 RATE, CAP = float(os.environ.get("DECAMP_LAB_RATE") or 0), 0.5
-# The guest's memory, and in MiB what of it is written all the time, and what is used and stays as it is.
+# The guest's memory, and in MiB what of it is written all the time, and what is used and stays as it is. The first is
+# what a slow link carries within the stop that both aim at, too: neither has to slow its guest down before.
 MEMORY = "512M"
-BUSY, BALLAST = (int(os.environ.get(f"DECAMP_LAB_{name}") or mib) for name, mib in (("BUSY", 2), ("BALLAST", 64)))
+BUSY = float(os.environ.get("DECAMP_LAB_BUSY") or 0.5)
+BALLAST = int(os.environ.get("DECAMP_LAB_BALLAST") or 64)
 # Seconds that a guest is left alone before it moves.
 SETTLE = 3
 # QEMU's guest does not always come up in an emulated host, or stand still at the end of a move: so often one is tried.
@@ -71,13 +73,13 @@ def _run(scratch, hosts):
         kernels = [Kernel.fetch(package) for package in KERNELS]
         guest = Guest("g", kernels[0], scratch)
     boot_hosts(kernels, scratch, hosts, decamp)
-    cmdline = f"{CMDLINE} lab.memory={BUSY} lab.content=varied"
+    cmdline = f"{CMDLINE} lab.memory={BUSY * 1024:.0f} lab.content=varied"
     sides = [side(guest, memory=MEMORY, cpus=CPUS, cmdline=cmdline) for side in (Decamp, Qemu)]
     for host in hosts:
         for side in sides:
             side.set_up(host)
     rate = RATE or _find_rate(sides, hosts)
-    say(f"the link is held to {rate:.0f} MB/s")
+    say(f"the link is held to {rate:.1f} MB/s")
     for host in hosts:
         host.run(f"modprobe sch_tbf; tc qdisc replace dev uplink root tbf rate {rate * 8:.2f}mbit {QUEUE}")
     pairs = []
@@ -96,7 +98,7 @@ def _find_rate(sides, hosts):
         for side in sides:
             said = [said for *_, said in _insist(side, hosts, f"{side.name}, unlimited", None).moves]
             rates.append(min(map(side.rate, said)))
-            say(f"{side.name} sends {rates[-1]:.0f} MB/s encrypted")
+            say(f"{side.name} sends {rates[-1]:.1f} MB/s encrypted")
     return min(rates) * CAP
 
 
@@ -140,10 +142,10 @@ def _sample(side, hosts, title, rate):
 
 
 def _rows(sides, pairs, rate):
-    link = f"{rate:.0f} MB/s, TLS, {MEMORY} with {BALLAST} MiB of noise in use and {BUSY} MiB written all the time"
+    link = f"{rate:.1f} MB/s, TLS, {MEMORY} with {BALLAST} MiB of noise in use and {BUSY:g} MiB written all the time"
     quiet = [max(sample.quiet for sample in side) for side in zip(*pairs)]
     notes = {
-        "downtime": f"longest gap in the heartbeat; {quiet[0]:.0f} and {quiet[1]:.0f} ms without a move; {link}",
+        "downtime": f"longest gap in a heartbeat of {1 / EVERY:.0f} a second; {quiet[0]:.0f} and {quiet[1]:.0f} ms without a move; {link}",
         "total": f"from the command on; QEMU's at the destination waits already; {link}",
         "boot": f"from the start of the program on, to user space; {CPUS} processors",
     }

@@ -134,9 +134,9 @@ fn is_whole(block: &[u8], page: u64, pass: u64) -> bool {
         .all(|(found, word)| found == word)
 }
 
-/// Rewrites `mebibytes` of memory again and again; each page is verified before it is written anew.
-fn keep_memory(mebibytes: usize) {
-    let mut memory = vec![0u8; mebibytes << 20];
+/// Rewrites `kibibytes` of memory again and again; each page is verified before it is written anew.
+fn keep_memory(kibibytes: usize) {
+    let mut memory = vec![0u8; kibibytes << 10];
     for pass in 1.. {
         for (page, block) in (0u64..).zip(memory.chunks_exact_mut(PAGE)) {
             if pass > 1 && !is_whole(block, page, pass - 1) {
@@ -268,7 +268,7 @@ fn shell(command: &str) {
 fn main() {
     let words: Vec<String> = std::env::args().collect();
     let size = |at: usize| words.get(at).and_then(|text| text.parse().ok());
-    let (memory, on_disk) = (size(1).unwrap_or(32), size(3).unwrap_or(16));
+    let (memory, on_disk) = (size(1).unwrap_or(32 << 10), size(3).unwrap_or(16));
     VARIED.store(words.get(2).is_some_and(|text| text == "varied"), Ordering::Relaxed);
     thread::spawn(keep_time);
     thread::spawn(move || keep_memory(memory));

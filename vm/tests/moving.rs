@@ -469,8 +469,17 @@ fn assert_confined(place: &Place) -> u64 {
     assert_eq!(words.trim_end_matches('\0'), format!("decamp monitor of VM {}", place.name));
     // Standard streams, its socket, its keeper, the lock: neither guest memory nor a disk.
     // What it has opened for its keeper, and just handed over, it closes a moment later.
-    let open = || fs::read_dir(format!("/proc/{monitor}/fd")).expect("descriptors").count();
-    wait_for("its monitor to have only what it needs", || open() == 6);
+    let open = || {
+        let all = fs::read_dir(format!("/proc/{monitor}/fd")).expect("descriptors");
+        let links =
+            all.filter_map(|it| unless_gone(fs::read_link(it.expect("a descriptor").path())));
+        links.collect::<Vec<_>>()
+    };
+    let limit = Instant::now() + Duration::from_secs(20);
+    while open().len() != 6 {
+        assert!(Instant::now() < limit, "{:?}", open());
+        std::thread::sleep(Duration::from_millis(5));
+    }
     user
 }
 
