@@ -290,7 +290,8 @@ fn source(
         spec: to_json(spec)?,
         needs: to_json(&needs)?,
     };
-    Ok(Box::new(KeeperSource::new(client, manifest, Box::new(make_reader))?))
+    let source = KeeperSource::new(client, manifest, Box::new(make_reader))?;
+    Ok(Box::new(source.with_lasting_spaces()))
 }
 
 /// That a keeper speaks of no more spaces than a VM can have: a descriptor of each is opened.

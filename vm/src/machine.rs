@@ -266,7 +266,10 @@ impl Machine {
 
     /// Stops every vCPU, and then every device. On an error it runs on, unless it has ended.
     pub(crate) fn pause(&mut self) -> Result<()> {
-        if let Err(error) = self.park() {
+        let parked = self.park();
+        // Only now: who is woken from a nap before it is asked to park runs on for an instant.
+        self.throttle = None;
+        if let Err(error) = parked {
             if self.must_live().is_ok() {
                 for vcpu in self.vcpus.iter() {
                     let _ = vcpu.run();

@@ -1,4 +1,6 @@
-//! Takes a share of its time from a guest: in each period its vCPUs nap for that share.
+//! Takes a share of its processor time from a guest: each vCPU naps in proportion to what its thread has had since its
+//! last nap. What it waits for a processor counts as taken already: a guest whose host is busy, as with copying it, loses
+//! no more than one that has a processor of its own.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -7,8 +9,12 @@ use std::time::{Duration, Instant};
 use crate::error::{Result, VmError};
 use crate::vcpu::Vcpu;
 
-/// A nap and the time until the next one, together.
+/// A nap and the time until the next one, together, of a vCPU that has a processor of its own.
 const PERIOD: Duration = Duration::from_millis(20);
+/// No nap is longer: the guest answers late enough as it is.
+const LONGEST: Duration = Duration::from_millis(40);
+/// Time between two looks at what vCPUs have had, at least.
+const LOOK: Duration = Duration::from_millis(2);
 
 #[derive(Debug)]
 struct Control {
@@ -69,14 +75,26 @@ struct Worker {
 impl Worker {
     fn run(self) {
         let mut percent = self.control.percent.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some(share) = *percent {
-            let until = Instant::now() + PERIOD * u32::from(share) / 100;
-            self.vcpus.iter().for_each(|vcpu| vcpu.nap(until));
+        let mut had: Vec<_> = self.vcpus.iter().map(Vcpu::processor_time).collect();
+        while let Some(taken) = *percent {
+            let left = 100 - u32::from(taken);
+            // What a vCPU may have between two naps.
+            let run = (PERIOD * left / 100).max(LOOK);
             (percent, _) = self
                 .control
                 .changed
-                .wait_timeout(percent, PERIOD)
+                .wait_timeout(percent, run)
                 .unwrap_or_else(PoisonError::into_inner);
+            for (vcpu, had) in self.vcpus.iter().zip(&mut had) {
+                let Some((now, before)) = vcpu.processor_time().zip(*had) else { continue };
+                let ran = now.saturating_sub(before);
+                // For less than that it is not worth being kicked.
+                if ran >= run / 2 {
+                    *had = Some(now);
+                    let nap = ran * u32::from(taken) / left;
+                    vcpu.nap(Instant::now() + nap.min(LONGEST));
+                }
+            }
         }
     }
 }

@@ -41,6 +41,10 @@ pub struct KeeperSource {
     liveness: Liveness,
     ways: Ways,
     make_reader: ReaderFactory,
+    /// Whether its spaces stay what they are, unless they are asked to be others.
+    lasting: bool,
+    /// The spaces that it had last, if they are lasting, and who reads them.
+    known: Option<(Vec<SpaceInfo>, Arc<dyn PageReader>)>,
 }
 
 impl KeeperSource {
@@ -55,7 +59,14 @@ impl KeeperSource {
     ) -> Result<Self> {
         let liveness = client.liveness()?;
         let ways = ways_of(&mut client)?;
-        Ok(Self { client, token: 0, manifest, liveness, ways, make_reader })
+        let (lasting, known) = (false, None);
+        Ok(Self { client, token: 0, manifest, liveness, ways, make_reader, lasting, known })
+    }
+
+    /// One whose spaces neither come nor go by themselves: the keeper is not asked for them in each round, and in the
+    /// stop.
+    pub fn with_lasting_spaces(self) -> Self {
+        Self { lasting: true, ..self }
     }
 
     /// One that may be fenced already, with `token`.
@@ -94,10 +105,14 @@ impl SourceWorkload for KeeperSource {
     }
 
     fn spaces(&mut self) -> Result<Vec<SpaceInfo>> {
-        self.client.spaces()
+        match &self.known {
+            Some((spaces, _)) => Ok(spaces.clone()),
+            None => self.client.spaces(),
+        }
     }
 
     fn carry(&mut self, trees: &[FileTree]) -> Result<()> {
+        self.known = None;
         let paged = trees.iter().filter(|tree| tree.is_paged());
         let spaces: Vec<_> = paged.map(|tree| SpaceId(tree.space)).collect();
         // A keeper that is older than the question has none.
@@ -113,6 +128,7 @@ impl SourceWorkload for KeeperSource {
     }
 
     fn mirror(&mut self, tree: &FileTree, path: &Path, file: OwnedFd) -> Result<()> {
+        self.known = None;
         self.client.mirror(SpaceId(tree.space), path, file)
     }
 
@@ -125,8 +141,13 @@ impl SourceWorkload for KeeperSource {
     }
 
     fn reader(&mut self) -> Result<Arc<dyn PageReader>> {
+        if let Some((_, reader)) = &self.known {
+            return Ok(reader.clone());
+        }
         let spaces = self.client.spaces()?;
-        (self.make_reader)(&mut self.client, &spaces)
+        let reader = (self.make_reader)(&mut self.client, &spaces)?;
+        self.known = self.lasting.then(|| (spaces, reader.clone()));
+        Ok(reader)
     }
 
     fn track(&mut self) -> Result<()> {
@@ -495,6 +516,8 @@ mod tests {
             liveness: Liveness::StopOnly { reason: "the test says so".to_owned() },
             ways: Ways::default(),
             make_reader: Box::new(|_, _| Err(WorkloadError::plain("Nothing is read"))),
+            lasting: false,
+            known: None,
         }
     }
 
@@ -506,6 +529,34 @@ mod tests {
                 drop(listener.accept().expect("accepts"));
             }
         })
+    }
+
+    /// Its keeper answers nothing here.
+    #[test]
+    fn spaces_that_last_are_asked_for_once_and_again_when_they_were_changed() {
+        struct Nothing;
+        impl PageReader for Nothing {
+            fn read(&self, _: PageRange, _: &mut [u8]) -> Result<()> {
+                Err(WorkloadError::plain("Nothing is read"))
+            }
+
+            fn take_missed(&self) -> PageSet {
+                PageSet::new()
+            }
+        }
+        let dir = tempfile::tempdir().expect("a directory");
+        let place = Place { name: "x".into(), uuid: "x".into(), dir: dir.path().to_owned() };
+        let keeper = hangs_up(&place, 1);
+        let client = KeeperClient::connect(&place).expect("connected");
+        keeper.join().expect("it is gone");
+        let mut source = source(client).with_lasting_spaces();
+        let spaces = vec![SpaceInfo { id: 7, ..SpaceInfo::default() }];
+        source.known = Some((spaces.clone(), Arc::new(Nothing)));
+        assert_eq!(source.spaces().expect("known"), spaces);
+        source.reader().map(drop).expect("known");
+        source.carry(&[]).expect("no disk");
+        source.spaces().expect_err("they may be others now");
+        source.reader().map(drop).expect_err("so may their reader");
     }
 
     #[test]

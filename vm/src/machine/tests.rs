@@ -505,6 +505,7 @@ fn several_vcpus_pause_move_and_are_reset_together() {
     let (count, others) = (source.count(), source.others());
     wait_for("both under a throttle", || source.count() > count && source.others() > others);
     source.machine.pause().expect("pause");
+    assert!(source.machine.throttle.is_none(), "nobody kicks who stands");
     let (count, others) = (source.count(), source.others());
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!((source.count(), source.others()), (count, others), "both stand");
