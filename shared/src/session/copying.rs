@@ -216,8 +216,7 @@ impl Copying {
             wire.halt.check()?;
             // After the harvest, so that every page of it is read from the memory that it is of: spaces
             // come and go, and one whose process ended in between needs not travel.
-            let spaces = departure.with(|workload| workload.spaces()).await?;
-            let reader = departure.with(|workload| workload.reader()).await?;
+            let (spaces, reader) = departure.with(|it| Ok((it.spaces()?, it.reader()?))).await?;
             let known: BTreeSet<u32> = spaces.iter().map(|space| space.id).collect();
             dirty.retain_spaces(|space| known.contains(&space.0));
             let sent = self.send_round(reader.clone(), dirty, &spaces, wire, report).await?;
@@ -259,9 +258,14 @@ impl Copying {
                 }
                 Decision::Stop => {
                     if policy.misses(&remaining) {
+                        let tried = if policy.spares(&remaining) {
+                            "Further rounds do not"
+                        } else {
+                            "Neither further rounds nor less processor time for it"
+                        };
                         let text = format!(
-                            "Neither further rounds nor less processor time for it make a stop of about {predicted:.0} ms \
-                             shorter, which is more than is aimed at; --max-downtime makes it a promise"
+                            "{tried} make a stop of about {predicted:.0} ms shorter, which is more than is aimed at; \
+                             --max-downtime makes it a promise"
                         );
                         wire.progress.tell(Progress::Note { text });
                     }
@@ -292,8 +296,7 @@ impl Copying {
     ) -> Result<()> {
         let begun = Instant::now();
         self.stopped = true;
-        let spaces = departure.with(|workload| workload.spaces()).await?;
-        let reader = departure.with(|workload| workload.reader()).await?;
+        let (spaces, reader) = departure.with(|it| Ok((it.spaces()?, it.reader()?))).await?;
         let files = self.on_files(|sender, tree| sender.send_changes(tree), |tree| tree.live)?;
         // A VM's disk is stored with its state, and nothing else that anybody wrote beside it has to be.
         let settled = self.settle_shared(false);

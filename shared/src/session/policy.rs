@@ -141,6 +141,20 @@ impl Policy {
         self.shortest(remaining) > self.target(remaining)
     }
 
+    /// Whether a stop is made though it misses what is aimed at, and though processor time could still be taken from the
+    /// workload: rounds under a throttle would cost it more than the part of the stop that they can make shorter. (What
+    /// a disk takes to be stored they make shorter, too.)
+    pub fn spares(&self, remaining: &Remaining) -> bool {
+        let sending_is_less = self.shortest(remaining) < self.cost(remaining) * 2;
+        self.what == What::Workload && sending_is_less && self.nearly(remaining)
+    }
+
+    /// Whether what is aimed at is met, or missed by no more than may be.
+    fn nearly(&self, remaining: &Remaining) -> bool {
+        let aimed = matches!(self.target, MaxDowntime::Aimed(_));
+        aimed && self.shortest(remaining) <= self.target(remaining).mul_f64(MISSED)
+    }
+
     /// Nothing can be taken from this workload: no more of it is asked for.
     pub fn cannot_throttle(&mut self) {
         self.percent = MOST;
@@ -166,9 +180,8 @@ impl Policy {
         if remaining.elapsed >= self.timeout || (too_dear && self.stuck >= PATIENCE) {
             return Decision::GiveUp { reason: self.reason(remaining, predicted) };
         }
-        let aimed = matches!(self.target, MaxDowntime::Aimed(_));
-        let nearly = aimed && predicted <= target.mul_f64(MISSED);
-        if self.stuck >= PATIENCE && self.percent < MOST {
+        let nearly = self.nearly(remaining);
+        if self.stuck >= PATIENCE && self.percent < MOST && !self.spares(remaining) {
             self.stuck = 0;
             self.least = Some(predicted);
             // Where it is stopped all the same, all that may be taken shows soonest whether that helps.
@@ -352,11 +365,23 @@ mod tests {
         let fixed = Duration::from_millis(200);
         let policy = |target| Policy::new(target, Duration::from_secs(60), fixed);
         let target = Duration::from_millis(300);
-        // 2 MiB are 168 ms, whatever is taken from the guest; 8 MiB are more than twice too much.
+        // 3 MiB are 252 ms, whatever is taken from the guest; 8 MiB are more than twice too much.
         let busy = |pages: u64| move |round: u32| pages + u64::from(round % 3) * 8;
-        let (rounds, last) = rounds_of(policy(MaxDowntime::Aimed(target)), busy(512));
+        let (rounds, last) = rounds_of(policy(MaxDowntime::Aimed(target)), busy(768));
         assert_eq!(last, Decision::Stop);
         assert_eq!(rounds, 2 * PATIENCE + 1);
+        // 2 MiB are 168 ms: no throttle makes the stop half as long, so none is tried.
+        let (rounds, last) = rounds_of(policy(MaxDowntime::Aimed(target)), busy(512));
+        assert_eq!((rounds, last), (PATIENCE + 1, Decision::Stop));
+        // What is promised is worth it, and disks are stored the faster for it.
+        let much = Remaining { wire_rate: 12.5e6, ..after(512) };
+        let disks = policy(MaxDowntime::Aimed(target)).of_disks();
+        for mut policy in [policy(MaxDowntime::Promised(target)), disks] {
+            assert!(!policy.spares(&much));
+            let throttled =
+                (0..10).any(|_| matches!(policy.decide(&much), Decision::Throttle { .. }));
+            assert!(throttled, "{policy:?}");
+        }
         for (target, pages) in
             [(MaxDowntime::Promised(target), 512), (MaxDowntime::Aimed(target), 2048)]
         {
@@ -366,7 +391,7 @@ mod tests {
         // Who cannot be slowed down is not waited for either.
         let mut whole = policy(MaxDowntime::Aimed(target));
         whole.cannot_throttle();
-        let (rounds, last) = rounds_of(whole, busy(512));
+        let (rounds, last) = rounds_of(whole, busy(768));
         assert_eq!((rounds, last), (PATIENCE + 1, Decision::Stop));
     }
 
