@@ -6,11 +6,10 @@ What belongs here: one device after the other, as seen from both ends. What does
 import shlex
 import socket
 import time
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
 
 from disk import IMAGE, mib
-from guest import HERE, VSOCK_PORT
-from network import OBSERVER
+from guest import ADDRESS, ECHO_PORT, HERE, VSOCK_PORT
 from telling import Failed, say
 
 # By their numbers (Virtual I/O Device 1.2, section 5): a name, and the features without which Linux would not do what is
@@ -31,9 +30,8 @@ MUCH, SEEN = 32, 24
 MUCH_MEMORY, SEEN_MEMORY = 96, 48
 # Seconds within which a page that is free is reported (the kernel waits two), and a console says what it was told.
 WITHIN = 120
-# Bytes that are sent on each way, and the longest frame without offloads.
+# Bytes that are sent to the guest, and come back, and the longest frame without offloads.
 STREAM, FRAME = 4 << 20, 1514
-PORTS = (7080, 7081)
 
 
 def check(guest, host):
@@ -105,23 +103,15 @@ def _check_offloads(guest, host):
     (tap,) = host.run("ls /sys/class/net/br0/brif | grep -v workloads").split()
     counting = f"setsid python3 {HERE}/frames.py {tap} >/run/frames 2>&1 </dev/null & echo $!"
     pid = host.run(f"{counting}\nuntil grep -q ready /run/frames; do sleep 0.1; done").strip()
-    for port, command, act in zip(PORTS, (_SEND, _TAKE), (_take, _give)):
-        with socket.create_server((OBSERVER, port)) as server:
-            server.settimeout(WITHIN)
-            # It goes on while this answers.
-            guest.shell(host, f"({command.format(OBSERVER, port)}) >/tmp/took 2>/dev/null </dev/null &")
-            with closing(server.accept()[0]) as stream:
-                stream.settimeout(WITHIN)
-                act(stream)
+    with socket.create_connection((ADDRESS, ECHO_PORT), WITHIN) as stream, ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(stream.sendall, bytes(STREAM))
+        _take(stream)
+        sending.result()
     said = host.run(f"kill {pid}; while kill -0 {pid} 2>/dev/null; do sleep 0.1; done; cat /run/frames").split()
     from_guest, to_guest = map(int, said[1:])
     say(f"  offloads: frames of up to {from_guest} bytes from the guest, and up to {to_guest} to it")
     if min(from_guest, to_guest) <= FRAME:
         raise Failed("No frame was longer than on a cable: no offload does anything")
-
-
-_SEND = f"dd if=/dev/zero bs=64k count={STREAM >> 16} | nc {{}} {{}}"
-_TAKE = "nc {} {}"
 
 
 def _take(stream):
@@ -131,14 +121,6 @@ def _take(stream):
         if not came:
             raise Failed(f"The guest's stream ended {left} bytes too early")
         left -= came
-
-
-def _give(stream):
-    stream.sendall(bytes(STREAM))
-    stream.shutdown(socket.SHUT_WR)
-    # Until the guest has all of it.
-    while stream.recv(1 << 16):
-        pass
 
 
 def _check_console(guest, host):
