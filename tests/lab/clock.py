@@ -9,8 +9,10 @@ import socket
 import sys
 import time
 
-# How often is asked at least, and for how many seconds at most; a round trip of so many nanoseconds is soon enough.
-QUESTIONS, LONG, SOON = 40, 20, 2_000_000
+# How often is asked at least, and for how many seconds; a round trip of so many nanoseconds is soon enough.
+QUESTIONS, LONG, SOON = 40, 5, 2_000_000
+# Where none is: for how many seconds at most, and what will do then.
+LONGEST, LATE = 40, 5_000_000
 # Seconds that an answer is waited for: who answers may just have moved.
 PATIENCE = 1
 
@@ -32,14 +34,16 @@ def ask(port, number):
 
 def best(port):
     """The answer that came the soonest."""
-    answers, number, end = [], 0, time.monotonic() + LONG
-    while (number < QUESTIONS or not answers or min(answers)[0] > SOON) and time.monotonic() < end:
+    answers, number, begun = [], 0, time.monotonic()
+    while (taken := time.monotonic() - begun) < LONGEST:
+        if number >= QUESTIONS and answers and min(answers)[0] <= (SOON if taken < LONG else LATE):
+            break
         number += 1
         answer = ask(port, number)
         if answer:
             answers.append(answer)
     if not answers:
-        raise SystemExit(f"no answer from {sys.argv[1]} port {sys.argv[2]} within {LONG} s")
+        raise SystemExit(f"no answer from {sys.argv[1]} port {sys.argv[2]} within {LONGEST} s")
     return min(answers)
 
 
