@@ -141,9 +141,9 @@ impl Policy {
         self.shortest(remaining) > self.target(remaining)
     }
 
-    /// Whether a stop is made though it misses what is aimed at, and though processor time could still be taken from the
-    /// workload: rounds under a throttle would cost it more than the part of the stop that they can make shorter. (What
-    /// a disk takes to be stored they make shorter, too.)
+    /// Whether no more processor time is taken from the workload to get to a stop as short as is aimed at: rounds under a
+    /// throttle would cost it more than the part of the stop that they can make shorter. (What a disk takes to be stored
+    /// they make shorter, too.)
     pub fn spares(&self, remaining: &Remaining) -> bool {
         let sending_is_less = self.shortest(remaining) < self.cost(remaining) * 2;
         self.what == What::Workload && sending_is_less && self.nearly(remaining)
